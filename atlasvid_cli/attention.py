@@ -1,0 +1,43 @@
+"""Rotary positions and the one seam to attention kernels (diffusers' dispatcher)."""
+
+import torch
+from diffusers.models.attention_dispatch import dispatch_attention_fn
+
+
+def rope_axis(positions: torch.Tensor, dim: int, theta: float = 10000.0) -> torch.Tensor:
+    """Rotations (..., dim/2) complex64 of one axis; positions may be fractional. Angles are computed in fp64."""
+    frequencies = theta ** (-torch.arange(0, dim, 2, dtype=torch.float64) / dim)
+    angles = positions.double()[..., None] * frequencies
+    return torch.polar(torch.ones_like(angles), angles).to(torch.complex64)
+
+
+def rope_dims(head_dim: int) -> tuple[int, int, int]:
+    """How Wan splits a head between t, h and w."""
+    side = 2 * (head_dim // 6)
+    return head_dim - 2 * side, side, side
+
+
+def rope(t: torch.Tensor, h: torch.Tensor, w: torch.Tensor, head_dim: int) -> torch.Tensor:
+    """Rotations (n, T*H*W, 1, head_dim/2) complex64 of boxes with coordinates t (n, T), h (n, H), w (n, W)."""
+    n, shape = len(t), (t.shape[1], h.shape[1], w.shape[1])
+    dt, dh, dw = rope_dims(head_dim)
+    parts = (
+        rope_axis(t, dt)[:, :, None, None],
+        rope_axis(h, dh)[:, None, :, None],
+        rope_axis(w, dw)[:, None, None, :],
+    )
+    full = torch.cat([p.expand(n, *shape, p.shape[-1]) for p in parts], dim=-1)
+    return full.reshape(n, -1, 1, head_dim // 2)
+
+
+def rotate(x: torch.Tensor, rotation: torch.Tensor) -> torch.Tensor:
+    """Applies rotations to x (n, L, heads, head_dim), whose channels are interleaved (real, imaginary) pairs."""
+    pairs = torch.view_as_complex(x.float().unflatten(-1, (-1, 2)))
+    return torch.view_as_real(pairs * rotation).flatten(-2).to(x.dtype)
+
+
+def attend(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, bias: torch.Tensor | None = None, backend: str | None = None
+) -> torch.Tensor:
+    """Softmax attention of q (n, L, heads, d) on k, v (n, K, heads, d); `bias` (n or 1, 1, 1, K) adds to the logits."""
+    return dispatch_attention_fn(q, k, v, attn_mask=bias, dropout_p=0.0, is_causal=False, backend=backend)

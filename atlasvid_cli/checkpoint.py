@@ -1,0 +1,61 @@
+"""Training checkpoints: safetensors and JSON only, written to a temporary file, synced, then renamed."""
+
+import json
+import os
+from pathlib import Path
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import nn
+
+from .optim import MuonAdamW
+
+
+def save_checkpoint(folder: Path, model: nn.Module, optimizer: MuonAdamW, step: int) -> None:
+    """Writes trainable and frozen weights, optimiser state and the step into `folder/checkpoint.safetensors`."""
+    folder.mkdir(parents=True, exist_ok=True)
+    tensors = {f"model.{k}": v for k, v in model.state_dict().items()}
+    scalars = {}
+    for i, state in enumerate(optimizer.state_dict()):
+        for index, values in state["state"].items():
+            for key, value in values.items():
+                if torch.is_tensor(value):
+                    tensors[f"optimizer.{i}.{index}.{key}"] = value
+                else:
+                    scalars[f"{i}.{index}.{key}"] = value
+    path = folder / "checkpoint.safetensors"
+    temporary = path.with_suffix(".tmp")
+    tensors = {k: v.detach().clone().contiguous() for k, v in tensors.items()}
+    save_file(tensors, temporary, {"step": str(step), "scalars": json.dumps(scalars)})
+    with temporary.open("rb") as file:
+        os.fsync(file.fileno())
+    temporary.replace(path)
+
+
+def load_checkpoint(folder: Path, model: nn.Module, optimizer: MuonAdamW) -> int:
+    """Restores what `save_checkpoint` wrote and returns its step; 0 where there is none."""
+    folder.mkdir(parents=True, exist_ok=True)
+    path = folder / "checkpoint.safetensors"
+    if not path.exists():
+        return 0
+    tensors = load_file(path)
+    from safetensors import safe_open
+
+    with safe_open(path, "pt") as file:
+        metadata = file.metadata()
+    model.load_state_dict({k[6:]: v for k, v in tensors.items() if k.startswith("model.")})
+    states = optimizer.state_dict()
+    scalars = json.loads(metadata["scalars"])
+    for i, state in enumerate(states):
+        entries: dict[int, dict] = {}
+        for name, value in tensors.items():
+            if name.startswith(f"optimizer.{i}."):
+                index, key = name.split(".", 3)[2:]
+                entries.setdefault(int(index), {})[key] = value
+        for name, value in scalars.items():
+            part, index, key = name.split(".", 2)
+            if int(part) == i:
+                entries.setdefault(int(index), {})[key] = value
+        state["state"] = entries
+    optimizer.load_state_dict(states)
+    return int(metadata["step"])

@@ -1,0 +1,145 @@
+"""stdout carries data; progress, tables and warnings go to stderr."""
+
+import json
+import os
+import sys
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from threading import Lock
+
+from rich import box
+from rich.console import Console as RichConsole
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, ProgressColumn, Task, TextColumn, TimeElapsedColumn
+from rich.table import Table
+from rich.text import Text
+
+from .errors import ExitCode, one_line
+
+PLAIN_INTERVAL_S = 10.0
+
+
+def duration(seconds: float) -> str:
+    """Seconds as "42 s", "3 min 05 s" or "2 h 05 min"."""
+    whole = max(0, round(seconds))
+    if whole < 60:
+        return f"{whole} s"
+    if whole < 3600:
+        return f"{whole // 60} min {whole % 60:02} s"
+    return f"{whole // 3600} h {whole % 3600 // 60:02} min"
+
+
+def remaining(elapsed_s: float, done: float, total: float) -> str:
+    """Time left if the rest goes as the part so far; rich's own column forgets what is older than 30 s."""
+    return duration(elapsed_s / done * (total - done)) if done else "?"
+
+
+class _TimeLeft(ProgressColumn):
+    """Ticks down between two steps, which may be minutes apart."""
+
+    def render(self, task: Task) -> Text:
+        if task.finished or not task.completed or task.total is None:
+            return Text("" if task.finished else "-- left")
+        at_last_step = task.fields["at_last_step"]
+        left = at_last_step / task.completed * task.total - (task.elapsed or 0.0)
+        return Text(f"{duration(left)} left")
+
+
+class Console:
+    """Where a command talks to its user; `progress` in pipeline's functions is one of these.
+
+    `interactive` forces bars on or off; by default they show where stderr is a terminal.
+    """
+
+    def __init__(self, json_lines: bool = False, interactive: bool | None = None) -> None:
+        self.json_lines = json_lines
+        self._rich = RichConsole(stderr=True, markup=False, highlight=False, emoji=False)
+        self._interactive = self._rich.is_terminal if interactive is None else interactive
+        self._lock = Lock()
+        self._bars: Progress | None = None
+        self._open = 0
+
+    def emit(self, event: dict, text: str) -> None:
+        """Prints one datum on stdout, flushed: `event` as a JSON line with --json, else `text`."""
+        line = json.dumps(event, ensure_ascii=False, default=str) if self.json_lines else text
+        try:
+            print(line, flush=True)
+        except BrokenPipeError:
+            # The reader (`head`, say) has left: nobody wants the rest. The interpreter's own flush at exit must find
+            # an open file; SystemExit, so that a batch's `except Exception` does not go on.
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+            raise SystemExit(ExitCode.RENDER) from None
+
+    def warn(self, text: str) -> None:
+        """Prints a warning on stderr, above any bars."""
+        self._say(f"warning: {one_line(text)}")
+
+    def error(self, text: str) -> None:
+        """Prints an error on stderr, above any bars."""
+        self._say(f"error: {one_line(text)}")
+
+    def table(self, title: str, rows: Sequence[dict]) -> None:
+        """Prints `rows` on stderr, one column a key of the first."""
+        if not rows:
+            return
+        table = Table(title=Text(title, "bold"), title_justify="left", box=box.SIMPLE)
+        for key, value in rows[0].items():
+            table.add_column(key, justify="right" if isinstance(value, int | float) else "left", overflow="fold")
+        for row in rows:
+            table.add_row(*(Text(str(row.get(key, ""))) for key in rows[0]))
+        self._rich.print(table)
+
+    @contextmanager
+    def stage(self, name: str, total: int) -> Iterator[Callable[..., None]]:
+        """Shows `total` steps of a stage; yields `advance(n=1)`, which any thread may call. Stages may overlap."""
+        with self._bar(name, total) if self._interactive else self._lines(name, total) as advance:
+            yield advance
+
+    def _say(self, text: str) -> None:
+        # `soft_wrap`: a terminal breaks lines by itself, and a log keeps one line a message.
+        self._rich.print(Text(text), soft_wrap=True)
+
+    @contextmanager
+    def _bar(self, name: str, total: int) -> Iterator[Callable[..., None]]:
+        with self._lock:
+            # One live display for all stages: rich allows no second one on a terminal.
+            if self._bars is None:
+                columns = (TextColumn("{task.description:<8}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+                self._bars = Progress(*columns, _TimeLeft(), console=self._rich)
+                self._bars.start()
+            bars = self._bars
+            self._open += 1
+        task = bars.add_task(name, total=total, at_last_step=0.0)
+        start = time.monotonic()
+
+        def advance(n: int = 1) -> None:
+            bars.update(task, advance=n, at_last_step=time.monotonic() - start)
+
+        try:
+            yield advance
+        finally:
+            with self._lock:
+                self._open -= 1
+                bars.stop_task(task)
+                if not self._open:
+                    bars.stop()
+                    self._bars = None
+
+    @contextmanager
+    def _lines(self, name: str, total: int) -> Iterator[Callable[..., None]]:
+        start = last = time.monotonic()
+        done = 0
+        lock = Lock()
+
+        def advance(n: int = 1) -> None:
+            nonlocal done, last
+            with lock:
+                done += n
+                now = time.monotonic()
+                if now - last < PLAIN_INTERVAL_S or done >= total:
+                    return
+                last = now
+                self._say(f"{name}: {done}/{total}, {remaining(now - start, done, total)} left")
+
+        yield advance
+        self._say(f"{name}: {done}/{total} in {duration(time.monotonic() - start)}")

@@ -1,0 +1,137 @@
+"""Training clips of the procedural world as latents on disk, encoded once, in shards that can be resumed.
+
+Kinds: `image` and `clip` (1 and 17 frames at 16 fps) train the base, `proxy` (49 frames at 4 fps) its stage 1 adapter,
+`detail` (33 frames at 16 fps of a crop at any zoom, with its own proxies at 4 and at 16 fps) the stage 2 adapter.
+"""
+
+import json
+import math
+import random
+from fractions import Fraction
+from pathlib import Path
+
+import torch
+from diffusers import AutoencoderKLWan
+from safetensors import safe_open
+from safetensors.torch import save_file
+
+from . import world
+
+FPS = 16
+TOKEN = 32  # pixels
+SHARD = 20
+# grids in tokens (h, w) of the whole frame, with how often each is drawn
+FRAME_GRIDS = (((5, 8), 6), ((8, 5), 1), ((6, 6), 1), ((4, 9), 1))
+DETAIL_TOKENS = 12
+DETAIL_LATENTS = 9
+DETAIL_RATIOS = (Fraction(4), Fraction(4), Fraction(3), Fraction(2))
+
+
+def frame_grid(rng: random.Random) -> tuple[int, int]:
+    return rng.choices([g for g, _ in FRAME_GRIDS], [n for _, n in FRAME_GRIDS])[0]
+
+
+def whole_frame(rng: random.Random, frames: int, fps: int) -> tuple[torch.Tensor, str]:
+    """A clip of a whole scene, (3, frames, H, W), with its caption; an object that would leave starts further back."""
+    h, w = frame_grid(rng)
+    seconds = (frames - 1) / fps
+    horizon = max(seconds, rng.uniform(4.0, 12.0))
+    scene = world.sample_scene(rng, w / h, horizon)
+    start = rng.uniform(0.0, horizon - seconds)
+    times = start + torch.arange(frames) / fps
+    return world.render(scene, times, h * TOKEN, w * TOKEN), world.caption(scene, rng)
+
+
+def close_up(rng: random.Random, pixels: int, seconds: float, lowest: float) -> tuple[world.Scene, tuple, float]:
+    """A scene, a square window of it that is `pixels` wide at a frame height of `lowest`..2160 px, and a start time."""
+    aspect = rng.choice((16 / 9, 1.6, 1.0, 9 / 16))
+    horizon = max(seconds, rng.uniform(4.0, 12.0))
+    scene = world.sample_scene(rng, aspect, horizon)
+    shown = pixels / math.exp(rng.uniform(math.log(lowest), math.log(2160)))
+    start = rng.uniform(0.0, horizon - seconds)
+    if rng.random() < 0.65:  # the object's outline passes through
+        dx, dy = world.DIRECTIONS[scene.direction]
+        moved = scene.speed * (start + seconds / 2)
+        angle, reach = rng.uniform(0, 2 * math.pi), scene.size * rng.random() ** 0.3
+        x = scene.start[0] + dx * moved + reach * math.cos(angle) - shown / 2
+        y = scene.start[1] + dy * moved + reach * math.sin(angle) - shown / 2
+    else:
+        x, y = rng.uniform(0, max(0.0, aspect - shown)), rng.uniform(0, max(0.0, 1 - shown))
+    return scene, (x, y, shown), start
+
+
+class Encoder:
+    """Normalised latents (C, T, h, w) of pixels (3, frames, H, W) in -1..1."""
+
+    def __init__(self, vae: AutoencoderKLWan):
+        self.vae = vae
+        self.mean = torch.tensor(vae.config.latents_mean).view(-1, 1, 1, 1)
+        self.std = torch.tensor(vae.config.latents_std).view(-1, 1, 1, 1)
+
+    @torch.no_grad()
+    def __call__(self, pixels: torch.Tensor) -> torch.Tensor:
+        return (self.vae.encode(pixels[None]).latent_dist.mode()[0] - self.mean) / self.std
+
+
+def sample(kind: str, rng: random.Random, encode: Encoder) -> tuple[dict[str, torch.Tensor], dict]:
+    """One training sample: latents by name, and its caption (and ratio)."""
+    if kind in ("image", "clip"):
+        frames = 1 if kind == "image" else 17
+        if rng.random() < 0.75:
+            pixels, text = whole_frame(rng, frames, FPS)
+        else:
+            h, w = frame_grid(rng)
+            scene, (x, y, shown), start = close_up(rng, h * TOKEN, 1.0, h * TOKEN * 1.3)
+            times = start + torch.arange(frames) / FPS
+            pixels, text = (
+                world.render(scene, times, h * TOKEN, w * TOKEN, (x, y, shown)),
+                world.caption(scene, rng),
+            )
+        return {"latents": encode(pixels)}, {"caption": text}
+    if kind == "proxy":
+        pixels, text = whole_frame(rng, 49, FPS // 4)
+        return {"latents": encode(pixels)}, {"caption": text}
+    size = DETAIL_TOKENS * TOKEN
+    scene, window, start = close_up(rng, size, 9.0, size)
+    ratio = rng.choice(DETAIL_RATIOS)
+    small = int(size / ratio)
+    frames = (DETAIL_LATENTS - 1) * 4 + 1
+    dense = start + torch.arange(frames) / FPS
+    sparse = start + torch.arange((DETAIL_LATENTS - 1) // 4 * 4 + 1) / (FPS / 4)
+    latents = {
+        "latents": encode(world.render(scene, dense, size, size, window)),
+        "proxy_4": encode(world.render(scene, sparse, small, small, window)),
+        "proxy_1": encode(world.render(scene, dense, small, small, window)),
+    }
+    return latents, {"caption": world.caption(scene, rng), "ratio": str(ratio)}
+
+
+def build(kind: str, count: int, folder: Path, vae: AutoencoderKLWan, seed: int = 0) -> None:
+    """Writes `count` samples as `folder/kind-NNNN.safetensors` shards; shards that exist are kept."""
+    folder.mkdir(parents=True, exist_ok=True)
+    encode = Encoder(vae)
+    for first in range(0, count, SHARD):
+        path = folder / f"{kind}-{first // SHARD:04d}.safetensors"
+        if path.exists():
+            continue
+        tensors, captions = {}, []
+        for i in range(first, min(first + SHARD, count)):
+            latents, info = sample(kind, random.Random(f"{seed}/{kind}/{i}"), encode)
+            captions.append(info)
+            tensors |= {f"{i - first}.{name}": value.half().contiguous() for name, value in latents.items()}
+        temporary = path.with_suffix(".tmp")
+        save_file(tensors, temporary, {"samples": json.dumps(captions)})
+        temporary.replace(path)
+
+
+def load(kind: str, folder: Path) -> list[dict]:
+    """All samples of a kind: `caption`, latents fp16 by name, and what else `sample` told."""
+    result = []
+    for path in sorted(folder.glob(f"{kind}-*.safetensors")):
+        with safe_open(path, "pt") as file:
+            infos = json.loads(file.metadata()["samples"])
+            names = list(file.keys())
+            for i, info in enumerate(infos):
+                own = {n.split(".", 1)[1]: file.get_tensor(n) for n in names if n.split(".", 1)[0] == str(i)}
+                result.append({**info, **own})
+    return result

@@ -1,0 +1,331 @@
+"""Latents to frames as a stream: one frame at a time through diffusers' own VAE parameters, with bounded memory.
+
+The Wan decoder is causal in time, so a frame needs each convolution's last two inputs and nothing else. We walk the
+decoder's modules one frame at a time, depth first: the two frames that a temporal upsampler makes go through the rest
+of the decoder one after the other. That equals `vae._decode`, and the largest activation is one frame, not four.
+
+A 3x3x3 convolution is a sum of three 2D ones over time. PyTorch's conv3d at batch 1 is slow on CPU; its channels-last
+conv2d is not, and with frames apart nothing has to be concatenated or copied for it.
+"""
+
+import errno
+import itertools
+import math
+import os
+import tempfile
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from .errors import RenderError, ResourceError
+
+# A convolution's last two inputs (1, C, h, w), newest last, by module.
+History = dict[nn.Module, list[torch.Tensor]]
+
+# With a live middle attention tiles differ, so they are blended over this many latents on each side of a border.
+BLEND = 4
+
+
+@torch.no_grad()
+def decode_stream(
+    vae: nn.Module, latents: torch.Tensor, tile: int | None = None, spool: Path | None = None
+) -> Iterator[torch.Tensor]:
+    """Frames (f, 3, H, W), fp32 on CPU in 0..1, of normalised latents (C, T, h, w): f is 1, then 4 a latent frame.
+
+    `vae` is an `AutoencoderKLWan`. With `tile` (side in latents) tiles are decoded one after the other, each through
+    all of time, into a file of uint16 in the folder `spool` (`spool_bytes` large), from which the frames are then read:
+    the caches of one tile are all that is in memory. Whole frames stream as they are made. `ResourceError` when the
+    spool does not fit on the disk, `RenderError` when the latents are not finite or not this VAE's.
+    """
+    if latents.ndim != 4 or latents.shape[0] != vae.config.z_dim:
+        raise RenderError(
+            f"The latents have shape {tuple(latents.shape)}, but this VAE decodes {vae.config.z_dim} x T x h x w."
+        )
+    if not bool(torch.isfinite(latents).all()):
+        raise RenderError("The latents hold NaN or infinity, so there is nothing to decode: sample them again.")
+    if tile is None or tile >= max(latents.shape[-2:]):
+        history: History = {}
+        for t in range(latents.shape[1]):
+            yield _step(vae, latents[:, t], history, first=t == 0)
+    else:
+        yield from _spooled(vae, latents, tile, spool)
+
+
+def _step(vae: nn.Module, latent: torch.Tensor, history: History, first: bool) -> torch.Tensor:
+    """The frames (f, 3, H, W) fp32 0..1 on CPU of one latent frame (C, h, w), going on from `history`."""
+    config = vae.config
+    weight = vae.post_quant_conv.weight
+    mean, std = (torch.tensor(v, dtype=torch.float32).view(-1, 1, 1) for v in (config.latents_mean, config.latents_std))
+    z = (latent.float().cpu() * std + mean).to(weight.device, weight.dtype)[None]
+    z = _causal(vae.post_quant_conv, z.contiguous(memory_format=torch.channels_last), history)
+    p = config.patch_size or 1
+    count = 1 if first else time_factor(config)
+    h, w = (side * space_factor(config) for side in latent.shape[-2:])
+    out = torch.empty(count, 3, h, w)
+    for i, frame in enumerate(_frames(vae.decoder, _middle(vae.decoder, z, history), history, first)):
+        # diffusers' unpatchify: the column within a patch is the slower channel index, the row the faster one
+        pixels = frame.view(3, p, p, h // p, w // p).permute(0, 3, 2, 4, 1)
+        out[i].view(3, h // p, p, w // p, p).copy_(pixels)
+    return out.clamp_(-1.0, 1.0).add_(1.0).mul_(0.5)
+
+
+def _middle(decoder: nn.Module, z: torch.Tensor, history: History) -> torch.Tensor:
+    """The input convolution and the middle block on one latent frame (1, C, h, w)."""
+    x = _causal(decoder.conv_in, z, history)
+    block = decoder.mid_block
+    x = _resnet(block.resnets[0], x, history)
+    for attention, resnet in zip(block.attentions, block.resnets[1:], strict=True):
+        if _is_live(attention):  # a quadratic cost in h*w, for nothing where the projection is zero
+            x = attention(x.unsqueeze(2)).squeeze(2).contiguous(memory_format=torch.channels_last)
+        x = _resnet(resnet, x, history)
+    return x
+
+
+def _frames(
+    decoder: nn.Module, x: torch.Tensor, history: History, first: bool, level: int = 0
+) -> Iterator[torch.Tensor]:
+    """Frames (1, out_channels, H, W) that come from one frame `x` at up block `level`, in order."""
+    if level == len(decoder.up_blocks):
+        yield _causal(decoder.conv_out, _norm_silu(decoder.norm_out, x), history)
+        return
+    block = decoder.up_blocks[level]
+    shortcut = getattr(block, "avg_shortcut", None)
+    source = x if shortcut is not None else None
+    for resnet in block.resnets:
+        x = _resnet(resnet, x, history)
+    upsampler = block.upsampler if hasattr(block, "upsampler") else (block.upsamplers or [None])[0]
+    if upsampler is None:
+        yield from _frames(decoder, x, history, first, level + 1)
+        return
+    parts = [x]
+    if upsampler.mode == "upsample3d" and not first:  # Wan: the first frame neither doubles nor enters the history
+        parts = list(_causal(upsampler.time_conv, x, history).chunk(2, dim=1))
+    del x
+    for i in range(len(parts)):
+        # nothing below is bound to a name: the next level owns its input and can drop it
+        phase = 0 if shortcut is None else shortcut.factor_t - len(parts) + i
+        yield from _frames(decoder, _upsample(upsampler, parts[i], shortcut, source, phase), history, first, level + 1)
+
+
+def _upsample(
+    upsampler: nn.Module, x: torch.Tensor, shortcut: nn.Module | None, source: torch.Tensor | None, phase: int
+) -> torch.Tensor:
+    """Twice the height and width of `x`, plus diffusers' DupUp3D of `source` at frame `phase` of its time factor."""
+    y = upsampler.resample(x.contiguous(memory_format=torch.channels_last))
+    if shortcut is None:
+        return y
+    for row in (0, 1):
+        for column in (0, 1):
+            part = source
+            if shortcut.in_channels != shortcut.out_channels:
+                copy = shortcut.factor * torch.arange(shortcut.out_channels, device=x.device)
+                part = source[:, (copy + 4 * phase + 2 * row + column) // shortcut.repeats]
+            y[:, :, row::2, column::2] += part
+    return y
+
+
+def _resnet(block: nn.Module, x: torch.Tensor, history: History) -> torch.Tensor:
+    """diffusers' WanResidualBlock on one frame (1, C, h, w)."""
+    h = _causal(block.conv1, _norm_silu(block.norm1, x), history)
+    h = _causal(block.conv2, _norm_silu(block.norm2, h), history)
+    return h.add_(x if isinstance(block.conv_shortcut, nn.Identity) else _causal(block.conv_shortcut, x, history))
+
+
+def _norm_silu(norm: nn.Module, x: torch.Tensor) -> torch.Tensor:
+    """SiLU of WanRMS_norm of (1, C, h, w), in three passes over memory where the modules take seven."""
+    wide = x.float()
+    length = torch.linalg.vector_norm(wide, dim=1, keepdim=True).clamp_min_(1e-12)
+    y = (wide / length).to(x.dtype).mul_(norm.gamma.view(1, -1, 1, 1) * norm.scale)
+    if torch.is_tensor(norm.bias):
+        y.add_(norm.bias.view(1, -1, 1, 1))
+    return F.silu(y, inplace=True)
+
+
+def _causal(conv: nn.Conv3d, x: torch.Tensor, history: History) -> torch.Tensor:
+    """WanCausalConv3d at frame `x` (1, C, h, w), after the frames in `history`, which it joins. Stride 1."""
+    past = history.get(conv, [])
+    weights = conv.weight.unbind(2)  # oldest frame first
+    padding = (conv.kernel_size[1] // 2, conv.kernel_size[2] // 2)
+    y = F.conv2d(x, weights[-1], conv.bias, padding=padding)
+    for frame, weight in zip(reversed(past), reversed(weights[:-1]), strict=False):  # before the video there is zero
+        y += F.conv2d(frame, weight, padding=padding)
+    if len(weights) > 1:
+        history[conv] = [*past, x][1 - len(weights) :]
+    return y
+
+
+def _is_live(attention: nn.Module) -> bool:
+    """Whether a middle attention adds anything: the embedded VAE's does not, which makes its tiles exact."""
+    return bool(attention.proj.weight.any()) or bool(attention.proj.bias.any())
+
+
+# --- tiles ---------------------------------------------------------------------------------------------------------
+
+
+def _spans(size: int, tile: int) -> list[tuple[int, int]]:
+    """Cuts `size` latents into the fewest parts of at most `tile`, as equal as they can be."""
+    parts = math.ceil(size / tile)
+    return [(i * size // parts, (i + 1) * size // parts) for i in range(parts)]
+
+
+def _ramp(span: tuple[int, int], blend: int, size: int) -> torch.Tensor:
+    """Weights (size,) of a tile over all pixels: 1 on [a, b), linear over `blend` pixels on each side of inner ends.
+
+    Over all tiles of an axis they sum to one.
+    """
+    a, b = span
+    at = torch.arange(size) + 0.5
+    if blend == 0:
+        return ((at > a) & (at < b)).float()
+    rise = torch.ones(size) if a == 0 else ((at - a) / (2 * blend) + 0.5).clamp(0, 1)
+    fall = torch.ones(size) if b == size else ((b - at) / (2 * blend) + 0.5).clamp(0, 1)
+    return rise + fall - 1
+
+
+def _spooled(vae: nn.Module, latents: torch.Tensor, tile: int, spool: Path | None) -> Iterator[torch.Tensor]:
+    """`decode_stream` tile by tile. Tiles see a halo as wide as the receptive field, so only attention can differ."""
+    _, steps, h, w = latents.shape
+    factor, halo = space_factor(vae.config), receptive_radius(vae.config)
+    live = any(_is_live(a) for a in vae.decoder.mid_block.attentions)
+    blend = min(BLEND, *(b - a for side in (h, w) for a, b in _spans(side, tile))) // 2 * 2 if live else 0
+    with tempfile.TemporaryFile(dir=spool, prefix=".atlasvid-spool-") as file:
+        shape = (1 + time_factor(vae.config) * (steps - 1), 3, h * factor, w * factor)
+        frames = _reserve(file, shape)
+        for rows in _spans(h, tile):
+            for columns in _spans(w, tile):
+                _decode_tile(vae, latents, rows, columns, halo, blend / 2, frames)
+        start = 0
+        for t in range(steps):
+            stop = start + (1 if t == 0 else time_factor(vae.config))
+            yield torch.from_numpy(frames[start:stop].astype(np.float32)).div_(65535.0)
+            start = stop
+
+
+def _reserve(file: Any, shape: tuple[int, ...]) -> np.ndarray:
+    """A zeroed uint16 array over `file`, whose blocks are allocated now: a full disk under a map is a SIGBUS."""
+    try:
+        os.posix_fallocate(file.fileno(), 0, math.prod(shape) * 2)
+    except OSError as error:
+        if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+            raise ResourceError(
+                f"Decoding in tiles needs {math.prod(shape) * 2 / 1e9:.1f} GB of temporary disk space, "
+                "which is not there: free some, or choose another output folder."
+            ) from error
+        raise
+    return np.memmap(file, np.uint16, "r+", shape=shape)
+
+
+def _decode_tile(
+    vae: nn.Module,
+    latents: torch.Tensor,
+    rows: tuple[int, int],
+    columns: tuple[int, int],
+    halo: int,
+    blend: float,
+    frames: np.ndarray,
+) -> None:
+    """Adds one tile, weighted, to `frames` (F, 3, H, W) uint16. `blend`: latents of ramp on each side of a border."""
+    _, steps, h, w = latents.shape
+    factor = space_factor(vae.config)
+    ramp = round(blend * factor)
+    reach = halo + math.ceil(blend)
+    seen, kept, weights = [], [], []
+    for (a, b), size in ((rows, h), (columns, w)):
+        seen.append((max(0, a - reach), min(size, b + reach)))
+        kept.append((max(0, a * factor - ramp), min(size * factor, b * factor + ramp)))
+        weights.append(_ramp((a * factor, b * factor), ramp, size * factor)[kept[-1][0] : kept[-1][1]])
+    inside = tuple(slice(k[0] - s[0] * factor, k[1] - s[0] * factor) for k, s in zip(kept, seen, strict=True))
+    where = tuple(slice(*k) for k in kept)
+    weight = weights[0][:, None] * weights[1][None, :] * 65535.0
+    history: History = {}
+    start = 0
+    for t in range(steps):
+        part = latents[:, t, slice(*seen[0]), slice(*seen[1])]
+        decoded = _step(vae, part, history, first=t == 0)[(..., *inside)]
+        target = frames[(slice(start, start + len(decoded)), slice(None), *where)]
+        added = (decoded * weight).round_().int().numpy()
+        target[...] = np.minimum(target + added, 65535)  # roundings of several tiles may add up to 65536
+        start += len(decoded)
+
+
+# --- planning: from the config alone -------------------------------------------------------------------------------
+
+
+def time_factor(config: Mapping[str, Any]) -> int:
+    """Frames a latent frame, after the first."""
+    return 2 ** sum(config["temperal_downsample"])
+
+
+def space_factor(config: Mapping[str, Any]) -> int:
+    """Pixels a latent, in height and in width."""
+    return 2 ** (len(config["dim_mult"]) - 1) * (config.get("patch_size") or 1)
+
+
+def receptive_radius(config: Mapping[str, Any]) -> int:
+    """Latents that a decoded pixel sees in each direction, middle attention apart."""
+    convs = 2 * (config["num_res_blocks"] + 1)
+    radius = 1 + convs  # conv_out and the last block
+    for _ in config["dim_mult"][1:]:
+        radius = -(-(radius + 1) // 2) + convs  # the upsampler's convolution, then half the resolution
+    return radius + 4 + 1  # the middle block and conv_in
+
+
+def spool_bytes(config: Mapping[str, Any], steps: int, h: int, w: int) -> int:
+    """Disk that `decode_stream` with a tile takes for `steps` latent frames of h x w."""
+    return (1 + time_factor(config) * (steps - 1)) * 3 * h * w * space_factor(config) ** 2 * 2
+
+
+def decode_bytes(config: Mapping[str, Any], h: int, w: int, tile: int | None = None) -> int:
+    """Peak bytes of activations, caches and output of `decode_stream` on h x w latents in fp32; weights not counted.
+
+    Counts tensors as the walk above holds them: two cached frames a convolution, what each level keeps while deeper
+    ones run, and the largest working set on top of it.
+    """
+    if tile is not None and tile < max(h, w):
+        reach = receptive_radius(config) + BLEND // 2
+        h, w = (min(side, math.ceil(side / math.ceil(side / tile)) + 2 * reach) for side in (h, w))
+    base = config.get("decoder_base_dim") or config["base_dim"]
+    dims = [base * m for m in (config["dim_mult"][-1], *reversed(config["dim_mult"]))]
+    temporal = [*reversed(config["temperal_downsample"]), False]
+    residual, convs = config.get("is_residual", False), 2 * (config["num_res_blocks"] + 1)
+    area = h * w
+    cached = (config["z_dim"] + 4 * dims[0]) * area * 2
+    peaks = [10 * dims[0] * area]  # the middle attention with its three copies of queries, keys and values
+    held = config["z_dim"] * area
+    for level, (source, d) in enumerate(itertools.pairwise(dims)):
+        c = source // 2 if level and not residual else source
+        last = level == len(dims) - 2
+        cached += (c + (convs - 1) * d + (d if temporal[level] else 0)) * area * 2
+        kept = c * area if residual and not last else 0  # what the shortcut will need
+        # a residual block holds its input, a normed frame, a sum and one term of a convolution
+        block = max(2 * c + 2 * d, c + 3 * d) * area
+        peaks.append(held + max(block, kept + 4 * d * area))
+        if last:
+            break
+        held += kept + (2 * d if temporal[level] else d) * area
+        area *= 4
+        up = d if residual else d // 2
+        peaks.append(held + (d + up) * area)
+    channels = config.get("out_channels", 3)
+    cached += dims[-1] * area * 2
+    peaks.append(held + (dims[-1] + 2 * channels) * area)
+    output = time_factor(config) * 3 * h * w * space_factor(config) ** 2
+    return 4 * (cached + max(peaks) + output)
+
+
+def choose_tile(config: Mapping[str, Any], h: int, w: int, budget_bytes: int) -> int | None:
+    """The largest tile side whose decoding fits in `budget_bytes`: None for whole frames, `ResourceError` if none."""
+    if decode_bytes(config, h, w) <= budget_bytes:
+        return None
+    for tile in range(max(h, w) - 1, 7, -1):
+        if decode_bytes(config, h, w, tile) <= budget_bytes:
+            return tile
+    raise ResourceError(
+        f"Decoding needs at least {decode_bytes(config, h, w, 8) / 1e9:.1f} GB of memory even in small tiles, and "
+        f"{budget_bytes / 1e9:.1f} GB are free: close other programs, or use a smaller VAE."
+    )

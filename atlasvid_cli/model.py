@@ -1,0 +1,259 @@
+"""One forward of a Wan block over diffusers' own parameters, and the two streams that are built from it (DESIGN §4).
+
+Shapes: n windows (or clips), L tokens a window, D channels. `WanTransformer3DModel` holds the weights; nothing here
+owns a parameter. Parity with its `forward` is a test.
+"""
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from fractions import Fraction
+
+import torch
+from diffusers import WanTransformer3DModel
+from diffusers.models.transformers.transformer_wan import WanTransformerBlock
+
+from .attention import attend, rope, rotate
+from .shapes import Grid
+from .windows import Shape, aligned_proxy, block_layout
+
+KeyValue = tuple[torch.Tensor, torch.Tensor]
+
+
+@dataclass(frozen=True)
+class TextContext:
+    """Prompt keys and values of every block, (m, tokens, heads, d), with the logit bias (m, 1, 1, tokens).
+
+    Wan pads text to 512 keys that are all alike and not masked. They are one key here whose bias is log(how many).
+    """
+
+    keys_values: list[KeyValue]
+    bias: torch.Tensor
+
+
+@dataclass(frozen=True)
+class ProxyContext:
+    """What the detail stream needs of its proxy: keys (rotated at detail coordinates) and values (tokens, heads, d)."""
+
+    grid: Grid
+    ratio: Fraction
+    time_ratio: int
+    margin: tuple[int, int, int]
+    keys_values: list[KeyValue]
+
+    def aligned(self, block: int, windows) -> KeyValue:
+        index = aligned_proxy(windows, self.grid, self.ratio, self.time_ratio, self.margin)
+        keys, values = self.keys_values[block]
+        return keys[index], values[index]
+
+
+def text_context(model: WanTransformer3DModel, embeddings: list[torch.Tensor], length: int) -> TextContext:
+    """Projects prompts, each (tokens, text_dim) without padding, as Wan would after padding each to `length` keys."""
+    longest = max(len(e) for e in embeddings)
+    padded = embeddings[0].new_zeros(len(embeddings), longest + 1, embeddings[0].shape[1])
+    bias = torch.full((len(embeddings), 1, 1, longest + 1), -math.inf, device=padded.device)
+    for i, e in enumerate(embeddings):
+        padded[i, : len(e)] = e
+        bias[i, ..., : len(e)] = 0.0
+        if length > len(e):
+            bias[i, ..., -1] = math.log(length - len(e))
+    hidden = model.condition_embedder.text_embedder(padded)
+    keys_values = []
+    for block in model.blocks:
+        attn = block.attn2
+        keys = attn.norm_k(attn.to_k(hidden)).unflatten(-1, (attn.heads, -1))
+        keys_values.append((keys, attn.to_v(hidden).unflatten(-1, (attn.heads, -1))))
+    return TextContext(keys_values, bias.to(hidden.dtype))
+
+
+def modulation(model: WanTransformer3DModel, timestep: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Time embedding (m, D) and the blocks' modulation (m, 6, D) at timesteps (m,) in 0..1000."""
+    embedder = model.condition_embedder
+    frequencies = embedder.timesteps_proj(timestep)
+    temb = embedder.time_embedder(frequencies.to(embedder.time_embedder.linear_1.weight.dtype))
+    return temb, embedder.time_proj(embedder.act_fn(temb)).unflatten(1, (6, -1))
+
+
+def block_forward(
+    block: WanTransformerBlock,
+    x: torch.Tensor,
+    modulations: torch.Tensor,
+    rotation: torch.Tensor,
+    text: KeyValue,
+    text_bias: torch.Tensor,
+    proxy: KeyValue | None = None,
+    keep: Callable[[torch.Tensor, torch.Tensor], None] | None = None,
+    backend: str | None = None,
+) -> torch.Tensor:
+    """A Wan block on x (n, L, D): each window attends to itself and, in the same softmax, to `proxy` (n, K, heads, d).
+
+    `modulations` (n or 1, 6, D), `rotation` (n or 1, L, 1, d/2), `text` (n or 1, tokens, heads, d). `keep` is given
+    the unrotated keys and the values (n, L, heads, d).
+    """
+    shift, scale, gate, ffn_shift, ffn_scale, ffn_gate = (block.scale_shift_table + modulations.float()).chunk(6, dim=1)
+
+    attn = block.attn1
+    normed = (block.norm1(x.float()) * (1 + scale) + shift).type_as(x)
+    q = rotate(attn.norm_q(attn.to_q(normed)).unflatten(-1, (attn.heads, -1)), rotation)
+    k = attn.norm_k(attn.to_k(normed)).unflatten(-1, (attn.heads, -1))
+    v = attn.to_v(normed).unflatten(-1, (attn.heads, -1))
+    if keep is not None:
+        keep(k, v)
+    k = rotate(k, rotation)
+    if proxy is not None:
+        k, v = torch.cat((k, proxy[0].type_as(k)), dim=1), torch.cat((v, proxy[1].type_as(v)), dim=1)
+    attended = attn.to_out[0](attend(q, k, v, backend=backend).flatten(2))
+    x = (x.float() + attended * gate).type_as(x)
+
+    attn = block.attn2
+    q = attn.norm_q(attn.to_q(block.norm2(x.float()).type_as(x))).unflatten(-1, (attn.heads, -1))
+    keys, values = text
+    if len(keys) == 1:  # one prompt for all windows: one long row of queries
+        attended = attend(q.flatten(0, 1)[None], keys, values, text_bias, backend).view_as(q)
+    else:
+        attended = attend(q, keys, values, text_bias, backend)
+    x = x + attn.to_out[0](attended.flatten(2))
+
+    normed = (block.norm3(x.float()) * (1 + ffn_scale) + ffn_shift).type_as(x)
+    return (x.float() + block.ffn(normed).float() * ffn_gate).type_as(x)
+
+
+def patchify(latents: torch.Tensor, patch: int) -> torch.Tensor:
+    """Latents (C, T, H, W) -> tokens (T*h*w, C*patch*patch) in raster order."""
+    c, t, height, width = latents.shape
+    x = latents.view(c, t, height // patch, patch, width // patch, patch)
+    return x.permute(1, 2, 4, 0, 3, 5).reshape(-1, c * patch * patch)
+
+
+def unpatchify(tokens: torch.Tensor, grid: Grid, patch: int) -> torch.Tensor:
+    """The inverse of `patchify`."""
+    x = tokens.view(grid.t, grid.h, grid.w, -1, patch, patch)
+    return x.permute(3, 0, 1, 4, 2, 5).reshape(-1, grid.t, grid.h * patch, grid.w * patch)
+
+
+def embed(model: WanTransformer3DModel, tokens: torch.Tensor) -> torch.Tensor:
+    """Patch embedding of tokens (..., C*patch*patch) -> (..., D)."""
+    projection = model.patch_embedding
+    return torch.nn.functional.linear(tokens, projection.weight.flatten(1), projection.bias)
+
+
+def predict(model: WanTransformer3DModel, x: torch.Tensor, temb: torch.Tensor) -> torch.Tensor:
+    """Final norm and projection of x (n, L, D) -> velocity (n, L, C*patch*patch), in the order of `patchify`."""
+    shift, scale = (model.scale_shift_table + temb.unsqueeze(1)).chunk(2, dim=1)
+    out = model.proj_out((model.norm_out(x.float()) * (1 + scale) + shift).type_as(x))
+    patch = math.prod(model.config.patch_size)  # Wan puts channels last in the output, first in the input
+    return out.unflatten(-1, (patch, -1)).transpose(-1, -2).flatten(-2)
+
+
+def clip_forward(
+    model: WanTransformer3DModel,
+    tokens: torch.Tensor,
+    grid: Grid,
+    timestep: torch.Tensor,
+    text: TextContext,
+    time_ratio: int = 1,
+    backend: str | None = None,
+) -> torch.Tensor:
+    """Stage 1 (DESIGN §3): velocity (n, L, P) of whole clips `tokens` (n, L, P) under full attention.
+
+    Positions are (time_ratio * t, y, x); time_ratio 1 is Wan's own forward.
+    """
+    t, h, w = (torch.arange(size)[None] for size in (grid.t, grid.h, grid.w))
+    rotation = rope(t * time_ratio, h, w, model.config.attention_head_dim).to(tokens.device)
+    temb, modulations = modulation(model, timestep)
+    x = embed(model, tokens)
+    for block, keys_values in zip(model.blocks, text.keys_values, strict=True):
+        x = block_forward(block, x, modulations, rotation, keys_values, text.bias, backend=backend)
+    return predict(model, x, temb)
+
+
+def proxy_context(
+    model: WanTransformer3DModel,
+    tokens: torch.Tensor,
+    grid: Grid,
+    text: TextContext,
+    ratio: Fraction,
+    time_ratio: int,
+    margin: tuple[int, int, int],
+    window: Shape,
+    centre: bool = False,
+    timestep: float = 0.0,
+) -> ProxyContext:
+    """The proxy stream: clean proxy `tokens` (L, P) through all blocks, keeping each block's keys and values.
+
+    It attends to itself, in windows no larger than its training grid, and to the text, at timestep 0. For the detail's
+    queries its keys are rotated at detail coordinates: a proxy token sits at the middle of what it covers, in time at
+    the end of its group of latents or (`centre`) at its middle.
+    """
+    head_dim = model.config.attention_head_dim
+    temb, modulations = modulation(model, torch.tensor([timestep], device=tokens.device))
+    x = embed(model, tokens)
+    t = torch.arange(grid.t, dtype=torch.float64) * time_ratio
+    if centre:
+        t[1:] -= (time_ratio - 1) / 2
+    h, w = (float(ratio) * (torch.arange(size, dtype=torch.float64) + 0.5) - 0.5 for size in (grid.h, grid.w))
+    detail_rotation = rope(t[None], h[None], w[None], head_dim)[0].to(tokens.device)
+    kept: list[KeyValue] = []
+    for i, block in enumerate(model.blocks):
+        out = torch.empty_like(x)
+        parts: list[tuple[torch.Tensor, torch.Tensor, torch.Tensor]] = []
+        for windows in block_layout(i, (window,), grid):
+            index = windows.indices(grid)
+            wt, wh, ww = windows.axes()
+            rotation = rope(wt * time_ratio, wh, ww, head_dim).to(tokens.device)
+            out[index] = block_forward(
+                block,
+                x[index],
+                modulations,
+                rotation,
+                text.keys_values[i],
+                text.bias,
+                keep=lambda k, v, index=index: parts.append((index, k, v)),
+            )
+        keys, values = (x.new_empty(grid.tokens, *parts[0][1].shape[2:]) for _ in range(2))
+        for index, k, v in parts:
+            keys[index], values[index] = k, v
+        kept.append((rotate(keys[None], detail_rotation[None])[0], values))
+        x = out
+    return ProxyContext(grid, ratio, time_ratio, margin, kept)
+
+
+def detail_forward(
+    model: WanTransformer3DModel,
+    tokens: torch.Tensor,
+    grid: Grid,
+    timestep: float,
+    text: TextContext,
+    proxy: ProxyContext | None,
+    shapes: tuple[Shape, ...],
+    chunk: int,
+    backend: str | None = None,
+    on_block: Callable[[], None] | None = None,
+) -> torch.Tensor:
+    """Velocity (L, P) of the detail `tokens` (L, P): a block is a map over windows.
+
+    Windows partition the tokens and read only themselves, the cached proxy and the text, so without gradients each
+    chunk of windows is written back in place and the hidden state exists once.
+    """
+    head_dim = model.config.attention_head_dim
+    temb, modulations = modulation(model, torch.tensor([timestep], device=tokens.device))
+    hidden = torch.cat([embed(model, part) for part in tokens.split(1 << 15)])
+    for i, block in enumerate(model.blocks):
+        out = torch.empty_like(hidden) if torch.is_grad_enabled() else hidden
+        for group in block_layout(i, shapes, grid):
+            for windows in group.split(chunk):
+                index = windows.indices(grid)
+                out[index] = block_forward(
+                    block,
+                    hidden[index],
+                    modulations,
+                    rope(*windows.axes(), head_dim).to(tokens.device),
+                    text.keys_values[i],
+                    text.bias,
+                    proxy.aligned(i, windows) if proxy else None,
+                    backend=backend,
+                )
+        hidden = out
+        if on_block:
+            on_block()
+    return torch.cat([predict(model, part[None], temb)[0] for part in hidden.split(1 << 15)])

@@ -1,0 +1,110 @@
+"""Prompt files: one prompt a line, or one JSON object a line."""
+
+import json
+import re
+import sys
+import unicodedata
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from .errors import InputError, UsageError
+
+SLUG_CHARACTERS = 40
+MAX_SEED = 2**63 - 1
+KEYS = ("prompt", "id", "seed", "negative_prompt", "output")
+
+
+@dataclass(frozen=True)
+class Item:
+    """One video to make. `output` is a path relative to the output directory; None derives it from id and seed."""
+
+    id: str
+    prompt: str
+    negative_prompt: str | None
+    seed: int
+    output: str | None = None
+
+
+def slug(text: str) -> str:
+    """The first words of `text` as a file name of at most 40 letters, digits and hyphens, in any script."""
+    words = re.sub(r"[\W_]+", "-", unicodedata.normalize("NFKC", text).lower()).strip("-")
+    return words[:SLUG_CHARACTERS].rstrip("-") or "prompt"
+
+
+def single(prompt: str, negative_prompt: str | None, seed: int) -> Item:
+    """The item of a prompt given on the command line."""
+    if not prompt.strip():
+        raise UsageError('the prompt is empty: say what to show, as in atlasvid render "a red ball moving right"')
+    return Item(slug(prompt), prompt.strip(), negative_prompt, seed)
+
+
+def read_prompts(source: str, negative_prompt: str | None, seed: int) -> list[Item]:
+    """Items of a prompt file ("-" = stdin); what an item leaves out comes from the arguments.
+
+    An item without a seed gets `seed` + its index, so that a batch never repeats one noise.
+    """
+    name = "stdin" if source == "-" else source
+    try:
+        data = sys.stdin.buffer.read() if source == "-" else Path(source).read_bytes()
+        text = data.decode("utf-8-sig")
+    except OSError as error:
+        raise InputError(f"prompt file {name} cannot be read ({error.strerror}): check the path") from error
+    except UnicodeDecodeError as error:
+        raise InputError(f"prompt file {name} is not UTF-8 text: convert it with iconv -t utf-8") from error
+    # Not splitlines: JSON strings may hold U+2028 and its like.
+    lines = [(number, line) for number, line in enumerate(text.split("\n"), 1) if line.strip()]
+    if not lines:
+        raise UsageError(f"prompt file {name} holds no prompts: write one prompt a line")
+    json_lines = text.lstrip().startswith("{")
+    digits = max(4, len(str(len(lines) - 1)))
+    items, seen_ids, seen_outputs = [], {}, {}
+    for index, (number, line) in enumerate(lines):
+        place = f"{name} line {number}"
+        fields = _fields(line, place) if json_lines else {"prompt": line}
+        prompt = fields["prompt"].strip()
+        item = Item(
+            id=str(fields.get("id", f"{index:0{digits}d}-{slug(prompt)}")),
+            prompt=prompt,
+            negative_prompt=fields.get("negative_prompt", negative_prompt),
+            seed=fields.get("seed", min(seed + index, MAX_SEED)),
+            output=fields.get("output"),
+        )
+        if (first := seen_ids.setdefault(item.id, number)) != number:
+            raise UsageError(f"{place}: id {item.id!r} is taken by line {first}: give each item its own id")
+        if item.output is not None and (first := seen_outputs.setdefault(item.output, number)) != number:
+            raise UsageError(f"{place}: output {item.output!r} is taken by line {first}: give each item its own output")
+        items.append(item)
+    return items
+
+
+def select(items: Sequence[Item], shard: tuple[int, int] | None) -> list[Item]:
+    """Every n-th item from the i-th (1-based) on; all of them without a shard."""
+    return list(items) if shard is None else list(items[shard[0] - 1 :: shard[1]])
+
+
+def _fields(line: str, place: str) -> dict:
+    """The checked fields of one JSON Lines object; null counts as left out."""
+    try:
+        parsed = json.loads(line)
+    except (ValueError, RecursionError) as error:
+        raise UsageError(f"{place} is not JSON ({error}): write one object a line") from error
+    if not isinstance(parsed, dict):
+        raise UsageError(f'{place} is not a JSON object: write {{"prompt": "..."}}')
+    fields = {key: value for key, value in parsed.items() if value is not None}
+    if unknown := sorted(set(fields) - set(KEYS)):
+        raise UsageError(f"{place}: unknown key {unknown[0]!r}: the keys are {', '.join(KEYS)}")
+    for key in ("prompt", "negative_prompt", "output"):
+        if key in fields and not isinstance(fields[key], str):
+            raise UsageError(f"{place}: {key} must be a string")
+    if not fields.get("prompt", "").strip():
+        raise UsageError(f"{place}: the prompt is empty: say what to show")
+    seed = fields.get("seed", 0)
+    if not isinstance(seed, int) or isinstance(seed, bool) or not 0 <= seed <= MAX_SEED:
+        raise UsageError(f"{place}: seed must be a whole number from 0 to {MAX_SEED}")
+    # An id names files.
+    if "id" in fields and not re.fullmatch(r"\w[\w.-]{0,99}", str(fields["id"])):
+        raise UsageError(f"{place}: id {fields['id']!r} must be 1 to 100 letters, digits, '.', '_' or '-'")
+    if fields.get("output") is not None and (not fields["output"].strip() or "\0" in fields["output"]):
+        raise UsageError(f"{place}: output must be a file name")
+    return fields

@@ -1,0 +1,89 @@
+"""Geometry in integers: pixels -> latents -> tokens, and the cascade of grids that climbs to the target (DESIGN §2).
+
+No torch here. A token covers `spatial * patch` pixels; a causal VAE turns 4k+1 frames into k+1 latent frames.
+"""
+
+import math
+from dataclasses import dataclass
+from fractions import Fraction
+
+
+@dataclass(frozen=True)
+class Grid:
+    """Tokens along time, height and width."""
+
+    t: int
+    h: int
+    w: int
+
+    @property
+    def tokens(self) -> int:
+        return self.t * self.h * self.w
+
+
+@dataclass(frozen=True)
+class Geometry:
+    """Compression of the VAE (`temporal`, `spatial`) and the transformer's spatial `patch`."""
+
+    temporal: int
+    spatial: int
+    patch: int
+
+    @property
+    def token_pixels(self) -> int:
+        return self.spatial * self.patch
+
+
+def frames_to_write(seconds: Fraction, fps: int) -> int:
+    """Frames in `seconds` at `fps`; a fraction of a frame counts as one."""
+    return math.ceil(seconds * fps)
+
+
+def frames_to_generate(written: int, temporal: int) -> int:
+    """The smallest temporal*k + 1 that is at least `written`."""
+    return math.ceil((written - 1) / temporal) * temporal + 1
+
+
+def latent_frames(frames: int, temporal: int) -> int:
+    return (frames - 1) // temporal + 1
+
+
+def video_grid(width: int, height: int, frames: int, geometry: Geometry) -> Grid:
+    """Token grid of a clip of `frames` (temporal*k + 1); sizes are rounded up to the next token."""
+    pixels = geometry.token_pixels
+    return Grid(latent_frames(frames, geometry.temporal), -(-height // pixels), -(-width // pixels))
+
+
+def proxy_grid(detail: Grid, ratio: Fraction, time_ratio: int) -> Grid:
+    """The grid of the proxy that a detail grid is aligned with: ceil(detail / ratio); latent 0 is frame 0 in both."""
+    return Grid(
+        -(-(detail.t - 1) // time_ratio) + 1,
+        math.ceil(detail.h / ratio),
+        math.ceil(detail.w / ratio),
+    )
+
+
+def proxy_latent(t: int, time_ratio: int) -> int:
+    """The proxy latent that covers detail latent t: P covers time_ratio*(P-1)+1 .. time_ratio*P."""
+    return -(-t // time_ratio)
+
+
+def cascade(target: Grid, base_tokens: int, max_ratio: int, time_ratio: int) -> tuple[Grid, list[tuple[Grid, Fraction]]]:
+    """The proxy grid and the detail levels [(grid, ratio to the level below)] that climb to `target`.
+
+    The fewest levels whose ratios stay within `max_ratio`, all the same, in halves; the proxy has about `base_tokens`
+    tokens a latent frame. Only the first detail level changes the frame rate.
+    """
+    reach = math.sqrt(target.h * target.w / base_tokens)
+    count = max(1, math.ceil(math.log(max(reach, 1.0), max_ratio) - 1e-9))
+    ratio = max(Fraction(1), Fraction(math.ceil(2 * reach ** (1 / count) - 1e-9), 2))
+    levels = [(target, ratio)]
+    for _ in range(count - 1):
+        levels.insert(0, (proxy_grid(levels[0][0], ratio, 1), ratio))
+    return proxy_grid(levels[0][0], ratio, time_ratio), levels
+
+
+def supersample(width: int, height: int, token_pixels: int, base_tokens: int, min_ratio: float) -> int:
+    """The factor at which a small video is generated and then box-filtered down, so that its proxy is not starved."""
+    tokens = (width / token_pixels) * (height / token_pixels)
+    return max(1, math.ceil(min_ratio * math.sqrt(base_tokens / tokens) - 1e-9))

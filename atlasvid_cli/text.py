@@ -1,0 +1,27 @@
+"""Prompts to embeddings, exactly as WanPipeline makes them, without the padding that it appends."""
+
+import re
+
+import torch
+from diffusers.pipelines.wan.pipeline_wan import prompt_clean
+from transformers import PreTrainedTokenizerBase, UMT5EncoderModel
+
+
+@torch.no_grad()
+def encode_prompts(
+    prompts: list[str], tokenizer: PreTrainedTokenizerBase, encoder: UMT5EncoderModel, length: int = 512
+) -> list[torch.Tensor]:
+    """Embeddings (tokens, text_dim) fp32 of each prompt; `length` is where Wan truncates."""
+    result = []
+    for prompt in prompts:
+        ids = tokenizer(prompt_clean(prompt), truncation=True, max_length=length, return_tensors="pt")
+        states = encoder(ids.input_ids.to(encoder.device), ids.attention_mask.to(encoder.device)).last_hidden_state
+        result.append(states[0].float())
+    return result
+
+
+def unknown_words(prompt: str, tokenizer: PreTrainedTokenizerBase) -> list[str]:
+    """Words of the prompt that the tokenizer has no token for (a subword tokenizer has none)."""
+    unknown = tokenizer.unk_token_id
+    words = re.findall(r"\w+", prompt)
+    return [w for w in words if unknown in tokenizer(w, add_special_tokens=False).input_ids]

@@ -1,0 +1,220 @@
+"""Trains the embedded model's transformer from nothing, and LoRA adapters of both stages, by flow matching.
+
+Every step draws its samples, noise and sigmas from (seed, step) alone, so a run resumed from a checkpoint goes on as if
+it had never stopped. Samples come precomputed from `dataset`.
+"""
+
+import json
+import math
+import random
+import time
+from collections.abc import Callable, Iterator
+from fractions import Fraction
+from pathlib import Path
+
+import torch
+from diffusers import WanTransformer3DModel
+from peft import LoraConfig, get_peft_model_state_dict
+from safetensors.torch import save_file
+
+from .checkpoint import load_checkpoint, save_checkpoint
+from .model import clip_forward, detail_forward, patchify, proxy_context, text_context
+from .optim import MuonAdamW, learning_rate
+from .schedule import shift_sigma
+from .shapes import Grid
+
+TEXT_LENGTH = 512
+PATCH = 2
+PROXY_DROP, TEXT_DROP = 0.05, 0.1  # DESIGN §4, so that guidance can act on either
+PROXY_NOISE = 0.15  # the largest sigma that the proxy is noised with, so that an imperfect one still guides
+LORA_TARGETS = ["to_q", "to_k", "to_v", "to_out.0", "ffn.net.0.proj", "ffn.net.2"]
+
+Embed = Callable[[str], torch.Tensor]
+
+
+def lora_config(rank: int) -> LoraConfig:
+    return LoraConfig(r=rank, lora_alpha=rank, target_modules=LORA_TARGETS, init_lora_weights=True)
+
+
+def draw_sigma(generator: torch.Generator, shift: float, mean: float = 0.0) -> float:
+    """A logit-normal sigma under the flow-matching time shift, rounded as schedulers do to a whole timestep."""
+    plain = torch.sigmoid(torch.randn((), generator=generator) + mean).item()
+    return max(1, int(1000 * shift_sigma(plain, shift))) / 1000
+
+
+def grid_of(latents: torch.Tensor) -> Grid:
+    _, t, h, w = latents.shape
+    return Grid(t, h // PATCH, w // PATCH)
+
+
+def clip_loss(
+    model: WanTransformer3DModel,
+    samples: list[torch.Tensor],
+    prompts: list[torch.Tensor],
+    generator: torch.Generator,
+    time_ratio: int,
+    shift: float,
+) -> torch.Tensor:
+    """Flow-matching loss of stage 1 on latents of one shape: predict noise - latents."""
+    clean = torch.stack([patchify(s, PATCH) for s in samples])
+    noise = torch.randn(clean.shape, generator=generator)
+    sigma = torch.tensor([draw_sigma(generator, shift) for _ in samples])
+    noisy = torch.lerp(clean, noise, sigma.view(-1, 1, 1))
+    text = text_context(model, prompts, TEXT_LENGTH)
+    out = clip_forward(model, noisy, grid_of(samples[0]), (sigma * 1000).floor(), text, time_ratio)
+    return (out - (noise - clean)).square().mean()
+
+
+def detail_loss(
+    model: WanTransformer3DModel,
+    proxy_model: WanTransformer3DModel,
+    sample: dict,
+    prompt: torch.Tensor,
+    rng: random.Random,
+    generator: torch.Generator,
+    shapes: tuple[tuple[int, int, int], ...],
+    margin: tuple[int, int, int],
+    shift: float,
+) -> torch.Tensor:
+    """Flow-matching loss of stage 2 on one crop with its aligned proxy, at r_t = 4 or 1."""
+    time_ratio = rng.choice((4, 1))
+    proxy = sample[f"proxy_{time_ratio}"].float()
+    clean = patchify(sample["latents"].float(), PATCH)
+    noise = torch.randn(clean.shape, generator=generator)
+    sigma = draw_sigma(generator, shift)
+    strength = rng.random() * PROXY_NOISE
+    proxy = torch.lerp(proxy, torch.randn(proxy.shape, generator=generator), strength)
+    context = None
+    if rng.random() >= PROXY_DROP:
+        context = proxy_context(
+            proxy_model,
+            patchify(proxy, PATCH),
+            grid_of(proxy),
+            text_context(proxy_model, [prompt], TEXT_LENGTH),
+            Fraction(sample["ratio"]),
+            time_ratio,
+            margin,
+            window=(13, 9, 9),
+        )
+    out = detail_forward(
+        model,
+        torch.lerp(clean, noise, sigma),
+        grid_of(sample["latents"]),
+        int(sigma * 1000),
+        text_context(model, [prompt], TEXT_LENGTH),
+        context,
+        shapes,
+        chunk=64,
+    )
+    return (out - (noise - clean)).square().mean()
+
+
+def batches(data: list[dict], rng: random.Random, tokens: int) -> Iterator[list[dict]]:
+    """Endless batches of one latent shape holding about `tokens` tokens, shapes drawn by how many samples have them."""
+    by_shape: dict[tuple, list[dict]] = {}
+    for sample in data:
+        by_shape.setdefault(tuple(sample["latents"].shape), []).append(sample)
+    shapes = sorted(by_shape)
+    while True:
+        shape = rng.choices(shapes, [len(by_shape[s]) for s in shapes])[0]
+        count = max(1, tokens // grid_of(by_shape[shape][0]["latents"]).tokens)
+        yield rng.choices(by_shape[shape], k=count)
+
+
+def run(
+    model: WanTransformer3DModel,
+    folder: Path,
+    steps: int,
+    lr: float,
+    seed: int,
+    loss_at: Callable[[int, random.Random, torch.Generator], torch.Tensor],
+    accumulate: int = 1,
+) -> None:
+    """The loop: `loss_at(step, rng, generator)` is averaged over `accumulate` draws; logs and checkpoints to `folder`."""
+    named = [(n, p) for n, p in model.named_parameters() if p.requires_grad]
+    optimizer = MuonAdamW(named, lr, ("patch_embedding", "condition_embedder", "proj_out", "scale_shift_table"))
+    step = load_checkpoint(folder, model, optimizer)
+    started, recent = time.monotonic(), []
+    while step < steps:
+        total = 0.0
+        for part in range(accumulate):
+            rng = random.Random(f"{seed}/{step}/{part}")
+            generator = torch.Generator().manual_seed(rng.getrandbits(60))
+            loss = loss_at(step, rng, generator) / accumulate
+            loss.backward()
+            total += loss.item()
+        torch.nn.utils.clip_grad_norm_([p for _, p in named], 1.0)
+        optimizer.step(learning_rate(step, steps, lr))
+        step += 1
+        recent.append(total)
+        if step % 25 == 0 or step == steps:
+            row = {"step": step, "loss": round(sum(recent) / len(recent), 5)}
+            recent.clear()
+            with (folder / "log.jsonl").open("a") as log:
+                log.write(json.dumps(row | {"seconds": round(time.monotonic() - started, 1)}) + "\n")
+        if step % 200 == 0 or step == steps:
+            save_checkpoint(folder, model, optimizer, step)
+
+
+def pick_prompt(sample: dict, embed: Embed, rng: random.Random) -> torch.Tensor:
+    return embed("" if rng.random() < TEXT_DROP else sample["caption"])
+
+
+def train_clips(
+    model: WanTransformer3DModel,
+    folder: Path,
+    images: list[dict],
+    clips: list[dict],
+    embed: Embed,
+    steps: int,
+    lr: float,
+    time_ratio: int,
+    shift: float = 3.0,
+    tokens: int = 1920,
+    seed: int = 0,
+) -> None:
+    """Stage 1 training: single frames first (colours, shapes, grounds), clips (motion) more and more often."""
+
+    def loss_at(step: int, rng: random.Random, generator: torch.Generator) -> torch.Tensor:
+        still = images and rng.random() > 0.15 + 0.75 * step / steps
+        picked = next(batches(images if still else clips, rng, tokens))
+        latents = [s["latents"].float() for s in picked]
+        if not still and rng.random() < 0.5:  # a causal VAE's prefix is a shorter clip
+            length = rng.randint(2, latents[0].shape[1])
+            latents = [x[:, :length] for x in latents]
+        prompts = [pick_prompt(s, embed, rng) for s in picked]
+        return clip_loss(model, latents, prompts, generator, time_ratio, shift)
+
+    run(model, folder, steps, lr, seed, loss_at)
+
+
+def train_detail(
+    model: WanTransformer3DModel,
+    proxy_model: WanTransformer3DModel,
+    folder: Path,
+    data: list[dict],
+    embed: Embed,
+    steps: int,
+    lr: float,
+    shapes: tuple[tuple[int, int, int], ...],
+    margin: tuple[int, int, int],
+    shift: float = 3.0,
+    accumulate: int = 3,
+    seed: int = 0,
+) -> None:
+    """Stage 2 training. `proxy_model` is `model` itself where the adapter acts on both streams."""
+
+    def loss_at(step: int, rng: random.Random, generator: torch.Generator) -> torch.Tensor:
+        sample = rng.choice(data)
+        prompt = pick_prompt(sample, embed, rng)
+        return detail_loss(model, proxy_model, sample, prompt, rng, generator, shapes, margin, shift)
+
+    run(model, folder, steps, lr, seed, loss_at, accumulate)
+
+
+def save_adapter(model: WanTransformer3DModel, path: Path, metadata: dict[str, str]) -> None:
+    """The active LoRA in the layout that `WanPipeline.load_lora_weights` reads, fp16."""
+    state = get_peft_model_state_dict(model, adapter_name="default")
+    rank = next(v.shape[0] for k, v in state.items() if "lora_A" in k)
+    assert math.isclose(model.peft_config["default"].lora_alpha, rank)  # so that no scale needs to be stored
+    save_file({f"transformer.{k}": v.half().contiguous() for k, v in state.items()}, path, metadata)

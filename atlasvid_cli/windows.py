@@ -1,0 +1,103 @@
+"""Window layouts: which tokens attend together in a block, and which proxy tokens they see (DESIGN §4).
+
+Tokens lie in raster order (t, h, w). A layout cuts the grid into windows; windows of one shape form a dense batch.
+An axis is cut into at most three lengths (first, whole, last), so a layout has at most 27 shapes; no token is padded,
+no mask exists.
+"""
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+from fractions import Fraction
+from itertools import product
+
+import torch
+
+from .shapes import Grid, proxy_latent
+
+Shape = tuple[int, int, int]
+
+
+@dataclass(frozen=True)
+class Windows:
+    """Windows of one shape: `starts` (n, 3) int64, the first token of each along t, h, w."""
+
+    shape: Shape
+    starts: torch.Tensor
+
+    def __len__(self) -> int:
+        return len(self.starts)
+
+    def split(self, count: int) -> Iterator["Windows"]:
+        """The same windows, at most `count` at a time."""
+        for part in self.starts.split(count):
+            yield Windows(self.shape, part)
+
+    def axes(self) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Coordinates (n, length) along t, h, w."""
+        t, h, w = (self.starts[:, i, None] + torch.arange(self.shape[i]) for i in range(3))
+        return t, h, w
+
+    def indices(self, grid: Grid) -> torch.Tensor:
+        """Raster indices (n, tokens) of every token of every window."""
+        t, h, w = self.axes()
+        return (
+            (t[:, :, None, None] * grid.h + h[:, None, :, None]) * grid.w + w[:, None, None, :]
+        ).flatten(1)
+
+
+def cut(size: int, length: int, shifted: bool) -> list[tuple[int, int]]:
+    """(start, length) pieces of an axis; shifted by half a window unless one window covers the axis."""
+    if length >= size:
+        return [(0, size)]
+    edges = [0, *range(length // 2 if shifted and length > 1 else length, size, length), size]
+    return [(a, b - a) for a, b in zip(edges, edges[1:], strict=False)]
+
+
+def layout(grid: Grid, shape: Shape, shifted: bool) -> list[Windows]:
+    """Every window of the grid, grouped by shape. Every token is in exactly one window."""
+    groups: dict[Shape, list[Shape]] = {}
+    cuts = [cut(size, length, shifted) for size, length in zip((grid.t, grid.h, grid.w), shape, strict=True)]
+    for (t, lt), (h, lh), (w, lw) in product(*cuts):
+        groups.setdefault((lt, lh, lw), []).append((t, h, w))
+    return [Windows(s, torch.tensor(starts)) for s, starts in groups.items()]
+
+
+def block_layout(block: int, shapes: tuple[Shape, ...], grid: Grid) -> list[Windows]:
+    """The layout of a block: shapes cycle, and each shape is used plain, then shifted by half."""
+    return layout(grid, shapes[block // 2 % len(shapes)], shifted=block % 2 == 1)
+
+
+def window(x: torch.Tensor, grid: Grid, windows: list[Windows]) -> list[torch.Tensor]:
+    """(tokens, ...) in raster order -> dense (n, window tokens, ...) batches, one a shape."""
+    return [x[w.indices(grid)] for w in windows]
+
+
+def unwindow(batches: list[torch.Tensor], grid: Grid, windows: list[Windows]) -> torch.Tensor:
+    """The inverse of `window`."""
+    out = batches[0].new_empty((grid.tokens, *batches[0].shape[2:]))
+    for batch, w in zip(batches, windows, strict=True):
+        out[w.indices(grid)] = batch
+    return out
+
+
+def aligned_proxy(
+    windows: Windows, proxy: Grid, ratio: Fraction, time_ratio: int, margin: tuple[int, int, int]
+) -> torch.Tensor:
+    """Raster indices (n, keys) of the proxy tokens aligned with each window, plus `margin` proxy tokens a side.
+
+    The number of keys is the same for all windows of a shape: at a border the box moves inward instead of shrinking.
+    """
+    wt, wh, ww = windows.shape
+    t, h, w = windows.starts.unbind(1)
+    counts, starts = [], []
+    spans = (
+        ((wt + time_ratio - 2) // time_ratio + 1, torch.tensor([proxy_latent(int(i), time_ratio) for i in t]), proxy.t),
+        (math.ceil(wh / ratio) + 1, h * ratio.denominator // ratio.numerator, proxy.h),
+        (math.ceil(ww / ratio) + 1, w * ratio.denominator // ratio.numerator, proxy.w),
+    )
+    for (span, first, size), side in zip(spans, margin, strict=True):
+        count = min(size, span + 2 * side)
+        counts.append(count)
+        starts.append((first - side).clamp(0, size - count))
+    return Windows((counts[0], counts[1], counts[2]), torch.stack(starts, dim=1)).indices(proxy)

@@ -1,0 +1,220 @@
+"""The procedural world that the embedded model is trained on: captions and exact frames at any scale.
+
+A scene is one object of a given colour, shape and direction over a textured ground. Rendering is analytic (signed
+distances, box-filtered edges), so a 4K crop and a 256 px frame of the same scene agree without resampling.
+Scene units: the frame is 1 high and `aspect` wide, y grows downwards.
+"""
+
+import hashlib
+import math
+import random
+from dataclasses import dataclass
+
+import torch
+
+COLOURS: dict[str, tuple[float, float, float]] = {  # sRGB, 0..1
+    "red": (0.86, 0.10, 0.12),
+    "green": (0.10, 0.62, 0.20),
+    "blue": (0.12, 0.25, 0.86),
+    "yellow": (0.96, 0.86, 0.12),
+    "purple": (0.54, 0.14, 0.70),
+    "orange": (0.97, 0.52, 0.08),
+    "white": (0.97, 0.97, 0.97),
+    "black": (0.05, 0.05, 0.05),
+}
+SHAPES = ("ball", "square", "triangle", "ring", "star")
+DIRECTIONS: dict[str, tuple[float, float]] = {
+    "left": (-1.0, 0.0),
+    "right": (1.0, 0.0),
+    "up": (0.0, -1.0),
+    "down": (0.0, 1.0),
+}
+GROUNDS = ("checkerboard", "stripes", "hills", "gradient")
+HELD_OUT_FRACTION = 0.1
+SPEED = (0.045, 0.055)  # frame extents a second along the direction: 12 s cross at most two thirds of the frame
+
+
+@dataclass(frozen=True)
+class Scene:
+    """One scene. `size` is the object's radius, `start` its centre at t = 0, both in scene units; `speed` in units/s."""
+
+    colour: str
+    shape: str
+    direction: str
+    ground_colour: str
+    ground: str
+    aspect: float
+    size: float
+    start: tuple[float, float]
+    speed: float
+    phase: tuple[float, float]
+
+    @property
+    def attributes(self) -> tuple[str, str, str, str, str]:
+        return self.colour, self.shape, self.direction, self.ground_colour, self.ground
+
+
+def is_held_out(attributes: tuple[str, ...]) -> bool:
+    """Whether a combination of attributes is kept out of training: decided by its hash alone, so it never moves."""
+    digest = hashlib.sha256(" ".join(attributes).encode()).digest()
+    return int.from_bytes(digest[:4], "big") < HELD_OUT_FRACTION * 2**32
+
+
+def sample_attributes(rng: random.Random, held_out: bool = False) -> tuple[str, str, str, str, str]:
+    """A random (colour, shape, direction, ground colour, ground) from the training or the held-out combinations."""
+    while True:
+        colour, ground_colour = rng.sample(sorted(COLOURS), 2)
+        attributes = (
+            colour,
+            rng.choice(SHAPES),
+            rng.choice(sorted(DIRECTIONS)),
+            ground_colour,
+            rng.choice(GROUNDS),
+        )
+        if is_held_out(attributes) == held_out:
+            return attributes
+
+
+def sample_scene(
+    rng: random.Random, aspect: float, seconds: float, attributes: tuple[str, str, str, str, str] | None = None
+) -> Scene:
+    """A random scene whose object stays inside the frame for `seconds` (at most 12)."""
+    colour, shape, direction, ground_colour, ground = attributes or sample_attributes(rng)
+    size = rng.uniform(0.17, 0.22) * min(1.0, aspect)
+    dx, dy = DIRECTIONS[direction]
+    extent = aspect if dx else 1.0
+    speed = rng.uniform(*SPEED) * extent
+    margin = size * 1.05
+    travel = min(speed * seconds, extent - 2 * margin)
+    # the centre starts where the whole path fits, on the side that the object moves away from
+    slack = extent - 2 * margin - travel
+    along = margin + rng.uniform(0.0, slack)
+    if dx + dy < 0:
+        along = extent - along
+    across_extent = 1.0 if dx else aspect
+    across = across_extent / 2 + rng.uniform(-0.6, 0.6) * max(across_extent / 2 - margin, 0.0)
+    start = (along, across) if dx else (across, along)
+    return Scene(
+        colour,
+        shape,
+        direction,
+        ground_colour,
+        ground,
+        aspect,
+        size,
+        start,
+        speed,
+        (rng.random(), rng.random()),
+    )
+
+
+def caption(scene: Scene, rng: random.Random | None = None) -> str:
+    """A caption of the scene: the plain form, or with `rng` one of many word orders, some leaving a part out."""
+    c, s, d, gc, g = scene.attributes
+    plain = f"a {c} {s} moving {d} over a {gc} {g}"
+    if rng is None or rng.random() < 0.5:
+        return plain
+    return rng.choice(
+        (
+            f"{c} {s} moving {d}, {gc} {g}",
+            f"over a {gc} {g} a {c} {s} moves {d}",
+            f"a {s} that is {c} goes {d} on a {g} that is {gc}",
+            f"the {c} {s} slides {d} across the {gc} {g}",
+            f"a {gc} {g} with a {c} {s} moving {d}",
+            f"a {c} {s} over a {gc} {g}",
+            f"a {c} {s} moving {d}",
+            f"a {s} moving {d} over a {gc} {g}",
+        )
+    )
+
+
+def render(
+    scene: Scene,
+    times: torch.Tensor,
+    height: int,
+    width: int,
+    window: tuple[float, float, float] | None = None,
+) -> torch.Tensor:
+    """Frames of the scene as (3, T, H, W) fp32 in -1..1.
+
+    `times` (T,) are seconds. `window` is (x, y, h) in scene units: the top-left corner and the height that is shown
+    (its width follows from the pixel aspect); without it, the whole frame.
+    """
+    x0, y0, shown = window or (0.0, 0.0, 1.0)
+    pixel = shown / height
+    y = y0 + (torch.arange(height, dtype=torch.float32) + 0.5) * pixel
+    x = x0 + (torch.arange(width, dtype=torch.float32) + 0.5) * pixel
+    ground = _ground(scene, x, y, pixel)
+    colour = torch.tensor(COLOURS[scene.colour]).view(3, 1, 1)
+    dx, dy = DIRECTIONS[scene.direction]
+    frames = []
+    for t in times.tolist():
+        cx, cy = scene.start[0] + dx * scene.speed * t, scene.start[1] + dy * scene.speed * t
+        distance = _shape_distance(scene.shape, (x - cx)[None, :], (y - cy)[:, None], scene.size)
+        cover = (0.5 - distance / pixel).clamp_(0.0, 1.0)
+        frames.append(torch.lerp(ground, colour.expand_as(ground), cover))
+    return torch.stack(frames, dim=1).mul_(2.0).sub_(1.0)
+
+
+def ground_tones(colour: str) -> tuple[torch.Tensor, torch.Tensor]:
+    """The light and dark tone (3,) of a ground: greyer than any object, so that the two never look alike."""
+    light = torch.lerp(torch.tensor(COLOURS[colour]), torch.full((3,), 0.55), 0.38)
+    return light, light * 0.7
+
+
+def _shape_distance(shape: str, x: torch.Tensor, y: torch.Tensor, r: float) -> torch.Tensor:
+    """Signed distance to the outline, negative inside, scene units."""
+    if shape == "ball":
+        return torch.hypot(x, y) - r
+    if shape == "ring":
+        return (torch.hypot(x, y) - 0.74 * r).abs() - 0.26 * r
+    if shape == "square":
+        return torch.maximum(x.abs(), y.abs()) - 0.85 * r
+    if shape == "triangle":  # equilateral, apex up: three half planes
+        s = math.sqrt(3.0) / 2
+        return torch.maximum(y - 0.5 * r, s * x.abs() - 0.5 * y - 0.5 * r)
+    if shape == "star":  # five points: fold into one tenth, then the edge from tip to notch
+        sector = math.pi / 5
+        angle = torch.atan2(x.expand_as(x + y), -y.expand_as(x + y))
+        folded = torch.remainder(angle + sector, 2 * sector) - sector
+        radius = torch.hypot(x, y)
+        px, py = radius * torch.cos(folded), radius * torch.sin(folded).abs()
+        notch = 0.45 * r
+        nx, ny = notch * math.cos(sector), notch * math.sin(sector)
+        ex, ey = nx - r, ny
+        length = math.hypot(ex, ey)
+        return ((py * -ex) + (px - r) * ey) / length
+    raise ValueError(f"unknown shape {shape!r}")
+
+
+def _ground(scene: Scene, x: torch.Tensor, y: torch.Tensor, pixel: float) -> torch.Tensor:
+    light, dark = (tone.view(3, 1, 1) for tone in ground_tones(scene.ground_colour))
+    px, py = scene.phase
+    if scene.ground == "checkerboard":
+        cell = 0.25
+        mix = 0.5 - 0.5 * _square_wave(x / cell + px, pixel / cell)[None, :] * (
+            _square_wave(y / cell + py, pixel / cell)[:, None]
+        )
+    elif scene.ground == "stripes":  # diagonal
+        cell = 0.2
+        mix = 0.5 - 0.5 * _square_wave((x[None, :] + y[:, None]) / cell / math.sqrt(2) + px, pixel / cell)
+    elif scene.ground == "hills":  # three ridges, each darker than the one behind it
+        mix = torch.zeros(len(y), len(x))
+        for i in range(3):
+            ridge = 0.3 + 0.25 * i + 0.09 * torch.sin(2 * math.pi * (x * (0.8 + 0.23 * i) + px + i * py))
+            cover = ((y[:, None] - ridge[None, :]) / pixel + 0.5).clamp(0.0, 1.0)
+            mix = torch.lerp(mix, torch.full_like(mix, (i + 1) / 3), cover)
+    elif scene.ground == "gradient":  # light at the top
+        mix = y[:, None].clamp(0.0, 1.0).expand(len(y), len(x))
+    else:
+        raise ValueError(f"unknown ground {scene.ground!r}")
+    return torch.lerp(light, dark, mix)
+
+
+def _square_wave(phase: torch.Tensor, footprint: float) -> torch.Tensor:
+    """+1 on even cells, -1 on odd ones, averaged over a box of `footprint` cells."""
+    # the integral of the wave is a triangle wave; a box filter is a difference of integrals
+    def integral(p: torch.Tensor) -> torch.Tensor:
+        return 1.0 - (torch.remainder(p, 2.0) - 1.0).abs()
+
+    return (integral(phase + footprint / 2) - integral(phase - footprint / 2)) / footprint

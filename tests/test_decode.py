@@ -1,0 +1,206 @@
+"""Streaming decode: equal to diffusers' own `_decode`, tiled or not, within the memory that was predicted."""
+
+import weakref
+
+import pytest
+import torch
+from diffusers import AutoencoderKLWan
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from atlasvid_cli import decode
+from atlasvid_cli.errors import RenderError, ResourceError
+
+RESIDUAL = {
+    "base_dim": 8,
+    "decoder_base_dim": 8,
+    "z_dim": 4,
+    "dim_mult": [1, 2, 2],
+    "num_res_blocks": 1,
+    "temperal_downsample": [True, True],
+    "is_residual": True,
+    "in_channels": 48,
+    "out_channels": 48,
+    "patch_size": 4,
+    "scale_factor_temporal": 4,
+    "scale_factor_spatial": 16,
+    "latents_mean": [0.1, -0.2, 0.0, 0.3],
+    "latents_std": [1.5, 0.5, 1.0, 2.0],
+}
+WAN21 = {
+    "base_dim": 8,
+    "z_dim": 4,
+    "dim_mult": [1, 2, 4, 4],
+    "num_res_blocks": 2,
+    "temperal_downsample": [False, True, True],
+    "latents_mean": [0.0, 0.5, 0.0, -0.5],
+    "latents_std": [1.0, 2.0, 1.0, 0.5],
+}
+# as Wan2.2: a level that halves its channels, so that the shortcut mixes them, and one that doubles no frames
+WAN22 = dict(
+    RESIDUAL,
+    dim_mult=[1, 2, 4, 4],
+    temperal_downsample=[False, True, True],
+    patch_size=2,
+    in_channels=12,
+    out_channels=12,
+)
+EMBEDDED = dict(RESIDUAL, base_dim=32, decoder_base_dim=32, z_dim=32, latents_mean=[0.0] * 32, latents_std=[1.0] * 32)
+
+
+@pytest.fixture(autouse=True)
+def one_thread():
+    """Tensors here are far too small for more: threads would only wait for each other."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+def build(config: dict, live: bool = True) -> AutoencoderKLWan:
+    torch.manual_seed(0)
+    vae = AutoencoderKLWan(**config).eval()
+    with torch.no_grad():
+        for p in vae.parameters():  # biases and gains that matter
+            if p.ndim == 1 or p[0].numel() == 1:
+                p.add_(torch.randn_like(p) * 0.2)
+        if not live:
+            for attention in vae.decoder.mid_block.attentions:
+                attention.proj.weight.zero_()
+                attention.proj.bias.zero_()
+    return vae
+
+
+def latents(config: dict, t: int, h: int, w: int) -> torch.Tensor:
+    return torch.randn(config["z_dim"], t, h, w, generator=torch.Generator().manual_seed(1))
+
+
+@torch.no_grad()
+def reference(vae: AutoencoderKLWan, z: torch.Tensor) -> torch.Tensor:
+    mean, std = (torch.tensor(v).view(-1, 1, 1, 1) for v in (vae.config.latents_mean, vae.config.latents_std))
+    return vae._decode((z * std + mean)[None]).sample[0].transpose(0, 1) * 0.5 + 0.5
+
+
+@pytest.mark.parametrize("config", [RESIDUAL, WAN21, WAN22], ids=["residual", "wan2.1", "wan2.2"])
+@pytest.mark.parametrize("live", [True, False], ids=["attention", "no attention"])
+def test_equals_diffusers(config, live):
+    vae, z = build(config, live), latents(config, 3, 4, 6)
+    chunks = list(decode.decode_stream(vae, z))
+    assert [len(c) for c in chunks] == [1, 4, 4]
+    assert all(c.dtype == torch.float32 for c in chunks)
+    expected = reference(vae, z)
+    assert expected.std() > 0.05
+    torch.testing.assert_close(torch.cat(chunks), expected, rtol=0, atol=1e-5)
+
+
+def test_leaves_the_vae_as_it_was():
+    vae, z = build(RESIDUAL), latents(RESIDUAL, 2, 4, 4)
+    before = reference(vae, z)
+    list(decode.decode_stream(vae, z))
+    assert torch.equal(reference(vae, z), before)
+
+
+@pytest.mark.parametrize("config", [RESIDUAL, WAN21], ids=["residual", "wan2.1"])
+def test_tiles_without_attention_are_exact(config, tmp_path):
+    vae, z = build(config, live=False), latents(config, 2, 5, 34)
+    whole = torch.cat(list(decode.decode_stream(vae, z)))
+    tiled = torch.cat(list(decode.decode_stream(vae, z, tile=12, spool=tmp_path)))
+    assert decode.receptive_radius(config) < 34 - 12  # some tile does not see the whole width
+    torch.testing.assert_close(tiled, whole, rtol=0, atol=1e-5)
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("config", [RESIDUAL, WAN21], ids=["residual", "wan2.1"])
+def test_receptive_radius_bounds_and_is_not_slack(config):
+    vae, radius = build(config, live=False), decode.receptive_radius(config)
+    z = latents(config, 1, 1, 2 * radius + 3)
+    changed = z.clone()
+    changed[..., 0] += 100.0
+    a, b = (next(decode.decode_stream(vae, v)) for v in (z, changed))
+    reached = (a != b).any(dim=(0, 1, 2)).nonzero().max().item() // decode.space_factor(config)
+    assert radius - 2 <= reached <= radius
+
+
+def test_tiles_with_attention_are_blended(tmp_path):
+    vae, z = build(RESIDUAL), latents(RESIDUAL, 2, 9, 36)
+    whole = torch.cat(list(decode.decode_stream(vae, z)))
+    tiled = torch.cat(list(decode.decode_stream(vae, z, tile=12, spool=tmp_path)))
+    assert (tiled - whole).abs().mean() < 0.02
+    # no step at a border: the error changes there no faster than elsewhere
+    error = (tiled - whole).diff(dim=-1).abs().mean(dim=(0, 1, 2))
+    assert error[[191, 383]].max() <= 3 * error.mean() + 1e-5
+
+
+@pytest.mark.parametrize("size, tile", [(7, 3), (34, 12), (136, 50), (5, 5)])
+@pytest.mark.parametrize("blend", [0, 4])
+def test_tile_weights_sum_to_one(size, tile, blend):
+    spans = decode._spans(size, tile)
+    assert max(b - a for a, b in spans) <= tile
+    pixels = [(a * 16, b * 16) for a, b in spans]
+    total = sum(decode._ramp(span, blend, size * 16) for span in pixels)
+    torch.testing.assert_close(total, torch.ones(size * 16))
+
+
+def test_bad_latents_are_refused():
+    vae, z = build(RESIDUAL), latents(RESIDUAL, 1, 2, 2)
+    with pytest.raises(RenderError, match="NaN"):
+        next(decode.decode_stream(vae, z * float("nan")))
+    with pytest.raises(RenderError, match="shape"):
+        next(decode.decode_stream(vae, z[:2]))
+
+
+def test_full_disk_is_said_before_decoding(tmp_path, monkeypatch):
+    def full(*_):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("os.posix_fallocate", full)
+    with pytest.raises(ResourceError, match="disk space"):
+        next(decode.decode_stream(build(RESIDUAL), latents(RESIDUAL, 1, 4, 20), tile=10, spool=tmp_path))
+    assert not list(tmp_path.iterdir())
+
+
+class LiveBytes(TorchDispatchMode):
+    """Peak bytes of tensors that operators made and that are still referenced."""
+
+    def __init__(self):
+        super().__init__()
+        self.live, self.peak, self.seen = 0, 0, weakref.WeakSet()
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        result = func(*args, **(kwargs or {}))
+        for tensor in tree_leaves(result):
+            if isinstance(tensor, torch.Tensor):
+                storage = tensor.untyped_storage()
+                if storage not in self.seen:
+                    self.seen.add(storage)
+                    self.live += storage.nbytes()
+                    weakref.finalize(storage, self._free, storage.nbytes())
+        self.peak = max(self.peak, self.live)
+        return result
+
+    def _free(self, size):
+        self.live -= size
+
+
+@pytest.mark.parametrize("config", [EMBEDDED, WAN21, WAN22], ids=["embedded", "wan2.1", "wan2.2"])
+@pytest.mark.parametrize("tile", [None, 8])
+def test_memory_is_as_predicted(config, tile, tmp_path):
+    vae, z = build(config, live=False), latents(config, 4, 6, 40 if tile else 10)
+    list(decode.decode_stream(vae, z[:, :1, :2, :2]))
+    with LiveBytes() as counter:
+        for _ in decode.decode_stream(vae, z, tile=tile, spool=tmp_path):
+            pass
+    assert decode.decode_bytes(config, *z.shape[-2:], tile) == pytest.approx(counter.peak, rel=0.2)
+
+
+def test_embedded_vae_at_4k_fits_whole():
+    assert decode.decode_bytes(EMBEDDED, 136, 240) < 2.5 * 2**30
+    assert decode.choose_tile(EMBEDDED, 136, 240, int(2.5 * 2**30)) is None
+
+
+def test_choose_tile_takes_the_largest_that_fits():
+    budget = 2 * 2**30
+    tile = decode.choose_tile(EMBEDDED, 270, 480, budget)
+    assert decode.decode_bytes(EMBEDDED, 270, 480, tile) <= budget < decode.decode_bytes(EMBEDDED, 270, 480, tile + 1)
+    with pytest.raises(ResourceError, match="memory"):
+        decode.choose_tile(EMBEDDED, 270, 480, 2**20)
