@@ -15,9 +15,10 @@ from diffusers.models.transformers.transformer_wan import WanTransformerBlock
 
 from .attention import attend, rope, rotate
 from .shapes import Grid
-from .windows import Shape, aligned_proxy, block_layout
+from .windows import Shape, Windows, aligned_proxy, block_layout
 
 KeyValue = tuple[torch.Tensor, torch.Tensor]
+PART = 1 << 15  # tokens embedded or projected at a time
 
 
 @dataclass(frozen=True)
@@ -41,7 +42,7 @@ class ProxyContext:
     margin: tuple[int, int, int]
     keys_values: list[KeyValue]
 
-    def aligned(self, block: int, windows) -> KeyValue:
+    def aligned(self, block: int, windows: Windows) -> KeyValue:
         index = aligned_proxy(windows, self.grid, self.ratio, self.time_ratio, self.margin)
         keys, values = self.keys_values[block]
         return keys[index], values[index]
@@ -227,33 +228,37 @@ def detail_forward(
     proxy: ProxyContext | None,
     shapes: tuple[Shape, ...],
     chunk: int,
+    origin: Shape = (0, 0, 0),
     backend: str | None = None,
     on_block: Callable[[], None] | None = None,
 ) -> torch.Tensor:
     """Velocity (L, P) of the detail `tokens` (L, P): a block is a map over windows.
+
+    `origin` places the grid in the whole video when it is only a region of it.
 
     Windows partition the tokens and read only themselves, the cached proxy and the text, so without gradients each
     chunk of windows is written back in place and the hidden state exists once.
     """
     head_dim = model.config.attention_head_dim
     temb, modulations = modulation(model, torch.tensor([timestep], device=tokens.device))
-    hidden = torch.cat([embed(model, part) for part in tokens.split(1 << 15)])
+    hidden = torch.cat([embed(model, part) for part in tokens.split(PART)])
     for i, block in enumerate(model.blocks):
         out = torch.empty_like(hidden) if torch.is_grad_enabled() else hidden
         for group in block_layout(i, shapes, grid):
             for windows in group.split(chunk):
                 index = windows.indices(grid)
+                placed = windows.moved(origin)
                 out[index] = block_forward(
                     block,
                     hidden[index],
                     modulations,
-                    rope(*windows.axes(), head_dim).to(tokens.device),
+                    rope(*placed.axes(), head_dim).to(tokens.device),
                     text.keys_values[i],
                     text.bias,
-                    proxy.aligned(i, windows) if proxy else None,
+                    proxy.aligned(i, placed) if proxy else None,
                     backend=backend,
                 )
         hidden = out
         if on_block:
             on_block()
-    return torch.cat([predict(model, part[None], temb)[0] for part in hidden.split(1 << 15)])
+    return torch.cat([predict(model, part[None], temb)[0] for part in hidden.split(PART)])

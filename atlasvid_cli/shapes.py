@@ -68,19 +68,39 @@ def proxy_latent(t: int, time_ratio: int) -> int:
     return -(-t // time_ratio)
 
 
-def cascade(target: Grid, base_tokens: int, max_ratio: int, time_ratio: int) -> tuple[Grid, list[tuple[Grid, Fraction]]]:
-    """The proxy grid and the detail levels [(grid, ratio to the level below)] that climb to `target`.
+def base_grid(target: Grid, base_tokens: int, max_ratio: int, time_ratio: int) -> Grid:
+    """The grid of the global proxy of `target`: about `base_tokens` tokens a latent frame, whatever the target's size.
 
-    The fewest levels whose ratios stay within `max_ratio`, all the same, in halves; the proxy has about `base_tokens`
-    tokens a latent frame. Only the first detail level changes the frame rate.
+    The target is divided by one ratio, in halves, for as many levels as keep the ratio within `max_ratio`.
     """
-    reach = math.sqrt(target.h * target.w / base_tokens)
-    count = max(1, math.ceil(math.log(max(reach, 1.0), max_ratio) - 1e-9))
-    ratio = max(Fraction(1), Fraction(math.ceil(2 * reach ** (1 / count) - 1e-9), 2))
-    levels = [(target, ratio)]
-    for _ in range(count - 1):
-        levels.insert(0, (proxy_grid(levels[0][0], ratio, 1), ratio))
-    return proxy_grid(levels[0][0], ratio, time_ratio), levels
+    reach = max(1.0, math.sqrt(target.h * target.w / base_tokens))
+    count = max(1, math.ceil(math.log(reach, max_ratio) - 1e-9))
+    ratio = _round_up(reach ** (1 / count), 2)
+    return proxy_grid(target, ratio**count, time_ratio)
+
+
+def climb(proxy: Grid, target: Grid, max_ratio: int) -> list[tuple[Grid, Fraction]]:
+    """The detail levels [(grid, ratio to the level below)] from `proxy` to `target`: fewest levels, one ratio.
+
+    The ratio is rounded up to halves where that crops at most a fifteenth of the proxy away, else to sixteenths.
+    """
+    reach = max(1.0, target.h / proxy.h, target.w / proxy.w)
+    count = max(1, math.ceil(math.log(reach, max_ratio) - 1e-9))
+    ratio = _round_up(reach ** (1 / count), 2)
+    if reach < float(ratio) ** count * 14 / 15:
+        ratio = _round_up(reach ** (1 / count), 16)
+    while True:
+        levels = [(target, ratio)]
+        for _ in range(count - 1):
+            levels.insert(0, (proxy_grid(levels[0][0], ratio, 1), ratio))
+        lowest = proxy_grid(levels[0][0], ratio, 1)
+        if lowest.h <= proxy.h and lowest.w <= proxy.w:
+            return levels
+        ratio += Fraction(1, 16)  # rounding up at every level took one token too many
+
+
+def _round_up(value: float, denominator: int) -> Fraction:
+    return Fraction(math.ceil(value * denominator - 1e-9), denominator)
 
 
 def supersample(width: int, height: int, token_pixels: int, base_tokens: int, min_ratio: float) -> int:

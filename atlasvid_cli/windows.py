@@ -33,6 +33,10 @@ class Windows:
         for part in self.starts.split(count):
             yield Windows(self.shape, part)
 
+    def moved(self, origin: Shape) -> "Windows":
+        """The same windows seen from a grid of which this one is the part that begins at `origin`."""
+        return Windows(self.shape, self.starts + torch.tensor(origin))
+
     def axes(self) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """Coordinates (n, length) along t, h, w."""
         t, h, w = (self.starts[:, i, None] + torch.arange(self.shape[i]) for i in range(3))

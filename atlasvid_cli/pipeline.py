@@ -1,0 +1,337 @@
+"""From a prompt to a video file: text -> proxy -> detail levels -> decode, each stage leaving its result on disk.
+
+Stages are separated by files in the run directory, so resuming, rerunning a stage and bounding memory are one thing.
+"""
+
+import json
+import time
+from collections.abc import Iterator
+from fractions import Fraction
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+
+from . import __version__, store
+from .console import Console
+from .decode import decode_stream
+from .errors import InputError
+from .model import TextContext, text_context
+from .plan import Plan, Request, Stage, make_plan, vae_tile
+from .presets import load_preset
+from .proxy import sample_proxy
+from .refine import Region, sample_detail
+from .shapes import Grid
+from .text import encode_prompts, unknown_words
+from .video import contact_sheet, suffix_for, write_png, write_video
+from .weights import load_scheduler, load_text, load_transformer, load_vae, model_folder, model_hash
+
+FORMAT = "atlasvid-latents/1"
+SHEET_FRAMES = 12
+
+
+class Session:
+    """The model of a preset, loaded part by part when first needed and kept for the batch."""
+
+    def __init__(self, preset: str, model_path: str | None = None):
+        self.preset = load_preset(preset)
+        self.folder = model_folder(self.preset, model_path)
+        self._parts: dict[str, Any] = {}
+
+    def hash(self, stage: str) -> str:
+        """Identity of the weights that make a stage's latents."""
+        lora = self.preset.proxy.lora if stage == "proxy" else self.preset.detail.lora
+        key = f"hash {stage}"
+        if key not in self._parts:
+            self._parts[key] = model_hash(self.folder, "transformer", "text_encoder", lora)
+        return self._parts[key]
+
+    def transformer(self, lora: str | None) -> Any:
+        key = f"transformer {lora}"
+        if key not in self._parts:
+            for other in [k for k in self._parts if k.startswith("transformer ")]:
+                del self._parts[other]  # one stage's weights at a time
+            self._parts[key] = load_transformer(self.folder, lora)
+        return self._parts[key]
+
+    def detail_models(self) -> tuple[Any, Any]:
+        """(detail stream, proxy stream): one model where the adapter acts on both."""
+        detail = self.preset.detail
+        proxy_stream = self.transformer(detail.lora)
+        if detail.streams == "both":
+            return proxy_stream, proxy_stream
+        bare = load_transformer(self.folder)
+        return bare, proxy_stream
+
+    def vae(self) -> Any:
+        if "vae" not in self._parts:
+            self._parts["vae"] = load_vae(self.folder)
+        return self._parts["vae"]
+
+    def embeddings(self, prompts: tuple[str, ...], console: Console) -> list[torch.Tensor]:
+        if "text" not in self._parts:
+            self._parts["text"] = load_text(self.folder)
+        tokenizer, encoder = self._parts["text"]
+        for word in dict.fromkeys(w for p in prompts for w in unknown_words(p, tokenizer)):
+            console.warn(f"the model of preset {self.preset.name} does not know the word {word!r} and ignores it")
+        return encode_prompts(list(prompts), tokenizer, encoder, self.preset.transformer.text_length)
+
+
+def render(
+    session: Session, plan: Plan, prompt: str, negative_prompt: str, run_dir: Path, output: Path, progress: Console
+) -> dict[str, Any]:
+    """The whole path. Returns what a batch event reports."""
+    started = time.monotonic()
+    proxy = make_proxy(session, plan, prompt, negative_prompt, run_dir, progress)
+    latents = refine(session, plan, proxy, run_dir, progress)
+    video = decode(session, latents, output, plan.request.codec, progress)
+    seconds = round(time.monotonic() - started, 2)
+    store.write_json(run_dir / "run.json", {**plan.to_json(), **describe(latents), "render_seconds": seconds})
+    return {
+        "video": str(video),
+        "run_dir": str(run_dir),
+        "preview": str(video.with_suffix(".png")),
+        "seconds": seconds,
+    }
+
+
+def make_proxy(
+    session: Session, plan: Plan, prompt: str, negative_prompt: str, run_dir: Path, progress: Console
+) -> Path:
+    """Stage 1 -> run_dir/proxy.safetensors; kept as it is where the same plan, prompt and weights made it."""
+    path = run_dir / "proxy.safetensors"
+    stage = plan.proxy
+    metadata = _metadata(session, plan, stage, "proxy", prompt, negative_prompt)
+    if _is_current(path, metadata):
+        return path
+    model = session.transformer(session.preset.proxy.lora)
+    contexts = _contexts(session, (prompt, negative_prompt), model, progress)
+    state = run_dir / "proxy.state.safetensors"
+    resume = store.load_state(state, metadata["key"])
+    with progress.stage("proxy", stage.steps) as advance:
+        advance(resume[0] if resume else 0)
+        latents = sample_proxy(
+            model,
+            load_scheduler(session.folder, stage.flow_shift),
+            stage,
+            session.preset.geometry.patch,
+            plan.request.seed,
+            contexts[0],
+            contexts[1],
+            resume,
+            lambda step, tensors: store.save_state(state, step, tensors, metadata["key"]),
+            advance,
+        )
+    store.save_tensors(path, {"latents": latents}, metadata)
+    state.unlink(missing_ok=True)
+    return path
+
+
+def refine(session: Session, plan: Plan, proxy_path: Path, run_dir: Path, progress: Console) -> Path:
+    """Stage 2 -> run_dir/detail.safetensors, through every level of the plan; finished levels are kept."""
+    below, below_metadata = read_latents(proxy_path, session)
+    prompt, negative = below_metadata["prompt"], below_metadata["negative_prompt"]
+    region = plan.request.region is not None or plan.request.frames is not None
+    path = proxy_path
+    for number, (name, stage) in enumerate(plan.named_stages()[1:], start=1):
+        last = number == len(plan.levels)
+        path = run_dir / ("detail.safetensors" if last else f"level-{number}.safetensors")
+        metadata = _metadata(session, plan, stage, "detail", prompt, negative, below_metadata["key"])
+        redo = None
+        if last and region:
+            redo = _region(plan, stage, session, path)
+            metadata["key"] = store.artefact_hash(
+                {"of": metadata["key"], "region": plan.request.region, "frames": plan.request.frames}
+            )
+            path = run_dir / f"detail-region-{metadata['key']}.safetensors"
+        if not _is_current(path, metadata):
+            latents = _refine_level(session, plan, stage, name, number, below, (prompt, negative), metadata, redo,
+                                    run_dir, progress)  # fmt: skip
+            store.save_tensors(path, {"latents": latents}, metadata)
+            _state_path(run_dir, number).unlink(missing_ok=True)
+        if not last:
+            below, below_metadata = read_latents(path, session)
+    return path
+
+
+def decode(
+    session: Session, latents_path: Path, output: Path, codec: str, progress: Console
+) -> Path:
+    """Saved latents -> video file and a contact sheet beside it, streamed; no sampling."""
+    latents, metadata = read_latents(latents_path, session)
+    output = output if output.suffix else output.with_suffix(suffix_for(codec))
+    vae = session.vae()
+    width, height, scale = int(metadata["width"]), int(metadata["height"]), int(metadata["scale"])
+    frames = int(metadata["frames"])
+    wanted = {round(i * (frames - 1) / (SHEET_FRAMES - 1)) for i in range(SHEET_FRAMES)}
+    sheet: list[torch.Tensor] = []
+    with progress.stage("decode", frames) as advance:
+
+        def finished() -> Iterator[torch.Tensor]:
+            index = 0
+            for chunk in decode_stream(vae, latents, vae_tile(session.preset, latents.shape[2], latents.shape[3])):
+                if scale > 1:
+                    chunk = F.avg_pool2d(chunk[..., : height * scale, : width * scale], scale)
+                for frame in chunk:
+                    if index in wanted:
+                        small = frame[:, :height, :width]
+                        sheet.append(F.interpolate(small[None], size=_thumbnail(width, height), mode="area")[0])
+                    index += 1
+                yield chunk
+
+        write_video(
+            output,
+            finished(),
+            width=width,
+            height=height,
+            fps=int(metadata["fps"]),
+            frame_count=frames,
+            codec=codec,
+            metadata={k: metadata[k] for k in ("prompt", "seed", "preset", "version", "model")},
+            on_frame=advance,
+        )
+    write_png(output.with_suffix(".png"), contact_sheet(sheet, 4))
+    return output
+
+
+def read_latents(path: Path, session: Session) -> tuple[torch.Tensor, dict[str, str]]:
+    """Latents (C, T, H, W) fp32 of a file of ours and its metadata; refuses those of another model."""
+    tensors, metadata = store.open_tensors(path, {"latents": ("F32", (session.preset.transformer.channels, None, None, None))})
+    store.check_artefact(metadata, {"format": FORMAT, "preset": session.preset.name}, path)
+    expected = session.hash(metadata["kind"])
+    store.check_artefact(metadata, {"model": expected}, path)
+    return tensors["latents"], metadata
+
+
+def describe(path: Path) -> dict[str, Any]:
+    """The metadata of a latents file, without its tensors' values."""
+    _, metadata = store.open_tensors(path, {"latents": ("F32", None)})
+    return metadata
+
+
+def plan_from_proxy(path: Path, request: Request, session: Session) -> Plan:
+    """A plan whose levels climb from a saved proxy (or an earlier result): length, prompt and seed come from it."""
+    latents, metadata = read_latents(path, session)
+    patch = session.preset.geometry.patch
+    _, t, h, w = latents.shape
+    return make_plan(request, Grid(t, h // patch, w // patch), int(metadata["latents_fps"]))
+
+
+def request_defaults(path: Path) -> dict[str, Any]:
+    """What `refine` takes over from a saved proxy: preset, seed, fps and the exact duration."""
+    metadata = describe(path)
+    return {
+        "preset": metadata["preset"],
+        "seed": int(metadata["seed"]),
+        "fps": int(metadata["fps"]),
+        "seconds": Fraction(metadata["seconds"]),
+    }
+
+
+def _refine_level(
+    session: Session,
+    plan: Plan,
+    stage: Stage,
+    name: str,
+    number: int,
+    below: torch.Tensor,
+    prompts: tuple[str, str],
+    metadata: dict[str, str],
+    region: Region | None,
+    run_dir: Path,
+    progress: Console,
+) -> torch.Tensor:
+    model, proxy_model = session.detail_models()
+    used = prompts[: stage.passes]
+    texts = _contexts(session, used, model, progress)
+    proxy_texts = texts if proxy_model is model else _contexts(session, used, proxy_model, progress)
+    state = _state_path(run_dir, number)
+    resume = store.load_state(state, metadata["key"])
+    blocks = len(model.blocks) * stage.passes
+    with progress.stage(name, stage.steps * blocks) as advance:
+        advance(resume[0] * blocks if resume else 0)
+        return sample_detail(
+            model,
+            proxy_model,
+            stage,
+            session.preset.detail,
+            session.preset.geometry.patch,
+            plan.request.seed,
+            number,
+            below,
+            list(zip(texts, proxy_texts, strict=True)),
+            plan.chunk,
+            region,
+            resume,
+            lambda step, tensors: store.save_state(state, step, tensors, metadata["key"]),
+            advance,
+        )
+
+
+def _contexts(
+    session: Session, prompts: tuple[str, ...], model: Any, progress: Console
+) -> list[TextContext]:
+    length = session.preset.transformer.text_length
+    with torch.no_grad():
+        return [text_context(model, [e], length) for e in session.embeddings(prompts, progress)]
+
+
+def _metadata(
+    session: Session, plan: Plan, stage: Stage, kind: str, prompt: str, negative: str, below: str = ""
+) -> dict[str, str]:
+    """Metadata of a stage's latents. `key` is the hash of all that decides their values."""
+    model = session.hash(kind)
+    fields = {**plan.key(stage), "prompt": prompt, "negative": negative, "model": model, "below": below}
+    return {
+        "format": FORMAT,
+        "kind": kind,
+        "version": __version__,
+        "preset": session.preset.name,
+        "model": model,
+        "prompt": prompt,
+        "negative_prompt": negative,
+        "seed": str(plan.request.seed),
+        "fps": str(plan.fps),
+        "latents_fps": str(plan.fps // plan.proxy.time_ratio if kind == "proxy" else plan.fps),
+        "frames": str(plan.frames),
+        "seconds": str(plan.request.seconds),
+        "width": str(plan.request.width),
+        "height": str(plan.request.height),
+        "scale": str(plan.scale),
+        "key": store.artefact_hash(json.loads(json.dumps(fields))),
+    }
+
+
+def _is_current(path: Path, metadata: dict[str, str]) -> bool:
+    if not path.exists():
+        return False
+    try:
+        return describe(path)["key"] == metadata["key"]
+    except (InputError, KeyError):
+        return False  # damaged or foreign: made anew
+
+
+def _region(plan: Plan, stage: Stage, session: Session, path: Path) -> Region:
+    if not path.exists():
+        raise InputError(f"{path} does not exist: run refine at this --res without --region first")
+    latents, _ = read_latents(path, session)
+    geometry, grid = session.preset.geometry, stage.grid
+    pixels = geometry.token_pixels
+    x, y, w, h = plan.request.region or (0, 0, plan.request.width, plan.request.height)
+    x, y, w, h = (v * plan.scale for v in (x, y, w, h))
+    first, end = plan.request.frames or (0, plan.frames)
+    # latent t > 0 holds frames temporal*(t-1)+1 .. temporal*t
+    start = (-(-first // geometry.temporal), y // pixels, x // pixels)
+    stop = (-(-(end - 1) // geometry.temporal) + 1, -(-(y + h) // pixels), -(-(x + w) // pixels))
+    stop = (min(stop[0], grid.t), min(stop[1], grid.h), min(stop[2], grid.w))
+    return Region(start, stop, latents)
+
+
+def _state_path(run_dir: Path, number: int) -> Path:
+    return run_dir / f"level-{number}.state.safetensors"
+
+
+def _thumbnail(width: int, height: int) -> tuple[int, int]:
+    factor = min(1.0, 480 / max(width, height))
+    return max(1, round(height * factor)), max(1, round(width * factor))

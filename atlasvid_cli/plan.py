@@ -1,0 +1,317 @@
+"""Preset + flags -> numbers: grids, windows, steps, FLOPs, bytes, seconds. Stages take a `Plan` and never see flags."""
+
+import dataclasses
+import os
+import shutil
+import time
+from dataclasses import dataclass
+from fractions import Fraction
+from pathlib import Path
+from typing import Any
+
+from . import shapes
+from .errors import ResourceError, UsageError
+from .presets import Preset, load_preset
+from .shapes import Grid
+
+GIB = 1 << 30
+PROGRAM_BYTES = int(0.75 * GIB)  # torch, diffusers and transformers, imported, before any weight
+EFFICIENCY = 0.5  # of a big GEMM's rate that denoising reaches on this kind of machine, see docs/LOG.md
+
+
+@dataclass(frozen=True)
+class Request:
+    """What the user asked for. Sizes in pixels; `region` (x, y, w, h) in pixels, `frames` (first, end)."""
+
+    preset: str
+    width: int
+    height: int
+    seconds: Fraction
+    fps: int | None = None
+    seed: int = 0
+    steps: int | None = None
+    guidance_scale: float | None = None
+    flow_shift: float | None = None
+    chunk: int | None = None
+    codec: str = "h264"
+    region: tuple[int, int, int, int] | None = None
+    frames: tuple[int, int] | None = None
+    model_path: str | None = None
+
+
+@dataclass(frozen=True)
+class Stage:
+    """A sampling stage: the proxy, or a detail level that climbs from a grid `ratio` times smaller in space and
+    `time_ratio` times slower."""
+
+    grid: Grid
+    ratio: Fraction
+    time_ratio: int
+    steps: int
+    strength: float
+    guidance_scale: float
+    flow_shift: float
+
+    @property
+    def passes(self) -> int:
+        """Forwards a step: two where guidance acts."""
+        return 2 if self.guidance_scale > 1 else 1
+
+
+@dataclass(frozen=True)
+class Plan:
+    """A resolved job. `scale` is the factor by which a small video is generated larger and box-filtered down."""
+
+    request: Request
+    preset: Preset
+    fps: int
+    frames: int
+    scale: int
+    proxy: Stage
+    levels: tuple[Stage, ...]
+
+    @property
+    def chunk(self) -> int:
+        return self.request.chunk or self.preset.detail.chunk
+
+    @property
+    def target(self) -> Grid:
+        return self.levels[-1].grid
+
+    def key(self, stage: Stage | None = None) -> dict[str, Any]:
+        """The fields that decide a stage's latents (or the whole job's): what an artefact's hash is taken of."""
+        stages = (self.proxy, *self.levels)
+        upto = stages[: stages.index(stage) + 1] if stage else stages
+        return {
+            "preset": self.preset.name,
+            "fps": self.fps,
+            "seed": self.request.seed,
+            "stages": [_plain(s) for s in upto],
+            "detail": _plain(self.preset.detail),
+            "model_path": self.request.model_path,
+        }
+
+    def flops(self, stage: Stage) -> int:
+        """FLOPs of a stage over all its steps: linear layers and attention, two for each multiply-add."""
+        size = self.preset.transformer
+        tokens = stage.grid.tokens
+        text = 24  # tokens of an ordinary prompt once the padding is one key
+        keys = tokens if stage is self.proxy else self._keys(stage)
+        linear = 2 * (8 - 2) * size.dim**2 + 4 * size.dim * size.ffn
+        attention = 4 * size.dim * (keys + text)
+        return tokens * size.layers * (linear + attention) * stage.steps * stage.passes
+
+    def windows(self, stage: Stage) -> int:
+        """Windows of the first block of a stage; the proxy is one."""
+        if stage is self.proxy:
+            return 1
+        count = 1
+        for size, length in zip(dataclasses.astuple(stage.grid), self.preset.detail.windows[0], strict=True):
+            count *= -(-size // length)
+        return count
+
+    def ram_bytes(self, stage: Stage) -> int:
+        """Memory a stage needs beside the program: weights, hidden state, latents, proxy keys and values, a chunk."""
+        size, geometry = self.preset.transformer, self.preset.geometry
+        weights = 4 * size.layers * (8 * size.dim**2 + 2 * size.dim * size.ffn) + 8 * size.dim**2 * 4
+        latent = stage.grid.tokens * size.channels * geometry.patch**2 * 4
+        hidden = stage.grid.tokens * size.dim * 4
+        if stage is self.proxy:
+            return weights + latent * 8 + stage.grid.tokens * (size.ffn + 8 * size.dim) * 4 * 2
+        below = self._below(stage)
+        kept = 2 * size.layers * below.tokens * size.dim * 4 * stage.passes
+        window = max(w[0] * w[1] * w[2] for w in self.preset.detail.windows)
+        chunk = self.chunk * window * (2 * size.ffn + 12 * size.dim) * 4
+        return weights + hidden * 2 + latent * (3 + stage.passes) + kept + chunk
+
+    def rows(self) -> list[dict[str, Any]]:
+        """One row a stage: tokens, windows, flops, bytes, seconds (a projection from a GEMM timed just now)."""
+        rate = gemm_rate() * EFFICIENCY
+        rows = []
+        for name, stage in self.named_stages():
+            flops = self.flops(stage)
+            disk = stage.grid.tokens * self.preset.transformer.channels * self.preset.geometry.patch**2 * 4
+            rows.append(
+                {
+                    "stage": name,
+                    "grid": "x".join(map(str, dataclasses.astuple(stage.grid))),
+                    "tokens": stage.grid.tokens,
+                    "windows": self.windows(stage),
+                    "steps": stage.steps,
+                    "flops": flops,
+                    "ram_bytes": PROGRAM_BYTES + self.ram_bytes(stage),
+                    "disk_bytes": disk * 2,
+                    "seconds": round(flops / rate, 1),
+                }
+            )
+        rows.append(self._decode_row(rate))
+        return rows
+
+    @property
+    def summary(self) -> dict[str, Any]:
+        return {
+            "preset": self.preset.name,
+            "size": f"{self.request.width}x{self.request.height}",
+            "frames": self.frames,
+            "fps": self.fps,
+            "seconds": float(Fraction(self.frames, self.fps)),
+            "tokens": self.target.tokens,
+            "generated": f"{self.scale}x" if self.scale > 1 else "1x",
+            "codec": self.request.codec,
+        }
+
+    def named_stages(self) -> list[tuple[str, Stage]]:
+        names = ["proxy", *(f"detail {i + 1}/{len(self.levels)}" for i in range(len(self.levels)))]
+        return list(zip(names, (self.proxy, *self.levels), strict=True))
+
+    def check_resources(self, output_dir: Path) -> None:
+        """Raises ResourceError, before anything is loaded, where memory or disk will not do."""
+        rows = self.rows()
+        worst = max(rows, key=lambda r: r["ram_bytes"])
+        available = available_ram()
+        if worst["ram_bytes"] > available:
+            raise ResourceError(
+                f"the {worst['stage']} stage needs {worst['ram_bytes'] / GIB:.1f} GiB of memory and"
+                f" {available / GIB:.1f} GiB are free; choose a smaller --res, fewer --seconds or a smaller --chunk"
+            )
+        folder = output_dir
+        while not folder.exists():
+            folder = folder.parent
+        disk, free = sum(r["disk_bytes"] for r in rows), shutil.disk_usage(folder).free
+        if disk > free:
+            raise ResourceError(
+                f"the job writes about {disk / GIB:.1f} GiB and {folder} has {free / GIB:.1f} GiB free;"
+                " free some space or choose another --output"
+            )
+
+    def to_json(self) -> dict[str, Any]:
+        return {
+            "summary": self.summary,
+            "request": _plain(self.request),
+            "stages": [{"stage": n, **_plain(s)} for n, s in self.named_stages()],
+        }
+
+    def _below(self, stage: Stage) -> Grid:
+        index = self.levels.index(stage)
+        return self.levels[index - 1].grid if index else self.proxy.grid
+
+    def _keys(self, stage: Stage) -> int:
+        """Keys a query sees: its window and the aligned proxy, for the mean of the preset's windows."""
+        detail = self.preset.detail
+        total = 0.0
+        for window in detail.windows:
+            own = [min(a, b) for a, b in zip(window, dataclasses.astuple(stage.grid), strict=True)]
+            proxy = [
+                own[0] / stage.time_ratio + 1 + 2 * detail.margin[0],
+                own[1] / stage.ratio + 1 + 2 * detail.margin[1],
+                own[2] / stage.ratio + 1 + 2 * detail.margin[2],
+            ]
+            total += own[0] * own[1] * own[2] + float(proxy[0] * proxy[1] * proxy[2])
+        return int(total / len(detail.windows))
+
+    def _decode_row(self, rate: float) -> dict[str, Any]:
+        from .decode import decode_bytes, spool_bytes, tile_for, vae_config, vae_flops
+
+        config = vae_config(self.preset.folder)
+        h, w = self.target.h * self.preset.geometry.patch, self.target.w * self.preset.geometry.patch
+        tile = tile_for(config, h, w)
+        flops = vae_flops(config, h, w) * self.target.t
+        latents = self.target.tokens * self.preset.transformer.channels * self.preset.geometry.patch**2 * 4
+        return {
+            "stage": "decode",
+            "grid": f"{self.target.t}x{h}x{w}",
+            "tokens": 0,
+            "windows": 0,
+            "steps": 1,
+            "flops": flops,
+            "ram_bytes": PROGRAM_BYTES + latents + decode_bytes(config, h, w, tile),
+            "disk_bytes": (spool_bytes(config, self.target.t, h, w) if tile else 0)
+            + int(self.request.width * self.request.height * self.frames * 0.05),
+            "seconds": round(flops / rate, 1),
+        }
+
+
+def make_plan(request: Request, proxy: Grid | None = None, proxy_fps: int | None = None) -> Plan:
+    """Resolves a request. With the grid and fps of a `proxy` that exists, its levels climb from it. Raises UsageError."""
+    preset = load_preset(request.preset)
+    fps = request.fps or preset.fps
+    geometry, detail = preset.geometry, preset.detail
+    written = shapes.frames_to_write(request.seconds, fps)
+    if written < 1:
+        raise UsageError(f"--seconds {float(request.seconds):g} at {fps} fps is less than one frame; ask for more")
+    generated = shapes.frames_to_generate(written, geometry.temporal)
+    scale = shapes.supersample(
+        request.width, request.height, geometry.token_pixels, preset.proxy.base_tokens, detail.min_ratio
+    )
+    target = shapes.video_grid(request.width * scale, request.height * scale, generated, geometry)
+    time_ratio = preset.proxy.time_ratio
+    if proxy_fps is not None:
+        time_ratio, rest = divmod(fps, proxy_fps)
+        if rest or time_ratio not in (1, preset.proxy.time_ratio):
+            raise UsageError(
+                f"a proxy at {proxy_fps} fps cannot guide a video at {fps} fps; use --fps {proxy_fps} or"
+                f" {proxy_fps * preset.proxy.time_ratio}"
+            )
+    base = shapes.base_grid(target, preset.proxy.base_tokens, detail.max_ratio, time_ratio)
+    if proxy is not None:
+        if proxy.t < base.t:
+            longest = (proxy.t - 1) * geometry.temporal / (fps / time_ratio)
+            raise UsageError(f"the proxy is shorter than {float(request.seconds):g} s; use --seconds {longest:g}")
+        base = proxy
+    stage_1 = Stage(
+        base,
+        Fraction(1),
+        time_ratio,
+        request.steps if request.steps and proxy is None else preset.proxy.steps,
+        1.0,
+        preset.proxy.guidance_scale if request.guidance_scale is None else request.guidance_scale,
+        request.flow_shift or preset.proxy.flow_shift,
+    )
+    levels = []
+    for i, (grid, ratio) in enumerate(shapes.climb(base, target, detail.max_ratio)):
+        level = detail.first if i == 0 else detail.upper
+        levels.append(
+            Stage(
+                grid,
+                ratio,
+                time_ratio if i == 0 else 1,
+                request.steps if request.steps and proxy is not None else level.steps,
+                level.strength,
+                level.guidance_scale,
+                detail.flow_shift,
+            )
+        )
+    return Plan(request, preset, fps, written, scale, stage_1, tuple(levels))
+
+
+def gemm_rate() -> float:
+    """FLOP/s of a 1024-cube fp32 matrix product, timed for about a tenth of a second."""
+    import torch
+
+    a = torch.ones(1024, 1024)
+    a @ a
+    count, start = 0, time.perf_counter()
+    while time.perf_counter() - start < 0.1:
+        a @ a
+        count += 1
+    return count * 2 * 1024**3 / (time.perf_counter() - start)
+
+
+def available_ram() -> int:
+    """Bytes that can be allocated without swapping."""
+    try:
+        for line in Path("/proc/meminfo").read_text().splitlines():
+            if line.startswith("MemAvailable:"):
+                return int(line.split()[1]) * 1024
+    except OSError:
+        pass
+    return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+
+
+def _plain(value: Any) -> Any:
+    """A dataclass as JSON can hold it."""
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        return {f.name: _plain(getattr(value, f.name)) for f in dataclasses.fields(value)}
+    if isinstance(value, (list, tuple)):
+        return [_plain(v) for v in value]
+    return str(value) if isinstance(value, (Fraction, Path)) else value

@@ -1,0 +1,139 @@
+"""Presets: one TOML file each, parsed strictly into plain dataclasses."""
+
+import dataclasses
+import types
+import typing
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import tomli
+
+from .errors import UsageError
+from .shapes import Geometry
+
+Shape = tuple[int, int, int]
+
+
+@dataclass(frozen=True)
+class Transformer:
+    """Sizes of the transformer, for planning; the loaded weights must agree."""
+
+    dim: int
+    ffn: int
+    layers: int
+    heads: int
+    channels: int
+    text_length: int
+
+
+@dataclass(frozen=True)
+class Proxy:
+    """Stage 1: `base_tokens` a latent frame, `time_ratio` r_t, and its sampling."""
+
+    base_tokens: int
+    time_ratio: int
+    steps: int
+    guidance_scale: float
+    flow_shift: float
+    lora: str | None = None
+
+
+@dataclass(frozen=True)
+class Level:
+    """Sampling of a detail level; `strength` in (0, 1] is the sigma that it starts from."""
+
+    steps: int
+    strength: float
+    guidance_scale: float
+
+
+@dataclass(frozen=True)
+class Detail:
+    """Stage 2: windows in tokens (t, h, w), ratios r_s, and the sampling of its levels."""
+
+    min_ratio: float
+    max_ratio: int
+    windows: tuple[Shape, ...]
+    margin: Shape
+    proxy_window: Shape
+    proxy_centre: bool
+    streams: Literal["both", "proxy"]
+    chunk: int
+    flow_shift: float
+    first: Level
+    upper: Level
+    lora: str | None = None
+
+
+@dataclass(frozen=True)
+class Preset:
+    """Everything a preset file says; `folder` is where its model lies."""
+
+    name: str
+    folder: Path
+    description: str
+    model: str
+    fps: int
+    negative_prompt: str
+    geometry: Geometry
+    transformer: Transformer
+    proxy: Proxy
+    detail: Detail
+
+
+def presets_folder() -> Path:
+    """`presets/`: inside the installed package, or beside it in a checkout."""
+    inside = Path(__file__).parent / "presets"
+    return inside if inside.is_dir() else Path(__file__).parent.parent / "presets"
+
+
+def preset_names() -> list[str]:
+    return sorted(p.stem for p in presets_folder().glob("*.toml"))
+
+
+def load_preset(name: str) -> Preset:
+    """A shipped preset by name, or any preset by the path of its .toml file. Raises UsageError."""
+    path = Path(name) if name.endswith(".toml") else presets_folder() / f"{name}.toml"
+    if not path.is_file():
+        raise UsageError(f"there is no preset {name!r}; choose one of {', '.join(preset_names())} or give a .toml file")
+    try:
+        table = tomli.loads(path.read_text(encoding="utf-8"))
+    except (tomli.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise UsageError(f"preset {path} is not valid TOML ({error}); mend that line") from None
+    table |= {"name": path.stem, "folder": path.parent / str(table.get("model", path.stem))}
+    return _parse(Preset, table, path.name)
+
+
+def _parse(kind: Any, value: Any, where: str) -> Any:
+    """`value` as `kind`, refusing unknown and missing keys and wrong types by name."""
+    origin, arguments = typing.get_origin(kind), typing.get_args(kind)
+    if dataclasses.is_dataclass(kind):
+        if not isinstance(value, dict):
+            raise UsageError(f"{where} must be a table")
+        hints = typing.get_type_hints(kind)
+        fields = {f.name: f for f in dataclasses.fields(kind)}
+        if unknown := sorted(set(value) - set(fields)):
+            raise UsageError(f"{where} has the unknown key {unknown[0]!r}; it knows {', '.join(fields)}")
+        required = [n for n, f in fields.items() if f.default is dataclasses.MISSING]
+        if missing := [n for n in required if n not in value]:
+            raise UsageError(f"{where} lacks the key {missing[0]!r}; add it")
+        return kind(**{k: _parse(hints[k], v, f"{where}: {k}") for k, v in value.items()})
+    if origin is tuple:
+        kinds = arguments[:1] * len(value) if isinstance(value, list) and arguments[-1] is Ellipsis else arguments
+        if not isinstance(value, list) or len(value) != len(kinds) or not value:
+            raise UsageError(f"{where} must be a list of {len(kinds) or 'some'} values")
+        return tuple(_parse(k, v, where) for k, v in zip(kinds, value, strict=True))
+    if origin is types.UnionType:
+        return _parse(arguments[0], value, where)
+    if origin is Literal:
+        if value not in arguments:
+            raise UsageError(f"{where} is {value!r}; choose one of {', '.join(arguments)}")
+        return value
+    if kind is float and isinstance(value, int):
+        value = float(value)
+    if not isinstance(value, kind) or (kind is int and isinstance(value, bool)):
+        raise UsageError(f"{where} must be of type {kind.__name__}, not {value!r}")
+    if kind in (int, float) and not where.endswith("margin") and not value > 0:
+        raise UsageError(f"{where} must be above 0, not {value!r}")
+    return value

@@ -1,0 +1,175 @@
+"""Stage 2: a detail level, all windows of the video jointly, guided by the level below (DESIGN §4)."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from diffusers import WanTransformer3DModel
+
+from .model import ProxyContext, TextContext, detail_forward, patchify, proxy_context, unpatchify
+from .plan import Stage
+from .presets import Detail
+from .proxy import SaveState
+from .schedule import noise, sigmas
+from .shapes import Grid, proxy_grid
+from .windows import Shape
+
+
+@dataclass(frozen=True)
+class Region:
+    """The part that is sampled again: tokens `start`..`end` (t, h, w) of a finished video's latents (C, T, H, W)."""
+
+    start: Shape
+    end: Shape
+    latents: torch.Tensor
+
+    def with_halo(self, grid: Grid, window: Shape) -> tuple[Shape, Shape]:
+        """The region and one window around it, within the grid: what is computed."""
+        sizes = (grid.t, grid.h, grid.w)
+        low = tuple(max(0, a - w) for a, w in zip(self.start, window, strict=True))
+        high = tuple(min(s, b + w) for s, b, w in zip(sizes, self.end, window, strict=True))
+        return low, high  # type: ignore[return-value]
+
+
+def upsample(latents: torch.Tensor, stage: Stage, patch: int, box: tuple[range, range, range]) -> torch.Tensor:
+    """The level below, interpolated linearly at the `box` of latents (t, y, x) of this stage: (C, t, y, x)."""
+    _, low_t, low_h, low_w = latents.shape
+    t, y, x = (torch.tensor(list(r), dtype=torch.float32) for r in box)
+    at = (
+        t / stage.time_ratio,
+        (y + 0.5) / float(stage.ratio) - 0.5,
+        (x + 0.5) / float(stage.ratio) - 0.5,
+    )
+    # grid_sample wants -1..1 over the centres of the first and last sample
+    scaled = [2 * a / max(n - 1, 1) - 1 for a, n in zip(at, (low_t, low_h, low_w), strict=True)]
+    zz, yy, xx = torch.meshgrid(*scaled, indexing="ij")
+    points = torch.stack((xx, yy, zz), dim=-1)[None]
+    return F.grid_sample(latents[None], points, mode="bilinear", padding_mode="border", align_corners=True)[0]
+
+
+def crop_to_stage(latents: torch.Tensor, stage: Stage, patch: int) -> torch.Tensor:
+    """The part of the level below that this stage's grid is aligned with."""
+    below = proxy_grid(stage.grid, stage.ratio, stage.time_ratio)
+    return latents[:, : below.t, : below.h * patch, : below.w * patch].contiguous()
+
+
+def sample_detail(
+    model: WanTransformer3DModel,
+    proxy_model: WanTransformer3DModel,
+    stage: Stage,
+    detail: Detail,
+    patch: int,
+    seed: int,
+    level: int,
+    below: torch.Tensor,
+    texts: list[tuple[TextContext, TextContext]],
+    chunk: int,
+    region: Region | None = None,
+    resume: tuple[int, dict[str, torch.Tensor]] | None = None,
+    save: SaveState | None = None,
+    on_block: Callable[[], None] | None = None,
+) -> torch.Tensor:
+    """Latents (C, T, H, W) fp32 of a detail level above the latents `below`.
+
+    `texts` holds the prompt, and with guidance the negative prompt, for (detail model, proxy model). Euler steps in
+    place on the tokens: beside them live one hidden state, a velocity (two with guidance) and the proxy's keys and
+    values. With `region`, its surroundings follow the finished video: at sigma they are (1-sigma) x0 + sigma noise.
+    """
+    grid = stage.grid
+    below = crop_to_stage(below, stage, patch)
+    _, pt, ph, pw = below.shape
+    proxies: list[ProxyContext] = []
+    with torch.no_grad():
+        for _, proxy_text in texts:
+            proxies.append(
+                proxy_context(
+                    proxy_model,
+                    patchify(below, patch),
+                    Grid(pt, ph // patch, pw // patch),
+                    proxy_text,
+                    stage.ratio,
+                    stage.time_ratio,
+                    detail.margin,
+                    detail.proxy_window,
+                    detail.proxy_centre,
+                )
+            )
+
+    origin, end = (0, 0, 0), (grid.t, grid.h, grid.w)
+    if region:
+        largest = tuple(max(w[i] for w in detail.windows) for i in range(3))
+        origin, end = region.with_halo(grid, largest)  # type: ignore[arg-type]
+    part = Grid(*(b - a for a, b in zip(origin, end, strict=True)))
+    steps = (1, patch, patch)
+    ranges = [range(a * p, b * p) for a, b, p in zip(origin, end, steps, strict=True)]
+    schedule = sigmas(stage.steps, stage.strength, stage.flow_shift)
+
+    x = torch.empty(part.tokens, model.config.in_channels * patch * patch)
+    a_frame = part.h * part.w
+    for t in ranges[0]:  # a latent frame at a time, so that noise and upsampling never exist for the whole video
+        box = (range(t, t + 1), ranges[1], ranges[2])
+        frame = noise(seed, level, model.config.in_channels, *box)
+        if stage.strength < 1:
+            frame = torch.lerp(upsample(below, stage, patch, box), frame, schedule[0])
+        first = (t - ranges[0].start) * a_frame
+        x[first : first + a_frame] = patchify(frame, patch)
+    frozen = known = None
+    if region:
+        known = patchify(_box(region.latents, ranges), patch)
+        frozen_noise = patchify(noise(seed, level, model.config.in_channels, *ranges), patch)
+        frozen = ~_inside(region, origin, part)
+
+    done = 0
+    if resume:
+        done, tensors = resume
+        x = tensors["tokens"]
+    for i in range(done, stage.steps):
+        now, following = schedule[i], schedule[i + 1]
+        if frozen is not None:
+            x[frozen] = torch.lerp(known, frozen_noise, now)[frozen]
+        velocity = None
+        with torch.no_grad():
+            for (text, _), proxy in zip(texts, proxies, strict=True):
+                out = detail_forward(
+                    model,
+                    x,
+                    part,
+                    int(now * 1000),
+                    text,
+                    proxy,
+                    detail.windows,
+                    chunk,
+                    origin,
+                    on_block=on_block,
+                )
+                if velocity is None:
+                    velocity = out
+                else:  # the second pass is the negative prompt
+                    velocity = out.lerp_(velocity, stage.guidance_scale)
+        assert velocity is not None
+        x.add_(velocity, alpha=following - now)
+        if save:
+            save(i + 1, {"tokens": x})
+    if region:
+        latents = region.latents.clone()
+        keep = ~frozen  # type: ignore[operator]
+        merged = torch.where(keep[:, None], x, known)
+        t, h, w = (slice(r.start, r.stop) for r in ranges)
+        latents[:, t, h, w] = unpatchify(merged, part, patch)
+        return latents
+    return unpatchify(x, grid, patch)
+
+
+def _box(latents: torch.Tensor, ranges: list[range]) -> torch.Tensor:
+    t, h, w = (slice(r.start, r.stop) for r in ranges)
+    return latents[:, t, h, w].contiguous()
+
+
+def _inside(region: Region, origin: Shape, part: Grid) -> torch.Tensor:
+    """Whether each token of the computed part, in raster order, lies in the region."""
+    axes = []
+    for size, first, low, high in zip((part.t, part.h, part.w), origin, region.start, region.end, strict=True):
+        at = torch.arange(size) + first
+        axes.append((at >= low) & (at < high))
+    return (axes[0][:, None, None] & axes[1][:, None] & axes[2]).flatten()

@@ -1,0 +1,317 @@
+"""Frames to video files and back, through PyAV, with colour that is stated and not guessed.
+
+RGB is converted here, from float, to BT.709 limited range at the bit depth of the codec, and tagged so. Files appear
+under their name only when they are complete, and the same frames give the same bytes.
+"""
+
+import errno
+import itertools
+import os
+import queue
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
+from fractions import Fraction
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import av
+import numpy as np
+
+from .errors import InputError, RenderError, ResourceError, UsageError, one_line
+
+if TYPE_CHECKING:
+    import torch
+
+
+class Codec(NamedTuple):
+    """How a codec is written. Subsampled H.264, H.265 and ProRes cannot hold odd sizes, which are written as 4:4:4."""
+
+    encoder: str
+    suffixes: tuple[str, ...]  # containers that may hold it, the usual one first
+    pixels: str
+    pixels_odd: str
+    options: dict[str, str]
+    tag: str | None = None
+    smallest: int = 1  # pixels a side
+
+
+# Thread counts are fixed, not "one a core", because they change the bytes.
+CODECS = {
+    "h264": Codec(
+        "libx264", (".mp4", ".mov", ".mkv"), "yuv420p", "yuv444p", {"preset": "veryfast", "crf": "17", "threads": "4"}
+    ),
+    "hevc10": Codec(
+        "libx265",
+        (".mp4", ".mov", ".mkv"),
+        "yuv420p10le",
+        "yuv444p10le",
+        {"preset": "fast", "crf": "18", "x265-params": "log-level=none:info=0:frame-threads=2"},
+        tag="hvc1",  # what QuickTime and browsers play
+    ),
+    # below 64 px SVT-AV1 writes past its buffers
+    "av1": Codec(
+        "libsvtav1", (".mp4", ".mkv"), "yuv420p10le", "yuv420p10le", {"preset": "8", "crf": "22"}, smallest=64
+    ),
+    # 422 HQ; 4444 for odd sizes, where FFmpeg's 4:2:2 encoder leaves garbage in the last columns
+    "prores": Codec("prores_ks", (".mov", ".mkv"), "yuv422p10le", "yuv444p10le", {"threads": "4"}),
+    "ffv1": Codec(
+        "ffv1",
+        (".mkv",),
+        "yuv444p10le",
+        "yuv444p10le",
+        {"level": "3", "slices": "16", "slicecrc": "1", "g": "1", "threads": "4"},
+    ),
+}
+
+BT709 = 1  # the code of its primaries, transfer and matrix in every container, and of its matrix in swscale
+LIMITED = 1
+RED, BLUE = 0.2126, 0.0722
+
+# swscale's bilinear, with chroma interpolated and rounded exactly: its default is 12 dB worse
+SWSCALE_FLAGS = 0x2 | 0x2000 | 0x4000 | 0x40000
+
+QUEUED_FRAMES = 4  # 12 to 50 MB each at 4K: enough for the encoder to work through a pause of the decoder
+
+
+def suffix_for(codec: str) -> str:
+    """The usual file suffix of a codec, `.mp4` for instance; `UsageError` for one that is not in `CODECS`."""
+    return _codec(codec).suffixes[0]
+
+
+def _codec(name: str) -> Codec:
+    if name not in CODECS:
+        raise UsageError(f"There is no codec '{name}': choose one of {', '.join(CODECS)}.")
+    return CODECS[name]
+
+
+def write_video(
+    path: Path,
+    frames: Iterator["torch.Tensor"],
+    *,
+    width: int,
+    height: int,
+    fps: Fraction | float,
+    frame_count: int,
+    codec: str = "h264",
+    metadata: dict[str, str] | None = None,
+    on_frame: Callable[[int], None] | None = None,
+) -> None:
+    """Writes the first `frame_count` of `frames`, chunks (f, 3, H, W) in 0..1, cropped to the top left width x height.
+
+    Encoding runs in a thread behind a bounded queue. `on_frame` gets the number of frames handed over so far.
+    `RenderError` when frames run out or are too small, `UsageError` when codec, size and suffix do not go together,
+    `ResourceError` when the disk is full or the place cannot be written; nothing is left behind then.
+    """
+    spec = _codec(codec)
+    if path.suffix.lower() not in spec.suffixes:
+        raise UsageError(f"'{path.name}' cannot hold {codec}: name it *{' or *'.join(spec.suffixes)}.")
+    if min(width, height) < spec.smallest:
+        raise UsageError(
+            f"{codec} cannot encode {width}x{height}: choose another codec, or {spec.smallest} px or more."
+        )
+    pixels = spec.pixels_odd if width % 2 or height % 2 else spec.pixels
+    # one frame at a time, and no chunk after the last frame that is asked for
+    single = itertools.islice((frame for chunk in frames for frame in chunk), frame_count)
+    planes: queue.Queue[list[np.ndarray] | None] = queue.Queue(QUEUED_FRAMES)
+    with _replacing(path) as temporary, ThreadPoolExecutor(1, "encode") as pool:
+        rate = Fraction(fps).limit_denominator(1001)
+        job = (temporary, spec, pixels, width, height, rate, frame_count, metadata or {}, iter(planes.get, None))
+        encoder = pool.submit(_encode, *job)
+        done = 0
+        try:
+            for frame in single:
+                if frame.shape[1] < height or frame.shape[2] < width:
+                    raise RenderError(f"The frames are {frame.shape[2]}x{frame.shape[1]}, less than {width}x{height}.")
+                _put(planes, to_planes(frame[:, :height, :width], pixels), encoder)
+                done += 1
+                if on_frame:
+                    on_frame(done)
+            if done < frame_count:
+                raise RenderError(f"The decoder gave {done} frames, but the video needs {frame_count}.")
+        finally:
+            if not encoder.done():
+                _put(planes, None, encoder)
+        encoder.result()
+
+
+def _put(planes: queue.Queue, item: list[np.ndarray] | None, encoder: Future) -> None:
+    """Puts `item` as soon as there is room. Raises what the encoder failed with: nobody empties the queue then."""
+    while True:
+        if encoder.done():
+            encoder.result()
+        try:
+            return planes.put(item, timeout=0.2)
+        except queue.Full:
+            continue
+
+
+def _encode(
+    path: Path,
+    codec: Codec,
+    pixels: str,
+    width: int,
+    height: int,
+    rate: Fraction,
+    frame_count: int,
+    metadata: dict[str, str],
+    frames: Iterator[list[np.ndarray]],
+) -> None:
+    """Encodes frames (planes, see `to_planes`) into `path`, whose suffix names the container."""
+    options = {"fflags": "+bitexact"}  # no dates, random ids or library versions
+    if path.suffix.lower() != ".mkv":
+        options["movflags"] = "faststart+use_metadata_tags"
+    os.environ.setdefault("SVT_LOG", "1")  # SVT-AV1 prints to stderr by itself: errors only
+    with av.open(str(path), "w", options=options) as container:
+        container.metadata.update(metadata)
+        stream = container.add_stream(codec.encoder, rate=rate, options=codec.options)
+        stream.width, stream.height, stream.pix_fmt = width, height, pixels
+        context = stream.codec_context
+        context.color_primaries = context.color_trc = context.colorspace = BT709
+        context.color_range = LIMITED
+        if frame_count <= 2:  # fewer than x265 reorders, which then leaves their decoding times uninitialised
+            context.max_b_frames = 0
+        context.flags |= av.codec.context.Flags.bitexact
+        if codec.tag and path.suffix.lower() != ".mkv":
+            context.codec_tag = codec.tag
+        for i, planes in enumerate(frames):
+            frame = av.VideoFrame(width, height, pixels)
+            for plane, values in zip(frame.planes, planes, strict=True):
+                rows = np.frombuffer(plane, values.dtype).reshape(plane.height, -1)  # rows are padded
+                rows[:, : values.shape[1]] = values
+            frame.color_primaries = frame.color_trc = frame.colorspace = BT709
+            frame.color_range = LIMITED
+            frame.pts = i
+            container.mux(stream.encode(frame))
+        container.mux(stream.encode(None))
+
+
+def to_planes(rgb: "torch.Tensor", pixels: str) -> list[np.ndarray]:
+    """Y, Cb and Cr of a frame (3, H, W) in 0..1: BT.709 limited range, in `pixels` such as yuv420p or yuv422p10le.
+
+    Chroma sits where H.264 and its successors expect it: on the left pixel of a pair, between the two rows.
+    """
+    import torch.nn.functional as F
+
+    red, green, blue = rgb.float().clamp(0, 1)
+    luma = RED * red + (1 - RED - BLUE) * green + BLUE * blue
+    chroma = [(blue - luma) / (2 - 2 * BLUE), (red - luma) / (2 - 2 * RED)]
+    height, width = luma.shape
+    if "444" not in pixels:
+        for i, c in enumerate(chroma):
+            c = F.pad(c[None], (1, width % 2, 0, 0), "replicate")[0]
+            chroma[i] = (c[:, 0:-2:2] + 2 * c[:, 1:-1:2] + c[:, 2::2]) / 4
+    if "420" in pixels:
+        for i, c in enumerate(chroma):
+            c = F.pad(c[None, None], (0, 0, 0, height % 2), "replicate")[0, 0]
+            chroma[i] = (c[0::2] + c[1::2]) / 2
+    step, dtype = (4, np.uint16) if pixels.endswith("10le") else (1, np.uint8)  # 10 bits: four codes an 8-bit one
+    scaled = [(219 * luma + 16) * step, *((224 * c + 128) * step for c in chroma)]
+    return [plane.round_().cpu().numpy().astype(dtype) for plane in scaled]
+
+
+@contextmanager
+def _replacing(path: Path) -> Iterator[Path]:
+    """A temporary file beside `path` with its suffix: synced and renamed to `path` at the end, removed on failure."""
+    temporary = path.with_name(f".{path.stem[:100]}.{os.getpid()}{path.suffix}")
+    try:
+        yield temporary
+        with temporary.open("rb") as file:
+            os.fsync(file.fileno())
+        temporary.replace(path)
+        folder = os.open(path.parent, os.O_RDONLY)
+        try:
+            os.fsync(folder)  # the rename too
+        finally:
+            os.close(folder)
+    except OSError as error:
+        reasons = {errno.ENOSPC: "the disk is full", errno.EDQUOT: "the disk quota is used up"}
+        reasons |= {errno.EACCES: "it is not writable", errno.EROFS: "it is read-only", errno.ENOENT: "it is not there"}
+        if error.errno in reasons:
+            raise ResourceError(
+                f"'{path.name}' cannot be written in '{path.parent}', because {reasons[error.errno]}: "
+                "make room or choose another --output."
+            ) from error
+        raise
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+@contextmanager
+def _opened(path: Path) -> Iterator[tuple[Any, Any]]:
+    """The container and first video stream of `path`; `InputError` when there is none."""
+    try:
+        with av.open(str(path)) as container:
+            if not container.streams.video:
+                raise InputError(f"'{path}' holds no video.")
+            yield container, container.streams.video[0]
+    except av.error.FFmpegError as error:
+        raise InputError(f"'{path}' cannot be read as a video: {one_line(error.strerror)}.") from error
+
+
+def probe(path: Path) -> dict[str, Any]:
+    """What a video file says of itself; its frames are counted, not decoded. `InputError` when it is not a video.
+
+    Keys: width, height, fps, frames, seconds, codec, pix_fmt, color_primaries, color_trc, color_space, color_range
+    and metadata (keys in lower case: Matroska keeps no case).
+    """
+    with _opened(path) as (container, stream):
+        context = stream.codec_context
+        names = {BT709: "bt709"}
+        metadata = {key.lower(): value for key, value in container.metadata.items()}
+        for key in ("major_brand", "minor_version", "compatible_brands", "encoder"):  # the container's own
+            metadata.pop(key, None)
+        count = stream.frames or sum(packet.size > 0 for packet in container.demux(stream))
+        rate = stream.average_rate or Fraction(0)
+        return {
+            "width": stream.width,
+            "height": stream.height,
+            "fps": float(rate),
+            "frames": count,
+            "seconds": float(stream.duration * stream.time_base if stream.duration else count / rate if rate else 0),
+            "codec": context.codec.canonical_name,
+            "pix_fmt": context.pix_fmt,
+            "color_primaries": names.get(context.color_primaries, "other"),
+            "color_trc": names.get(context.color_trc, "other"),
+            "color_space": names.get(context.colorspace, "other"),
+            "color_range": {1: "limited", 2: "full"}.get(context.color_range, "other"),
+            "metadata": metadata,
+        }
+
+
+def read_frames(path: Path) -> Iterator[np.ndarray]:
+    """Frames (H, W, 3) uint8 RGB, converted as the file's tags say; BT.709 limited range where it has none."""
+    with _opened(path) as (container, stream):
+        for frame in container.decode(stream):
+            matrix = {5: 5, 6: 5, 7: 7, 9: 9}.get(int(frame.colorspace), BT709)  # swscale's codes: 601, 240M, 2020
+            full = int(frame.color_range) == 2
+            yield frame.reformat(
+                format="rgb24",
+                src_colorspace=matrix,
+                src_color_range=2 if full else 1,
+                dst_color_range=2,
+                interpolation=SWSCALE_FLAGS,
+            ).to_ndarray()
+
+
+def contact_sheet(frames: list["torch.Tensor"], columns: int) -> "torch.Tensor":
+    """One image (3, H', W') of equally large frames (3, H, W) in 0..1, row by row with a narrow black gap."""
+    gap = 4
+    _, height, width = frames[0].shape
+    rows = -(-len(frames) // columns)
+    sheet = frames[0].new_zeros(3, rows * (height + gap) - gap, columns * (width + gap) - gap)
+    for i, frame in enumerate(frames):
+        top, left = i // columns * (height + gap), i % columns * (width + gap)
+        sheet[:, top : top + height, left : left + width] = frame
+    return sheet
+
+
+def write_png(path: Path, image: "torch.Tensor") -> None:
+    """Writes an image (3, H, W) in 0..1 as an 8-bit RGB PNG. `ResourceError` when the disk does not take it."""
+    values = (image.float().clamp(0, 1) * 255).round().permute(1, 2, 0).contiguous().cpu().numpy().astype(np.uint8)
+    context = av.CodecContext.create("png", "w")
+    context.height, context.width = values.shape[:2]
+    context.pix_fmt, context.time_base = "rgb24", Fraction(1)
+    packets = [*context.encode(av.VideoFrame.from_ndarray(values, "rgb24")), *context.encode(None)]
+    with _replacing(path) as temporary:
+        temporary.write_bytes(b"".join(bytes(packet) for packet in packets))

@@ -1,0 +1,55 @@
+"""Loads the parts of a diffusers model folder, in fp32, each alone; adapters are merged into their own copy."""
+
+import hashlib
+from pathlib import Path
+
+import torch
+from diffusers import AutoencoderKLWan, UniPCMultistepScheduler, WanTransformer3DModel
+from transformers import AutoTokenizer, PreTrainedTokenizerBase, UMT5EncoderModel
+
+from .errors import InputError
+from .presets import Preset
+
+
+def model_folder(preset: Preset, model_path: str | None) -> Path:
+    """The folder that holds the weights; raises InputError where it is not a diffusers folder."""
+    folder = Path(model_path) if model_path else preset.folder
+    if not (folder / "model_index.json").is_file():
+        raise InputError(f"{folder} is not a diffusers model folder (no model_index.json); give one with --model-path")
+    return folder
+
+
+def model_hash(folder: Path, *names: str | None) -> str:
+    """sha256 over the named weights (16 hex digits): what saved latents are bound to."""
+    digest = hashlib.sha256()
+    for name in names:
+        for path in sorted((folder / name).glob("*.safetensors")) if name and (folder / name).is_dir() else [
+            folder / name
+        ] if name else []:
+            with path.open("rb") as file:
+                digest.update(hashlib.file_digest(file, "sha256").digest())
+    return digest.hexdigest()[:16]
+
+
+def load_transformer(folder: Path, lora: str | None = None) -> WanTransformer3DModel:
+    """The transformer, with the adapter `lora` (a file in the folder) merged into this copy of the weights."""
+    model = WanTransformer3DModel.from_pretrained(folder / "transformer", torch_dtype=torch.float32)
+    if lora:
+        model.load_lora_adapter(folder / lora, prefix="transformer")
+        model.fuse_lora()
+        model.unload_lora()
+    return model.eval().requires_grad_(False)
+
+
+def load_vae(folder: Path) -> AutoencoderKLWan:
+    vae = AutoencoderKLWan.from_pretrained(folder / "vae", torch_dtype=torch.float32)
+    return vae.eval().requires_grad_(False)
+
+
+def load_text(folder: Path) -> tuple[PreTrainedTokenizerBase, UMT5EncoderModel]:
+    encoder = UMT5EncoderModel.from_pretrained(folder / "text_encoder", torch_dtype=torch.float32)
+    return AutoTokenizer.from_pretrained(folder / "tokenizer"), encoder.eval().requires_grad_(False)
+
+
+def load_scheduler(folder: Path, flow_shift: float) -> UniPCMultistepScheduler:
+    return UniPCMultistepScheduler.from_pretrained(folder / "scheduler", flow_shift=flow_shift)

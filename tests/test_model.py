@@ -1,0 +1,152 @@
+"""The oracles of DESIGN §4, against diffusers' own forward where one exists."""
+
+from fractions import Fraction
+
+import pytest
+import torch
+
+from atlasvid_cli.model import (
+    clip_forward,
+    detail_forward,
+    patchify,
+    proxy_context,
+    text_context,
+    unpatchify,
+)
+from atlasvid_cli.shapes import Grid
+from atlasvid_cli.windows import layout
+
+GRID = Grid(5, 6, 7)
+WHOLE = ((9, 9, 9),)
+SHAPES = ((3, 4, 4), (5, 2, 3))
+
+
+@pytest.fixture
+def latents():
+    return torch.randn(4, GRID.t, GRID.h * 2, GRID.w * 2, generator=torch.Generator().manual_seed(2))
+
+
+@pytest.fixture
+def text(transformer, prompt):
+    return text_context(transformer, [prompt], 512)
+
+
+def proxy_of(model, text, seed=3, time_ratio=4, ratio=Fraction(3), timestep=0.0):
+    grid = Grid(2 if time_ratio == 4 else 5, 2, 3)
+    tokens = torch.randn(grid.tokens, 16, generator=torch.Generator().manual_seed(seed))
+    return proxy_context(model, tokens, grid, text, ratio, time_ratio, (0, 1, 1), (13, 9, 9), timestep=timestep)
+
+
+def test_patchify_round_trip(latents):
+    assert torch.equal(unpatchify(patchify(latents, 2), GRID, 2), latents)
+
+
+def test_clip_equals_diffusers(transformer, latents, text, padded):
+    expected = transformer(latents[None], torch.tensor([700]), padded, return_dict=False)[0][0]
+    out = clip_forward(transformer, patchify(latents, 2)[None], GRID, torch.tensor([700]), text)
+    torch.testing.assert_close(unpatchify(out[0], GRID, 2), expected, atol=1e-5, rtol=0)
+
+
+def test_batched_clips_with_prompts_of_different_lengths_equal_diffusers(transformer, latents, prompt):
+    prompts = [prompt, prompt[:2]]
+    padded = torch.stack([torch.cat((p, torch.zeros(512 - len(p), 16))) for p in prompts])
+    times = torch.tensor([700, 31])
+    both = torch.stack((latents, latents.flip(1)))
+    expected = transformer(both, times, padded, return_dict=False)[0]
+    tokens = torch.stack([patchify(x, 2) for x in both])
+    out = clip_forward(transformer, tokens, GRID, times, text_context(transformer, prompts, 512))
+    for a, b in zip(out, expected, strict=True):
+        torch.testing.assert_close(unpatchify(a, GRID, 2), b, atol=1e-5, rtol=0)
+
+
+def test_one_window_without_proxy_equals_diffusers(transformer, latents, text, padded):
+    expected = transformer(latents[None], torch.tensor([400]), padded, return_dict=False)[0][0]
+    out = detail_forward(transformer, patchify(latents, 2), GRID, 400, text, None, WHOLE, 1)
+    torch.testing.assert_close(unpatchify(out, GRID, 2), expected, atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize("chunk", [1, 2, 5, 64])
+def test_any_chunk_size_gives_the_same(transformer, latents, text, chunk):
+    proxy = proxy_of(transformer, text)
+    tokens = patchify(latents, 2)
+    expected = detail_forward(transformer, tokens, GRID, 500, text, proxy, SHAPES, 64)
+    out = detail_forward(transformer, tokens, GRID, 500, text, proxy, SHAPES, chunk)
+    torch.testing.assert_close(out, expected, atol=1e-5, rtol=0)
+
+
+def test_window_order_does_not_matter(transformer, latents, text, monkeypatch):
+    proxy = proxy_of(transformer, text)
+    tokens = patchify(latents, 2)
+    expected = detail_forward(transformer, tokens, GRID, 500, text, proxy, SHAPES, 3)
+
+    def backwards(block, shapes, grid):
+        groups = layout(grid, shapes[block // 2 % len(shapes)], block % 2 == 1)
+        return [type(g)(g.shape, g.starts.flip(0)) for g in reversed(groups)]
+
+    monkeypatch.setattr("atlasvid_cli.model.block_layout", backwards)
+    out = detail_forward(transformer, tokens, GRID, 500, text, proxy, SHAPES, 3)
+    torch.testing.assert_close(out, expected, atol=1e-5, rtol=0)
+
+
+def test_with_gradients_the_result_is_the_same(transformer, latents, text):
+    proxy = proxy_of(transformer, text)
+    tokens = patchify(latents, 2)
+    with torch.enable_grad():
+        trained = detail_forward(transformer, tokens.requires_grad_(), GRID, 500, text, proxy, SHAPES, 3)
+    with torch.no_grad():
+        sampled = detail_forward(transformer, tokens, GRID, 500, text, proxy, SHAPES, 3)
+    torch.testing.assert_close(trained, sampled, atol=1e-6, rtol=0)
+
+
+def test_the_proxy_guides_and_is_never_touched_by_the_detail(transformer, latents, text):
+    proxy = proxy_of(transformer, text)
+    kept = [(k.clone(), v.clone()) for k, v in proxy.keys_values]
+    tokens = patchify(latents, 2)
+    out = detail_forward(transformer, tokens, GRID, 500, text, proxy, SHAPES, 4)
+    alone = detail_forward(transformer, tokens, GRID, 500, text, None, SHAPES, 4)
+    other = detail_forward(transformer, tokens, GRID, 500, text, proxy_of(transformer, text, seed=4), SHAPES, 4)
+    assert (out - alone).abs().max() > 1e-3
+    assert (out - other).abs().max() > 1e-4
+    for (k, v), (k0, v0) in zip(proxy.keys_values, kept, strict=True):
+        assert torch.equal(k, k0) and torch.equal(v, v0)
+
+
+def test_cached_proxy_equals_recomputed(transformer, text):
+    for (k, v), (k2, v2) in zip(
+        proxy_of(transformer, text).keys_values, proxy_of(transformer, text).keys_values, strict=True
+    ):
+        assert torch.equal(k, k2) and torch.equal(v, v2)
+
+
+def test_a_change_reaches_no_further_than_the_shifts_allow(transformer, text):
+    grid = Grid(1, 1, 40)
+    tokens = torch.randn(grid.tokens, 16, generator=torch.Generator().manual_seed(5))
+    changed = tokens.clone()
+    changed[0] += 1.0
+    shapes = ((1, 1, 8),)
+    a, b = (detail_forward(transformer, x, grid, 500, text, None, shapes, 4) for x in (tokens, changed))
+    moved = (a - b).abs().amax(1) > 0
+    # plain windows end at 8, shifted ones at 12, plain ones at 16: three blocks reach token 15
+    assert moved[:8].all() and moved[15]
+    assert not moved[16:].any()
+
+
+def test_a_region_sees_the_positions_of_the_whole_video(transformer, text):
+    """A region that starts on a window border of every block is computed exactly as within the whole."""
+    grid, part = Grid(1, 8, 8), Grid(1, 4, 8)
+    proxy_grid_tokens = torch.randn(6, 16, generator=torch.Generator().manual_seed(3))
+    proxy = proxy_context(
+        transformer, proxy_grid_tokens, Grid(1, 2, 3), text, Fraction(4), 4, (0, 0, 0), (13, 9, 9)
+    )
+    tokens = torch.randn(grid.tokens, 16, generator=torch.Generator().manual_seed(6))
+    shapes = ((1, 1, 8),)
+    whole = detail_forward(transformer, tokens, grid, 500, text, proxy, shapes, 4)
+    region = detail_forward(transformer, tokens[32:], part, 500, text, proxy, shapes, 4, origin=(0, 4, 0))
+    torch.testing.assert_close(region, whole[32:], atol=1e-5, rtol=0)
+
+
+def test_time_ratio_scales_positions(transformer, latents, text):
+    tokens = patchify(latents, 2)[None]
+    plain = clip_forward(transformer, tokens, GRID, torch.tensor([300]), text)
+    scaled = clip_forward(transformer, tokens, GRID, torch.tensor([300]), text, time_ratio=4)
+    assert (plain - scaled).abs().max() > 1e-4

@@ -1,0 +1,71 @@
+from fractions import Fraction
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from atlasvid_cli.shapes import (
+    Geometry,
+    Grid,
+    base_grid,
+    climb,
+    frames_to_generate,
+    frames_to_write,
+    latent_frames,
+    proxy_grid,
+    proxy_latent,
+    supersample,
+    video_grid,
+)
+
+WAN = Geometry(4, 8, 2)
+TINY = Geometry(4, 16, 2)
+
+
+def test_4k_12_seconds_on_wan_is_the_design_figure():
+    frames = frames_to_generate(frames_to_write(Fraction(12), 16), 4)
+    grid = video_grid(3840, 2160, frames, WAN)
+    assert frames == 193
+    assert grid == Grid(49, 135, 240)
+    assert grid.tokens == 1_587_600
+
+
+@given(st.integers(1, 2000))
+def test_generated_frames_are_the_smallest_4k_plus_1(written):
+    frames = frames_to_generate(written, 4)
+    assert frames % 4 == 1
+    assert written <= frames < written + 4
+    assert latent_frames(frames, 4) == (frames - 1) // 4 + 1
+
+
+@given(st.integers(1, 200), st.integers(1, 8))
+def test_a_proxy_latent_covers_its_detail_latents(t, ratio):
+    p = proxy_latent(t, ratio)
+    assert ratio * (p - 1) + 1 <= t <= ratio * p
+    assert proxy_latent(0, ratio) == 0
+
+
+def test_the_4k_cascade_of_the_embedded_model():
+    target = video_grid(3840, 2160, 193, TINY)
+    base = base_grid(target, 40, 4, 4)
+    assert base == Grid(13, 5, 8)
+    assert climb(base, target, 4) == [(Grid(49, 17, 30), Fraction(4)), (Grid(49, 68, 120), Fraction(4))]
+
+
+@given(st.integers(64, 8000), st.integers(64, 8000), st.integers(1, 60))
+def test_the_cascade_fits_any_size(width, height, latents):
+    target = Grid(latents, -(-height // 32), -(-width // 32))
+    base = base_grid(target, 40, 4, 4)
+    levels = climb(base, target, 4)
+    assert levels[-1][0] == target
+    below, time_ratio = base, 4
+    for grid, ratio in levels:
+        assert 1 <= ratio <= 4
+        aligned = proxy_grid(grid, ratio, time_ratio)
+        assert aligned.t <= below.t and aligned.h <= below.h and aligned.w <= below.w
+        below, time_ratio = grid, 1
+
+
+@pytest.mark.parametrize(("width", "height", "scale"), [(64, 64, 7), (640, 360, 1), (3840, 2160, 1)])
+def test_small_videos_are_generated_larger(width, height, scale):
+    assert supersample(width, height, 32, 40, 2.0) == scale

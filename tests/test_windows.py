@@ -1,0 +1,62 @@
+from fractions import Fraction
+
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from atlasvid_cli.shapes import Grid, proxy_grid
+from atlasvid_cli.windows import Windows, aligned_proxy, block_layout, cut, layout, unwindow, window
+
+sizes = st.tuples(st.integers(1, 9), st.integers(1, 12), st.integers(1, 12))
+
+
+@given(sizes, sizes, st.booleans())
+def test_unwindow_undoes_window_and_every_token_is_in_one_window(size, shape, shifted):
+    grid = Grid(*size)
+    windows = layout(grid, shape, shifted)
+    x = torch.arange(grid.tokens)
+    batches = window(x, grid, windows)
+    assert torch.equal(unwindow(batches, grid, windows), x)
+    assert torch.equal(torch.cat([b.flatten() for b in batches]).sort().values, x)
+    assert len(windows) <= 27
+
+
+@given(st.integers(1, 40), st.integers(1, 12), st.booleans())
+def test_pieces_are_no_longer_than_the_window(size, length, shifted):
+    pieces = cut(size, length, shifted)
+    assert sum(n for _, n in pieces) == size
+    assert all(0 < n <= max(length, 1) for _, n in pieces) or length >= size
+    assert len({n for _, n in pieces}) <= 3
+
+
+def test_a_shifted_axis_breaks_in_the_middle_of_the_plain_windows():
+    assert cut(20, 8, False) == [(0, 8), (8, 8), (16, 4)]
+    assert cut(20, 8, True) == [(0, 4), (4, 8), (12, 8)]
+    assert cut(6, 8, True) == [(0, 6)]
+
+
+def test_blocks_cycle_through_the_shapes_plain_then_shifted():
+    grid = Grid(4, 8, 8)
+    shapes = ((4, 4, 4), (2, 8, 8))
+    first = [block_layout(i, shapes, grid)[0].shape for i in range(5)]
+    assert first[0] == (4, 4, 4) and first[2] == (2, 8, 8) and first[4] == first[0]
+
+
+@settings(max_examples=50)
+@given(sizes, st.sampled_from([Fraction(4), Fraction(3), Fraction(5, 2), Fraction(15, 4)]), st.sampled_from([1, 4]))
+def test_the_aligned_proxy_covers_the_window(shape, ratio, time_ratio):
+    grid = Grid(17, 20, 24)
+    proxy = proxy_grid(grid, ratio, time_ratio)
+    for group in layout(grid, shape, True):
+        index = aligned_proxy(group, proxy, ratio, time_ratio, (0, 0, 0))
+        for (t, h, w), seen in zip(group.starts.tolist(), index.tolist(), strict=True):
+            last = (t + group.shape[0] - 1, h + group.shape[1] - 1, w + group.shape[2] - 1)
+            for a, b, c in ((t, h, w), last):
+                p = (-(-a // time_ratio) * proxy.h + int(b / ratio)) * proxy.w + int(c / ratio)
+                assert p in seen
+
+
+def test_a_margin_moves_inward_at_the_border():
+    group = Windows((4, 8, 8), torch.tensor([[0, 0, 0], [0, 8, 8]]))
+    index = aligned_proxy(group, Grid(2, 5, 8), Fraction(4), 4, (0, 1, 1))
+    assert index.shape == (2, 2 * 5 * 5)
