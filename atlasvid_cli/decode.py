@@ -318,6 +318,27 @@ def decode_bytes(config: Mapping[str, Any], h: int, w: int, tile: int | None = N
     return 4 * (cached + max(peaks) + output)
 
 
+def decode_flops(config: Mapping[str, Any], h: int, w: int) -> int:
+    """FLOPs of the convolutions that one latent frame of h x w takes (two for each multiply-add); tiles add overlap."""
+    base = config.get("decoder_base_dim") or config["base_dim"]
+    dims = [base * m for m in (config["dim_mult"][-1], *reversed(config["dim_mult"]))]
+    temporal = [*reversed(config["temperal_downsample"]), False]
+    residual, blocks = config.get("is_residual", False), config["num_res_blocks"] + 1
+    area, frames = h * w, 1
+    total = 27 * (config["z_dim"] * dims[0] + 4 * dims[0] ** 2) * area
+    for level, (source, d) in enumerate(itertools.pairwise(dims)):
+        c = source // 2 if level and not residual else source
+        total += 27 * (c * d + (2 * blocks - 1) * d * d) * area * frames
+        if level == len(dims) - 2:
+            break
+        if temporal[level]:
+            total += 3 * d * 2 * d * area * frames
+            frames *= 2
+        area *= 4
+        total += 9 * d * (d if residual else d // 2) * area * frames
+    return 2 * (total + 27 * dims[-1] * config.get("out_channels", 3) * area * frames)
+
+
 def choose_tile(config: Mapping[str, Any], h: int, w: int, budget_bytes: int) -> int | None:
     """The largest tile side whose decoding fits in `budget_bytes`: None for whole frames, `ResourceError` if none."""
     if decode_bytes(config, h, w) <= budget_bytes:

@@ -170,7 +170,8 @@ def decode(
 
         def finished() -> Iterator[torch.Tensor]:
             index = 0
-            for chunk in decode_stream(vae, latents, vae_tile(session.preset, latents.shape[2], latents.shape[3])):
+            tile = vae_tile(session.preset, latents.shape[2], latents.shape[3])
+            for chunk in decode_stream(vae, latents, tile, spool=latents_path.parent):
                 if scale > 1:
                     chunk = F.avg_pool2d(chunk[..., : height * scale, : width * scale], scale)
                 for frame in chunk:

@@ -1,6 +1,7 @@
 """Preset + flags -> numbers: grids, windows, steps, FLOPs, bytes, seconds. Stages take a `Plan` and never see flags."""
 
 import dataclasses
+import json
 import os
 import shutil
 import time
@@ -16,6 +17,7 @@ from .shapes import Grid
 
 GIB = 1 << 30
 PROGRAM_BYTES = int(0.75 * GIB)  # torch, diffusers and transformers, imported, before any weight
+DECODE_BYTES = 3 * GIB  # activations and caches of the decoder; larger frames are decoded in tiles
 EFFICIENCY = 0.5  # of a big GEMM's rate that denoising reaches on this kind of machine, see docs/LOG.md
 
 
@@ -210,12 +212,12 @@ class Plan:
         return int(total / len(detail.windows))
 
     def _decode_row(self, rate: float) -> dict[str, Any]:
-        from .decode import decode_bytes, spool_bytes, tile_for, vae_config, vae_flops
+        from .decode import decode_bytes, decode_flops, spool_bytes
 
-        config = vae_config(self.preset.folder)
+        config = vae_config(self.preset)
         h, w = self.target.h * self.preset.geometry.patch, self.target.w * self.preset.geometry.patch
-        tile = tile_for(config, h, w)
-        flops = vae_flops(config, h, w) * self.target.t
+        tile = vae_tile(self.preset, h, w)
+        flops = decode_flops(config, h, w) * self.target.t
         latents = self.target.tokens * self.preset.transformer.channels * self.preset.geometry.patch**2 * 4
         return {
             "stage": "decode",
@@ -282,6 +284,18 @@ def make_plan(request: Request, proxy: Grid | None = None, proxy_fps: int | None
             )
         )
     return Plan(request, preset, fps, written, scale, stage_1, tuple(levels))
+
+
+def vae_config(preset: Preset) -> dict[str, Any]:
+    """The VAE's config, read without loading the VAE."""
+    return json.loads((preset.folder / "vae" / "config.json").read_text(encoding="utf-8"))
+
+
+def vae_tile(preset: Preset, h: int, w: int) -> int | None:
+    """The tile side in latents that decoding h x w latents fits in `DECODE_BYTES` with; None for whole frames."""
+    from .decode import choose_tile
+
+    return choose_tile(vae_config(preset), h, w, DECODE_BYTES)
 
 
 def gemm_rate() -> float:

@@ -161,6 +161,7 @@ def _encode(
     options = {"fflags": "+bitexact"}  # no dates, random ids or library versions
     if path.suffix.lower() != ".mkv":
         options["movflags"] = "faststart+use_metadata_tags"
+        options["movie_timescale"] = str(rate.numerator * 100)  # in the default of 1 ms durations are rounded down
     os.environ.setdefault("SVT_LOG", "1")  # SVT-AV1 prints to stderr by itself: errors only
     with av.open(str(path), "w", options=options) as container:
         container.metadata.update(metadata)

@@ -1,0 +1,53 @@
+import random
+
+import numpy as np
+import pytest
+import torch
+
+from atlasvid_cli import world
+from atlasvid_cli.metrics import adherence, components, detect
+
+
+def frames_of(scene, seconds=4.0, count=5):
+    pixels = world.render(scene, torch.linspace(0, seconds, count), 160, 256)
+    return [((f + 1) * 127.5).round().byte().permute(1, 2, 0).numpy() for f in pixels.unbind(1)]
+
+
+@pytest.fixture(scope="module")
+def scenes():
+    rng = random.Random(11)
+    return [world.sample_scene(rng, 1.6, 4.0, world.sample_attributes(rng, held_out=True)) for _ in range(60)]
+
+
+def test_true_renders_score_nearly_all(scenes):
+    scores = [adherence(detect(frames_of(s), 4.0), s.attributes) for s in scenes]
+    for name in scores[0]:
+        assert np.mean([s[name] for s in scores]) >= 0.97, name
+
+
+def test_corrupted_renders_fail(scenes):
+    backwards = [adherence(detect(frames_of(s)[::-1], 4.0), s.attributes)["direction"] for s in scenes]
+    frozen = [adherence(detect(frames_of(s)[:1] * 5, 4.0), s.attributes)["direction"] for s in scenes]
+    doubled = [
+        adherence(detect([np.concatenate((f, f), axis=1) for f in frames_of(s)], 4.0), s.attributes)["count"]
+        for s in scenes
+    ]
+    swapped = [adherence(detect([f[..., ::-1] for f in frames_of(s)], 4.0), s.attributes)["colour"] for s in scenes]
+    assert not any(backwards) and not any(frozen)
+    assert np.mean(doubled) < 0.05
+    assert np.mean(swapped) < 0.6  # white, black, green and purple survive a swap of red and blue
+
+
+def test_speed_is_measured(scenes):
+    for scene in scenes[:10]:
+        found = detect(frames_of(scene), 4.0)
+        extent = scene.aspect if world.DIRECTIONS[scene.direction][0] else 1.0
+        assert found.speed == pytest.approx(scene.speed / extent, rel=0.05)
+
+
+def test_components_of_a_ring_and_a_dot():
+    mask = np.zeros((9, 9), bool)
+    mask[1:8, 1:8] = True
+    mask[3:6, 3:6] = False
+    mask[4, 4] = True
+    assert sorted(n for n, _, _ in components(mask)) == [1, 40]

@@ -1,0 +1,83 @@
+from dataclasses import replace
+from fractions import Fraction
+
+import pytest
+import torch
+
+from atlasvid_cli.model import text_context
+from atlasvid_cli.plan import Stage
+from atlasvid_cli.presets import Detail, Level
+from atlasvid_cli.refine import Region, sample_detail, upsample
+from atlasvid_cli.shapes import Grid
+
+STAGE = Stage(Grid(9, 10, 12), Fraction(3), 4, 3, 1.0, 1.0, 3.0)
+LEVEL = Level(3, 1.0, 1.0)
+DETAIL = Detail(2.0, 4, ((3, 4, 4), (5, 3, 3)), (0, 1, 1), (13, 9, 9), False, "both", 8, 3.0, LEVEL, LEVEL)
+
+
+@pytest.fixture
+def below():
+    return torch.randn(4, 3, 8, 8, generator=torch.Generator().manual_seed(4))
+
+
+@pytest.fixture
+def sample(transformer, prompt, below):
+    contexts = [text_context(transformer, [p], 512) for p in (prompt, prompt[:1])]
+
+    def run(stage=STAGE, seed=5, chunk=8, **more):
+        texts = [(c, c) for c in contexts[: stage.passes]]
+        return sample_detail(transformer, transformer, stage, DETAIL, 2, seed, 1, below, texts, chunk, **more)
+
+    return run
+
+
+def test_any_chunk_size_gives_the_same_latents(sample):
+    torch.testing.assert_close(sample(chunk=1), sample(chunk=100), atol=1e-5, rtol=0)
+
+
+def test_the_same_seed_gives_the_same_bytes_and_another_does_not(sample):
+    assert torch.equal(sample(), sample())
+    assert (sample() - sample(seed=6)).abs().max() > 0.1
+
+
+@pytest.mark.parametrize("stage", [STAGE, replace(STAGE, guidance_scale=2.0, strength=0.7)])
+def test_a_resumed_run_ends_with_the_same_bytes(sample, stage):
+    states = {}
+
+    def save(step, tensors):
+        states[step] = {k: v.clone() for k, v in tensors.items()}
+
+    whole = sample(stage, save=save)
+    assert torch.equal(sample(stage, resume=(2, states[2])), whole)
+
+
+def test_guidance_with_the_same_prompt_twice_changes_nothing(transformer, prompt, below):
+    context = text_context(transformer, [prompt], 512)
+    guided = replace(STAGE, guidance_scale=4.0)
+    out = sample_detail(transformer, transformer, guided, DETAIL, 2, 5, 1, below, [(context, context)] * 2, 8)
+    plain = sample_detail(transformer, transformer, STAGE, DETAIL, 2, 5, 1, below, [(context, context)], 8)
+    torch.testing.assert_close(out, plain, atol=1e-5, rtol=0)
+
+
+def test_a_region_leaves_the_rest_as_it_was(sample):
+    video = sample()
+    region = Region((2, 3, 4), (6, 7, 9), video)
+    again = sample(seed=77, region=region)
+    inside = torch.zeros_like(video, dtype=torch.bool)
+    inside[:, 2:6, 6:14, 8:18] = True
+    assert torch.equal(again[~inside], video[~inside])
+    assert (again - video)[inside].abs().mean() > 0.05
+
+
+def test_a_region_of_everything_is_a_plain_run(sample):
+    video = sample()
+    whole = Region((0, 0, 0), (9, 10, 12), video)
+    torch.testing.assert_close(sample(seed=8, region=whole), sample(seed=8), atol=1e-5, rtol=0)
+
+
+def test_upsampling_a_ramp_is_exact_inside(below):
+    y, x = torch.meshgrid(torch.arange(8.0), torch.arange(8.0), indexing="ij")
+    ramp = (y * 2 + x)[None, None].expand(1, 3, 8, 8)
+    out = upsample(ramp, STAGE, 2, (range(0, 9), range(20), range(24)))
+    yy, xx = (torch.arange(4, 16) + 0.5) / 3 - 0.5, (torch.arange(4, 20) + 0.5) / 3 - 0.5
+    torch.testing.assert_close(out[0, 3, 4:16, 4:20], yy[:, None] * 2 + xx, atol=1e-4, rtol=0)
