@@ -190,7 +190,7 @@ def decode(
             frame_count=frames,
             codec=codec,
             metadata={k: metadata[k] for k in ("prompt", "seed", "preset", "version", "model")},
-            on_frame=advance,
+            on_frame=lambda _: advance(),
         )
     write_png(output.with_suffix(".png"), contact_sheet(sheet, 4))
     return output

@@ -1,8 +1,15 @@
 """Small seeded models that have the classes and the layout of the real ones."""
 
+from pathlib import Path
+
 import pytest
 import torch
-from diffusers import WanTransformer3DModel
+from diffusers import AutoencoderKLWan, UniPCMultistepScheduler, WanPipeline, WanTransformer3DModel
+from transformers import UMT5Config, UMT5EncoderModel
+
+from atlasvid_cli.presets import presets_folder
+from atlasvid_cli.train import lora_config, save_adapter
+from atlasvid_cli.train_text import build_tokenizer
 
 
 @pytest.fixture(scope="session")
@@ -31,3 +38,59 @@ def prompt() -> torch.Tensor:
 def padded(prompt: torch.Tensor) -> torch.Tensor:
     """The same as WanPipeline pads it: (1, 512, text_dim)."""
     return torch.cat((prompt, torch.zeros(512 - len(prompt), 16)))[None]
+
+
+@pytest.fixture(scope="session")
+def random_preset(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A preset file beside a model folder with random weights and adapters: everything of `tiny` but its size."""
+    root = tmp_path_factory.mktemp("preset")
+    folder = root / "random"
+    torch.manual_seed(7)
+    vae = AutoencoderKLWan(
+        base_dim=8,
+        z_dim=4,
+        dim_mult=[1, 1, 1],
+        num_res_blocks=1,
+        temperal_downsample=[True, True],
+        is_residual=True,
+        in_channels=48,
+        out_channels=48,
+        patch_size=4,
+        scale_factor_temporal=4,
+        scale_factor_spatial=16,
+        latents_mean=[0.0] * 4,
+        latents_std=[1.0] * 4,
+    )
+    tokenizer = build_tokenizer()
+    encoder = UMT5EncoderModel(
+        UMT5Config(vocab_size=len(tokenizer), d_model=16, d_kv=8, d_ff=16, num_layers=1, num_heads=2)
+    )
+    config = {"num_attention_heads": 2, "attention_head_dim": 12, "in_channels": 4, "out_channels": 4, "text_dim": 16}
+    model = WanTransformer3DModel(**config, freq_dim=16, ffn_dim=32, num_layers=2)
+    scheduler = UniPCMultistepScheduler(prediction_type="flow_prediction", use_flow_sigmas=True, flow_shift=3.0)
+    WanPipeline(tokenizer, encoder, vae, scheduler, model).save_pretrained(folder)
+    for stage in ("proxy", "detail"):
+        model.add_adapter(lora_config(2))
+        for name, parameter in model.named_parameters():
+            if "lora_B" in name:
+                torch.nn.init.normal_(parameter, std=0.1)
+        save_adapter(model, folder / f"{stage}_lora.safetensors", {})
+        model.delete_adapters("default")
+    text = (presets_folder() / "tiny.toml").read_text()
+    for old, new in (
+        ('model = "tiny"', 'model = "random"'),
+        ("dim = 192", "dim = 24"),
+        ("ffn = 768", "ffn = 32"),
+        ("layers = 6", "layers = 2"),
+        ("heads = 3", "heads = 2"),
+        ("channels = 32", "channels = 4"),
+        ("base_tokens = 40", "base_tokens = 6"),
+        ("steps = 20", "steps = 3"),
+        ("steps = 8", "steps = 3"),
+        ("steps = 4 ", "steps = 2 "),
+        ("[[7, 8, 8], [13, 6, 6]]", "[[2, 3, 3], [3, 2, 2]]"),
+    ):
+        text = text.replace(old, new)
+    path = root / "random.toml"
+    path.write_text(text)
+    return path

@@ -1,0 +1,147 @@
+"""The whole path on random weights: files, resumption, regions, refusals."""
+
+import hashlib
+from dataclasses import replace
+from fractions import Fraction
+
+import pytest
+import torch
+from diffusers import WanPipeline
+
+from atlasvid_cli import pipeline, store
+from atlasvid_cli.console import Console
+from atlasvid_cli.errors import InputError
+from atlasvid_cli.plan import Request, make_plan
+from atlasvid_cli.presets import load_preset
+from atlasvid_cli.video import probe
+
+PROMPT = "a red ball moving right over a green checkerboard"
+
+
+class Killed(Exception):
+    pass
+
+
+@pytest.fixture(scope="module")
+def session(random_preset):
+    return pipeline.Session(str(random_preset))
+
+
+@pytest.fixture
+def request_(random_preset):
+    return Request(str(random_preset), 256, 192, Fraction(1), seed=3)
+
+
+@pytest.fixture
+def console():
+    return Console(interactive=False)
+
+
+def digest(path):
+    return hashlib.sha256(path.read_bytes()).hexdigest()
+
+
+def latents(path):
+    return store.open_tensors(path)[0]["latents"]
+
+
+def test_the_folder_is_a_plain_diffusers_folder(session):
+    native = WanPipeline.from_pretrained(session.folder, torch_dtype=torch.float32)
+    native.set_progress_bar_config(disable=True)
+    video = native(PROMPT, height=64, width=64, num_frames=5, num_inference_steps=2, max_sequence_length=512)
+    assert video.frames.shape == (1, 5, 64, 64, 3)
+
+
+def test_render_makes_exactly_what_was_asked(session, request_, console, tmp_path):
+    event = pipeline.render(session, make_plan(request_), PROMPT, "", tmp_path / "run", tmp_path / "a.mp4", console)
+    found = probe(tmp_path / "a.mp4")
+    assert (found["width"], found["height"], found["frames"], found["seconds"]) == (256, 192, 16, 1.0)
+    assert found["metadata"]["prompt"] == PROMPT and found["color_space"] == "bt709"
+    assert event["video"] == str(tmp_path / "a.mp4")
+    assert (tmp_path / "a.png").exists() and (tmp_path / "run" / "run.json").exists()
+    assert not list((tmp_path / "run").glob("*.state.*"))
+
+
+@pytest.mark.parametrize(("width", "height"), [(64, 64), (333, 177), (96, 320)])
+def test_odd_and_small_sizes(session, request_, console, tmp_path, width, height):
+    plan = make_plan(replace(request_, width=width, height=height, seconds=Fraction(5, 16)))
+    pipeline.render(session, plan, PROMPT, "", tmp_path, tmp_path / "a.mp4", console)
+    found = probe(tmp_path / "a.mp4")
+    assert (found["width"], found["height"], found["frames"]) == (width, height, 5)
+
+
+def test_the_same_job_gives_the_same_bytes_and_another_chunk_the_same_latents(session, request_, console, tmp_path):
+    for name, chunk in (("a", 4), ("b", 4), ("c", 1)):
+        plan = make_plan(replace(request_, chunk=chunk))
+        pipeline.render(session, plan, PROMPT, "", tmp_path / name, tmp_path / f"{name}.mp4", console)
+    for file in ("proxy.safetensors", "detail.safetensors"):
+        assert digest(tmp_path / "a" / file) == digest(tmp_path / "b" / file)
+    assert digest(tmp_path / "a.mp4") == digest(tmp_path / "b.mp4")
+    a, c = (latents(tmp_path / name / "detail.safetensors") for name in "ac")
+    torch.testing.assert_close(a, c, atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize("saves", [1, 2, 4, 5, 6])
+def test_a_killed_run_continues_to_the_same_bytes(session, request_, console, tmp_path, monkeypatch, saves):
+    plan = make_plan(request_)
+    pipeline.render(session, plan, PROMPT, "", tmp_path / "whole", tmp_path / "whole.mp4", console)
+    save, count = store.save_state, 0
+
+    def save_then_die(*arguments):
+        nonlocal count
+        save(*arguments)
+        count += 1
+        if count == saves:
+            raise Killed
+
+    monkeypatch.setattr(store, "save_state", save_then_die)
+    with pytest.raises(Killed):
+        pipeline.render(session, plan, PROMPT, "", tmp_path / "run", tmp_path / "a.mp4", console)
+    monkeypatch.setattr(store, "save_state", save)
+    pipeline.render(session, plan, PROMPT, "", tmp_path / "run", tmp_path / "a.mp4", console)
+    for file in ("proxy.safetensors", "detail.safetensors"):
+        assert digest(tmp_path / "run" / file) == digest(tmp_path / "whole" / file)
+    assert digest(tmp_path / "a.mp4") == digest(tmp_path / "whole.mp4")
+
+
+def test_refine_needs_no_prompt_and_a_region_leaves_the_rest(session, request_, console, tmp_path):
+    proxy = pipeline.make_proxy(session, make_plan(request_), PROMPT, "", tmp_path, console)
+    defaults = pipeline.request_defaults(proxy)
+    assert defaults["seconds"] == 1 and defaults["seed"] == 3
+    for width, height in ((256, 192), (512, 384)):
+        plan = pipeline.plan_from_proxy(proxy, replace(request_, width=width, height=height), session)
+        result = pipeline.refine(session, plan, proxy, tmp_path / f"{width}", console)
+        assert latents(result).shape[2:] == (height // 16, width // 16)
+    again = replace(request_, width=512, height=384, region=(128, 128, 128, 128), frames=(4, 12), seed=9)
+    plan = pipeline.plan_from_proxy(proxy, again, session)
+    # the finished video was made with another seed, which is in its own file
+    first, redone = latents(result), latents(pipeline.refine(session, plan, proxy, tmp_path / "512", console))
+    inside = torch.zeros_like(first, dtype=torch.bool)
+    inside[:, 1:4, 8:16, 8:16] = True
+    assert torch.equal(first[~inside], redone[~inside])
+    assert (first - redone)[inside].abs().mean() > 0.01
+
+
+def test_a_result_can_be_refined_further(session, request_, console, tmp_path):
+    small = make_plan(request_)
+    proxy = pipeline.make_proxy(session, small, PROMPT, "", tmp_path, console)
+    result = pipeline.refine(session, small, proxy, tmp_path, console)
+    plan = pipeline.plan_from_proxy(result, replace(request_, width=512, height=384), session)
+    assert [level.time_ratio for level in plan.levels] == [1]
+    assert latents(pipeline.refine(session, plan, result, tmp_path / "up", console)).shape[2:] == (24, 32)
+
+
+def test_latents_of_other_weights_are_refused(session, request_, console, tmp_path, monkeypatch):
+    proxy = pipeline.make_proxy(session, make_plan(request_), PROMPT, "", tmp_path, console)
+    monkeypatch.setattr(session, "hash", lambda stage: "0" * 16)
+    with pytest.raises(InputError, match="model"):
+        pipeline.read_latents(proxy, session)
+
+
+def test_unknown_words_are_named(session, console, capsys):
+    session.embeddings(("a red zebra",), console)
+    assert "'zebra'" in capsys.readouterr().err
+
+
+def test_every_shipped_preset_loads():
+    assert load_preset("tiny").detail.windows
