@@ -114,7 +114,8 @@ def build(kind: str, count: int, folder: Path, vae: AutoencoderKLWan, seed: int 
         path = folder / f"{kind}-{first // SHARD:04d}.safetensors"
         if path.exists():
             continue
-        tensors, captions = {}, []
+        tensors: dict[str, torch.Tensor] = {}
+        captions = []
         for i in range(first, min(first + SHARD, count)):
             latents, info = sample(kind, random.Random(f"{seed}/{kind}/{i}"), encode)
             captions.append(info)

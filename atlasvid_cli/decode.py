@@ -20,12 +20,12 @@ from typing import Any
 import numpy as np
 import torch
 import torch.nn.functional as F
-from torch import nn
 
 from .errors import RenderError, ResourceError
 
+Module = Any  # diffusers' modules, whose attributes are not typed
 # A convolution's last two inputs (1, C, h, w), newest last, by module.
-History = dict[nn.Module, list[torch.Tensor]]
+History = dict[Module, list[torch.Tensor]]
 
 # With a live middle attention tiles differ, so they are blended over this many latents on each side of a border.
 BLEND = 4
@@ -33,7 +33,7 @@ BLEND = 4
 
 @torch.no_grad()
 def decode_stream(
-    vae: nn.Module, latents: torch.Tensor, tile: int | None = None, spool: Path | None = None
+    vae: Module, latents: torch.Tensor, tile: int | None = None, spool: Path | None = None
 ) -> Iterator[torch.Tensor]:
     """Frames (f, 3, H, W), fp32 on CPU in 0..1, of normalised latents (C, T, h, w): f is 1, then 4 a latent frame.
 
@@ -56,7 +56,7 @@ def decode_stream(
         yield from _spooled(vae, latents, tile, spool)
 
 
-def _step(vae: nn.Module, latent: torch.Tensor, history: History, first: bool) -> torch.Tensor:
+def _step(vae: Module, latent: torch.Tensor, history: History, first: bool) -> torch.Tensor:
     """The frames (f, 3, H, W) fp32 0..1 on CPU of one latent frame (C, h, w), going on from `history`."""
     config = vae.config
     weight = vae.post_quant_conv.weight
@@ -74,7 +74,7 @@ def _step(vae: nn.Module, latent: torch.Tensor, history: History, first: bool) -
     return out.clamp_(-1.0, 1.0).add_(1.0).mul_(0.5)
 
 
-def _middle(decoder: nn.Module, z: torch.Tensor, history: History) -> torch.Tensor:
+def _middle(decoder: Module, z: torch.Tensor, history: History) -> torch.Tensor:
     """The input convolution and the middle block on one latent frame (1, C, h, w)."""
     x = _causal(decoder.conv_in, z, history)
     block = decoder.mid_block
@@ -86,9 +86,7 @@ def _middle(decoder: nn.Module, z: torch.Tensor, history: History) -> torch.Tens
     return x
 
 
-def _frames(
-    decoder: nn.Module, x: torch.Tensor, history: History, first: bool, level: int = 0
-) -> Iterator[torch.Tensor]:
+def _frames(decoder: Module, x: torch.Tensor, history: History, first: bool, level: int = 0) -> Iterator[torch.Tensor]:
     """Frames (1, out_channels, H, W) that come from one frame `x` at up block `level`, in order."""
     if level == len(decoder.up_blocks):
         yield _causal(decoder.conv_out, _norm_silu(decoder.norm_out, x), history)
@@ -113,7 +111,7 @@ def _frames(
 
 
 def _upsample(
-    upsampler: nn.Module, x: torch.Tensor, shortcut: nn.Module | None, source: torch.Tensor | None, phase: int
+    upsampler: Module, x: torch.Tensor, shortcut: Module | None, source: torch.Tensor | None, phase: int
 ) -> torch.Tensor:
     """Twice the height and width of `x`, plus diffusers' DupUp3D of `source` at frame `phase` of its time factor."""
     y = upsampler.resample(x.contiguous(memory_format=torch.channels_last))
@@ -121,7 +119,7 @@ def _upsample(
         return y
     for row in (0, 1):
         for column in (0, 1):
-            part = source
+            part: Any = source
             if shortcut.in_channels != shortcut.out_channels:
                 copy = shortcut.factor * torch.arange(shortcut.out_channels, device=x.device)
                 part = source[:, (copy + 4 * phase + 2 * row + column) // shortcut.repeats]
@@ -129,14 +127,14 @@ def _upsample(
     return y
 
 
-def _resnet(block: nn.Module, x: torch.Tensor, history: History) -> torch.Tensor:
+def _resnet(block: Module, x: torch.Tensor, history: History) -> torch.Tensor:
     """diffusers' WanResidualBlock on one frame (1, C, h, w)."""
     h = _causal(block.conv1, _norm_silu(block.norm1, x), history)
     h = _causal(block.conv2, _norm_silu(block.norm2, h), history)
-    return h.add_(x if isinstance(block.conv_shortcut, nn.Identity) else _causal(block.conv_shortcut, x, history))
+    return h.add_(x if isinstance(block.conv_shortcut, torch.nn.Identity) else _causal(block.conv_shortcut, x, history))
 
 
-def _norm_silu(norm: nn.Module, x: torch.Tensor) -> torch.Tensor:
+def _norm_silu(norm: Module, x: torch.Tensor) -> torch.Tensor:
     """SiLU of WanRMS_norm of (1, C, h, w), in three passes over memory where the modules take seven."""
     wide = x.float()
     length = torch.linalg.vector_norm(wide, dim=1, keepdim=True).clamp_min_(1e-12)
@@ -146,7 +144,7 @@ def _norm_silu(norm: nn.Module, x: torch.Tensor) -> torch.Tensor:
     return F.silu(y, inplace=True)
 
 
-def _causal(conv: nn.Conv3d, x: torch.Tensor, history: History) -> torch.Tensor:
+def _causal(conv: Module, x: torch.Tensor, history: History) -> torch.Tensor:
     """WanCausalConv3d at frame `x` (1, C, h, w), after the frames in `history`, which it joins. Stride 1."""
     past = history.get(conv, [])
     weights = conv.weight.unbind(2)  # oldest frame first
@@ -159,7 +157,7 @@ def _causal(conv: nn.Conv3d, x: torch.Tensor, history: History) -> torch.Tensor:
     return y
 
 
-def _is_live(attention: nn.Module) -> bool:
+def _is_live(attention: Module) -> bool:
     """Whether a middle attention adds anything: the embedded VAE's does not, which makes its tiles exact."""
     return bool(attention.proj.weight.any()) or bool(attention.proj.bias.any())
 
@@ -187,7 +185,7 @@ def _ramp(span: tuple[int, int], blend: int, size: int) -> torch.Tensor:
     return rise + fall - 1
 
 
-def _spooled(vae: nn.Module, latents: torch.Tensor, tile: int, spool: Path | None) -> Iterator[torch.Tensor]:
+def _spooled(vae: Module, latents: torch.Tensor, tile: int, spool: Path | None) -> Iterator[torch.Tensor]:
     """`decode_stream` tile by tile. Tiles see a halo as wide as the receptive field, so only attention can differ."""
     _, steps, h, w = latents.shape
     factor, halo = space_factor(vae.config), receptive_radius(vae.config)
@@ -221,7 +219,7 @@ def _reserve(file: Any, shape: tuple[int, ...]) -> np.ndarray:
 
 
 def _decode_tile(
-    vae: nn.Module,
+    vae: Module,
     latents: torch.Tensor,
     rows: tuple[int, int],
     columns: tuple[int, int],
@@ -246,7 +244,7 @@ def _decode_tile(
     start = 0
     for t in range(steps):
         part = latents[:, t, slice(*seen[0]), slice(*seen[1])]
-        decoded = _step(vae, part, history, first=t == 0)[(..., *inside)]
+        decoded = _step(vae, part, history, first=t == 0)[..., inside[0], inside[1]]
         target = frames[(slice(start, start + len(decoded)), slice(None), *where)]
         added = (decoded * weight).round_().int().numpy()
         target[...] = np.minimum(target + added, 65535)  # roundings of several tiles may add up to 65536

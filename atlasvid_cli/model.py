@@ -83,13 +83,12 @@ def block_forward(
     text: KeyValue,
     text_bias: torch.Tensor,
     proxy: KeyValue | None = None,
-    keep: Callable[[torch.Tensor, torch.Tensor], None] | None = None,
     backend: str | None = None,
-) -> torch.Tensor:
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """A Wan block on x (n, L, D): each window attends to itself and, in the same softmax, to `proxy` (n, K, heads, d).
 
-    `modulations` (n or 1, 6, D), `rotation` (n or 1, L, 1, d/2), `text` (n or 1, tokens, heads, d). `keep` is given
-    the unrotated keys and the values (n, L, heads, d).
+    `modulations` (n or 1, 6, D), `rotation` (n or 1, L, 1, d/2), `text` (n or 1, tokens, heads, d). Returns the block's
+    output and, for those who guide others, its own unrotated keys and its values (n, L, heads, d).
     """
     shift, scale, gate, ffn_shift, ffn_scale, ffn_gate = (block.scale_shift_table + modulations.float()).chunk(6, dim=1)
 
@@ -98,25 +97,23 @@ def block_forward(
     q = rotate(attn.norm_q(attn.to_q(normed)).unflatten(-1, (attn.heads, -1)), rotation)
     k = attn.norm_k(attn.to_k(normed)).unflatten(-1, (attn.heads, -1))
     v = attn.to_v(normed).unflatten(-1, (attn.heads, -1))
-    if keep is not None:
-        keep(k, v)
-    k = rotate(k, rotation)
+    keys, values = rotate(k, rotation), v
     if proxy is not None:
-        k, v = torch.cat((k, proxy[0].type_as(k)), dim=1), torch.cat((v, proxy[1].type_as(v)), dim=1)
-    attended = attn.to_out[0](attend(q, k, v, backend=backend).flatten(2))
+        keys = torch.cat((keys, proxy[0].type_as(keys)), dim=1)
+        values = torch.cat((values, proxy[1].type_as(values)), dim=1)
+    attended = attn.to_out[0](attend(q, keys, values, backend=backend).flatten(2))
     x = (x.float() + attended * gate).type_as(x)
 
     attn = block.attn2
     q = attn.norm_q(attn.to_q(block.norm2(x.float()).type_as(x))).unflatten(-1, (attn.heads, -1))
-    keys, values = text
-    if len(keys) == 1:  # one prompt for all windows: one long row of queries
-        attended = attend(q.flatten(0, 1)[None], keys, values, text_bias, backend).view_as(q)
+    if len(text[0]) == 1:  # one prompt for all windows: one long row of queries
+        attended = attend(q.flatten(0, 1)[None], *text, text_bias, backend).view_as(q)
     else:
-        attended = attend(q, keys, values, text_bias, backend)
+        attended = attend(q, *text, text_bias, backend)
     x = x + attn.to_out[0](attended.flatten(2))
 
     normed = (block.norm3(x.float()) * (1 + ffn_scale) + ffn_shift).type_as(x)
-    return (x.float() + block.ffn(normed).float() * ffn_gate).type_as(x)
+    return (x.float() + block.ffn(normed).float() * ffn_gate).type_as(x), k, v
 
 
 def patchify(latents: torch.Tensor, patch: int) -> torch.Tensor:
@@ -164,7 +161,7 @@ def clip_forward(
     temb, modulations = modulation(model, timestep)
     x = embed(model, tokens)
     for block, keys_values in zip(model.blocks, text.keys_values, strict=True):
-        x = block_forward(block, x, modulations, rotation, keys_values, text.bias, backend=backend)
+        x, _, _ = block_forward(block, x, modulations, rotation, keys_values, text.bias, backend=backend)
     return predict(model, x, temb)
 
 
@@ -187,7 +184,7 @@ def proxy_context(
     the end of its group of latents or (`centre`) at its middle.
     """
     head_dim = model.config.attention_head_dim
-    temb, modulations = modulation(model, torch.tensor([timestep], device=tokens.device))
+    _, modulations = modulation(model, torch.tensor([timestep], device=tokens.device))
     x = embed(model, tokens)
     t = torch.arange(grid.t, dtype=torch.float64) * time_ratio
     if centre:
@@ -197,23 +194,14 @@ def proxy_context(
     kept: list[KeyValue] = []
     for i, block in enumerate(model.blocks):
         out = torch.empty_like(x)
-        parts: list[tuple[torch.Tensor, torch.Tensor, torch.Tensor]] = []
+        keys, values = (torch.empty_like(x).unflatten(-1, (model.config.num_attention_heads, -1)) for _ in range(2))
         for windows in block_layout(i, (window,), grid):
             index = windows.indices(grid)
             wt, wh, ww = windows.axes()
             rotation = rope(wt * time_ratio, wh, ww, head_dim).to(tokens.device)
-            out[index] = block_forward(
-                block,
-                x[index],
-                modulations,
-                rotation,
-                text.keys_values[i],
-                text.bias,
-                keep=lambda k, v, index=index: parts.append((index, k, v)),
+            out[index], keys[index], values[index] = block_forward(
+                block, x[index], modulations, rotation, text.keys_values[i], text.bias
             )
-        keys, values = (x.new_empty(grid.tokens, *parts[0][1].shape[2:]) for _ in range(2))
-        for index, k, v in parts:
-            keys[index], values[index] = k, v
         kept.append((rotate(keys[None], detail_rotation[None])[0], values))
         x = out
     return ProxyContext(grid, ratio, time_ratio, margin, kept)
@@ -248,7 +236,7 @@ def detail_forward(
             for windows in group.split(chunk):
                 index = windows.indices(grid)
                 placed = windows.moved(origin)
-                out[index] = block_forward(
+                out[index], _, _ = block_forward(
                     block,
                     hidden[index],
                     modulations,

@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Iterable
+from typing import Any
 
 import torch
 from torch import nn
@@ -18,7 +19,7 @@ class Muon(torch.optim.Optimizer):
         super().__init__(list(params), {"lr": lr, "momentum": momentum})
 
     @torch.no_grad()
-    def step(self, closure=None) -> None:
+    def step(self, closure: Any = None) -> None:  # type: ignore[override]
         for group in self.param_groups:
             by_shape: dict[tuple[int, ...], list[tuple[nn.Parameter, torch.Tensor]]] = {}
             for p in group["params"]:
@@ -54,7 +55,8 @@ class MuonAdamW:
     """
 
     def __init__(self, named: Iterable[tuple[str, nn.Parameter]], lr: float, adamw_names: tuple[str, ...] = ()):
-        matrices, rest = [], []
+        matrices: list[nn.Parameter] = []
+        rest: list[nn.Parameter] = []
         for name, p in named:
             if p.requires_grad:
                 is_matrix = p.ndim >= 2 and min(p.flatten(1).shape) > 1

@@ -29,7 +29,7 @@ def parse_resolution(text: str) -> tuple[int, int]:
     match = re.fullmatch(r"\s*(\d{1,6})\s*[xX*×]\s*(\d{1,6})\s*", text, re.ASCII)
     if match is None:
         names = ", ".join(RESOLUTIONS)
-        raise UsageError(f"--res {text!r} is not a size: give WIDTHxHEIGHT in pixels (--res 3840x2160) or one of {names}")
+        raise UsageError(f"--res {text!r} is not a size: give pixels (--res 3840x2160) or one of {names}")
     width, height = int(match[1]), int(match[2])
     if min(width, height) < MIN_SIDE_PX or max(width, height) > MAX_SIDE_PX:
         raise UsageError(
@@ -71,7 +71,7 @@ def parse_frames(text: str) -> tuple[int, int]:
     """`a:b`, output frames from a up to but without b."""
     match = re.fullmatch(r"\s*(\d{1,6})\s*:\s*(\d{1,6})\s*", text, re.ASCII)
     if match is None or int(match[1]) >= int(match[2]):
-        raise UsageError(f"--frames {text!r} is not a range of frames: give first:end with first < end, as --frames 0:48")
+        raise UsageError(f"--frames {text!r} is not a range of frames: give first:end, as --frames 0:48")
     return int(match[1]), int(match[2])
 
 

@@ -4,6 +4,7 @@ Stages are separated by files in the run directory, so resuming, rerunning a sta
 """
 
 import json
+import shutil
 import time
 from collections.abc import Iterator
 from fractions import Fraction
@@ -87,13 +88,54 @@ def render(
     latents = refine(session, plan, proxy, run_dir, progress)
     video = decode(session, latents, output, plan.request.codec, progress)
     seconds = round(time.monotonic() - started, 2)
-    store.write_json(run_dir / "run.json", {**plan.to_json(), **describe(latents), "render_seconds": seconds})
-    return {
+    event = {
         "video": str(video),
-        "run_dir": str(run_dir),
         "preview": str(video.with_suffix(".png")),
+        "run_dir": str(run_dir),
         "seconds": seconds,
     }
+    record = {
+        **plan.to_json(),
+        **describe(latents),
+        "job": job_hash(session, plan, prompt, negative_prompt),
+        "video_bytes": video.stat().st_size,
+        "event": event,
+        "render_seconds": seconds,
+    }
+    store.write_json(run_dir / "run.json", record)
+    return event
+
+
+def job_hash(session: Session, plan: Plan, prompt: str, negative_prompt: str) -> str:
+    """Stands for all that decides a finished video: the plan, the prompts, the weights, the size and the codec."""
+    request = plan.request
+    return store.artefact_hash(
+        {
+            **plan.key(),
+            "prompts": [prompt, negative_prompt],
+            "models": [session.hash("proxy"), session.hash("detail")],
+            "size": [request.width, request.height, str(request.seconds), request.codec],
+        }
+    )
+
+
+def finished_video(
+    session: Session, plan: Plan, prompt: str, negative_prompt: str, run_dir: Path, output: Path
+) -> dict[str, Any] | None:
+    """The event of an identical job that is done and whose video is still there; None otherwise."""
+    try:
+        record = json.loads((run_dir / "run.json").read_text(encoding="utf-8"))
+        same = record["job"] == job_hash(session, plan, prompt, negative_prompt)
+        same = same and record["event"]["video"] == str(output) and output.stat().st_size == record["video_bytes"]
+        return {**record["event"], "status": "skipped"} if same else None
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+
+
+def publish(made: Path, target: Path) -> None:
+    """Copies a result of the run directory to where the user wants it."""
+    with store.replacing(target) as temporary:
+        shutil.copyfile(made, temporary)
 
 
 def make_proxy(
@@ -146,8 +188,9 @@ def refine(session: Session, plan: Plan, proxy_path: Path, run_dir: Path, progre
             )
             path = run_dir / f"detail-region-{metadata['key']}.safetensors"
         if not _is_current(path, metadata):
-            latents = _refine_level(session, plan, stage, name, number, below, (prompt, negative), metadata, redo,
-                                    run_dir, progress)  # fmt: skip
+            latents = _refine_level(
+                session, plan, stage, name, number, below, (prompt, negative), metadata, redo, run_dir, progress
+            )
             store.save_tensors(path, {"latents": latents}, metadata)
             _state_path(run_dir, number).unlink(missing_ok=True)
         if not last:
@@ -155,9 +198,7 @@ def refine(session: Session, plan: Plan, proxy_path: Path, run_dir: Path, progre
     return path
 
 
-def decode(
-    session: Session, latents_path: Path, output: Path, codec: str, progress: Console
-) -> Path:
+def decode(session: Session, latents_path: Path, output: Path, codec: str, progress: Console) -> Path:
     """Saved latents -> video file and a contact sheet beside it, streamed; no sampling."""
     latents, metadata = read_latents(latents_path, session)
     output = output if output.suffix else output.with_suffix(suffix_for(codec))
@@ -198,7 +239,9 @@ def decode(
 
 def read_latents(path: Path, session: Session) -> tuple[torch.Tensor, dict[str, str]]:
     """Latents (C, T, H, W) fp32 of a file of ours and its metadata; refuses those of another model."""
-    tensors, metadata = store.open_tensors(path, {"latents": ("F32", (session.preset.transformer.channels, None, None, None))})
+    tensors, metadata = store.open_tensors(
+        path, {"latents": ("F32", (session.preset.transformer.channels, None, None, None))}
+    )
     store.check_artefact(metadata, {"format": FORMAT, "preset": session.preset.name}, path)
     expected = session.hash(metadata["kind"])
     store.check_artefact(metadata, {"model": expected}, path)
@@ -270,9 +313,7 @@ def _refine_level(
         )
 
 
-def _contexts(
-    session: Session, prompts: tuple[str, ...], model: Any, progress: Console
-) -> list[TextContext]:
+def _contexts(session: Session, prompts: tuple[str, ...], model: Any, progress: Console) -> list[TextContext]:
     length = session.preset.transformer.text_length
     with torch.no_grad():
         return [text_context(model, [e], length) for e in session.embeddings(prompts, progress)]

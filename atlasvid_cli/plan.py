@@ -234,7 +234,7 @@ class Plan:
 
 
 def make_plan(request: Request, proxy: Grid | None = None, proxy_fps: int | None = None) -> Plan:
-    """Resolves a request. With the grid and fps of a `proxy` that exists, its levels climb from it. Raises UsageError."""
+    """Resolves a request; with the grid and fps of a saved `proxy`, its levels climb from that. Raises UsageError."""
     preset = load_preset(request.preset)
     fps = request.fps or preset.fps
     geometry, detail = preset.geometry, preset.detail

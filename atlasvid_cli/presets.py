@@ -108,7 +108,7 @@ def load_preset(name: str) -> Preset:
 def _parse(kind: Any, value: Any, where: str) -> Any:
     """`value` as `kind`, refusing unknown and missing keys and wrong types by name."""
     origin, arguments = typing.get_origin(kind), typing.get_args(kind)
-    if dataclasses.is_dataclass(kind):
+    if isinstance(kind, type) and dataclasses.is_dataclass(kind):
         if not isinstance(value, dict):
             raise UsageError(f"{where} must be a table")
         hints = typing.get_type_hints(kind)

@@ -58,7 +58,9 @@ def read_prompts(source: str, negative_prompt: str | None, seed: int) -> list[It
         raise UsageError(f"prompt file {name} holds no prompts: write one prompt a line")
     json_lines = text.lstrip().startswith("{")
     digits = max(4, len(str(len(lines) - 1)))
-    items, seen_ids, seen_outputs = [], {}, {}
+    items: list[Item] = []
+    seen_ids: dict[str, int] = {}
+    seen_outputs: dict[str, int] = {}
     for index, (number, line) in enumerate(lines):
         place = f"{name} line {number}"
         fields = _fields(line, place) if json_lines else {"prompt": line}

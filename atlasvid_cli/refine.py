@@ -114,7 +114,7 @@ def sample_detail(
             frame = torch.lerp(upsample(below, stage, patch, box), frame, schedule[0])
         first = (t - ranges[0].start) * a_frame
         x[first : first + a_frame] = patchify(frame, patch)
-    frozen = known = None
+    frozen = known = frozen_noise = torch.empty(0)
     if region:
         known = patchify(_box(region.latents, ranges), patch)
         frozen_noise = patchify(noise(seed, level, model.config.in_channels, *ranges), patch)
@@ -126,7 +126,7 @@ def sample_detail(
         x = tensors["tokens"]
     for i in range(done, stage.steps):
         now, following = schedule[i], schedule[i + 1]
-        if frozen is not None:
+        if region:
             x[frozen] = torch.lerp(known, frozen_noise, now)[frozen]
         velocity = None
         with torch.no_grad():
@@ -143,20 +143,16 @@ def sample_detail(
                     origin,
                     on_block=on_block,
                 )
-                if velocity is None:
-                    velocity = out
-                else:  # the second pass is the negative prompt
-                    velocity = out.lerp_(velocity, stage.guidance_scale)
+                # the second pass is the negative prompt's
+                velocity = out if velocity is None else out.lerp_(velocity, stage.guidance_scale)
         assert velocity is not None
         x.add_(velocity, alpha=following - now)
         if save:
             save(i + 1, {"tokens": x})
     if region:
         latents = region.latents.clone()
-        keep = ~frozen  # type: ignore[operator]
-        merged = torch.where(keep[:, None], x, known)
-        t, h, w = (slice(r.start, r.stop) for r in ranges)
-        latents[:, t, h, w] = unpatchify(merged, part, patch)
+        at = tuple(slice(r.start, r.stop) for r in ranges)
+        latents[:, *at] = unpatchify(torch.where(frozen[:, None], known, x), part, patch)
         return latents
     return unpatchify(x, grid, patch)
 

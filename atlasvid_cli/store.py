@@ -127,9 +127,7 @@ def check_artefact(metadata: dict[str, str], expected: dict[str, str], path: Pat
     for name, value in expected.items():
         found = metadata.get(name)
         if found != value:
-            raise InputError(
-                f"{path} was made with another {name} ({found or 'none'}, not {value}); make it again, or use that {name}"
-            )
+            raise InputError(f"{path} was made with another {name} ({found or 'none'}, not {value}); make it again")
 
 
 def artefact_hash(fields: dict[str, Any]) -> str:

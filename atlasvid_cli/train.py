@@ -130,7 +130,7 @@ def run(
     loss_at: Callable[[int, random.Random, torch.Generator], torch.Tensor],
     accumulate: int = 1,
 ) -> None:
-    """The loop: `loss_at(step, rng, generator)` is averaged over `accumulate` draws; logs and checkpoints to `folder`."""
+    """The loop: `loss_at(step, rng, generator)` over `accumulate` draws a step; logs and checkpoints to `folder`."""
     named = [(n, p) for n, p in model.named_parameters() if p.requires_grad]
     optimizer = MuonAdamW(named, lr, ("patch_embedding", "condition_embedder", "proj_out", "scale_shift_table"))
     step = load_checkpoint(folder, model, optimizer)

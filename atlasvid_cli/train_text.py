@@ -11,12 +11,18 @@ from transformers import PreTrainedTokenizerFast, UMT5Config, UMT5EncoderModel
 
 from . import world
 
-FILLERS = (
-    "a an the is that over under on across with in of and moving moves goes slides going sliding rolling rolls flying "
-    "flies drifting drifts to towards from its one single big small video clip background ground pattern patterned "
-    "above colored coloured color colour motion object slowly it travels travelling"
-).split()
-ATTRIBUTES = (sorted(world.COLOURS), list(world.SHAPES), sorted(world.DIRECTIONS), sorted(world.COLOURS), list(world.GROUNDS))
+FILLERS = tuple(
+    "a an the is that over under on across with in of and moving moves goes slides going sliding rolling rolls flying"  # noqa: SIM905
+    " flies drifting drifts to towards from its one single big small video clip background ground pattern patterned"
+    " above colored coloured color colour motion object slowly it travels travelling".split()
+)
+ATTRIBUTES: tuple[list[str], ...] = (
+    sorted(world.COLOURS),
+    list(world.SHAPES),
+    sorted(world.DIRECTIONS),
+    sorted(world.COLOURS),
+    list(world.GROUNDS),
+)
 
 
 def build_tokenizer() -> PreTrainedTokenizerFast:
@@ -83,7 +89,7 @@ def train(folder: Path, steps: int = 700, batch: int = 64, seed: int = 0) -> flo
         states = encoder(tokens.input_ids, tokens.attention_mask).last_hidden_state
         target = torch.tensor(labels)
         logits = heads(states, tokens.attention_mask)
-        loss = sum(F.cross_entropy(part, target[:, i]) for i, part in enumerate(logits))
+        loss = torch.stack([F.cross_entropy(part, target[:, i]) for i, part in enumerate(logits)]).sum()
         optimizer.param_groups[0]["lr"] = 2e-3 * min(1.0, (step + 1) / 50) * (1 - step / steps)
         optimizer.zero_grad()
         loss.backward()

@@ -23,9 +23,13 @@ def model_hash(folder: Path, *names: str | None) -> str:
     """sha256 over the named weights (16 hex digits): what saved latents are bound to."""
     digest = hashlib.sha256()
     for name in names:
-        for path in sorted((folder / name).glob("*.safetensors")) if name and (folder / name).is_dir() else [
-            folder / name
-        ] if name else []:
+        for path in (
+            sorted((folder / name).glob("*.safetensors"))
+            if name and (folder / name).is_dir()
+            else [folder / name]
+            if name
+            else []
+        ):
             with path.open("rb") as file:
                 digest.update(hashlib.file_digest(file, "sha256").digest())
     return digest.hexdigest()[:16]

@@ -9,7 +9,7 @@ import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 from fractions import Fraction
-from itertools import product
+from itertools import pairwise, product
 
 import torch
 
@@ -45,9 +45,7 @@ class Windows:
     def indices(self, grid: Grid) -> torch.Tensor:
         """Raster indices (n, tokens) of every token of every window."""
         t, h, w = self.axes()
-        return (
-            (t[:, :, None, None] * grid.h + h[:, None, :, None]) * grid.w + w[:, None, None, :]
-        ).flatten(1)
+        return ((t[:, :, None, None] * grid.h + h[:, None, :, None]) * grid.w + w[:, None, None, :]).flatten(1)
 
 
 def cut(size: int, length: int, shifted: bool) -> list[tuple[int, int]]:
@@ -55,7 +53,7 @@ def cut(size: int, length: int, shifted: bool) -> list[tuple[int, int]]:
     if length >= size:
         return [(0, size)]
     edges = [0, *range(length // 2 if shifted and length > 1 else length, size, length), size]
-    return [(a, b - a) for a, b in zip(edges, edges[1:], strict=False)]
+    return [(a, b - a) for a, b in pairwise(edges)]
 
 
 def layout(grid: Grid, shape: Shape, shifted: bool) -> list[Windows]:

@@ -36,7 +36,7 @@ SPEED = (0.045, 0.055)  # frame extents a second along the direction: 12 s cross
 
 @dataclass(frozen=True)
 class Scene:
-    """One scene. `size` is the object's radius, `start` its centre at t = 0, both in scene units; `speed` in units/s."""
+    """One scene. `size` is the object's radius, `start` its centre at t = 0, in scene units; `speed` in units/s."""
 
     colour: str
     shape: str
@@ -192,8 +192,11 @@ def _ground(scene: Scene, x: torch.Tensor, y: torch.Tensor, pixel: float) -> tor
     px, py = scene.phase
     if scene.ground == "checkerboard":
         cell = 0.25
-        mix = 0.5 - 0.5 * _square_wave(x / cell + px, pixel / cell)[None, :] * (
-            _square_wave(y / cell + py, pixel / cell)[:, None]
+        mix = (
+            0.5
+            - 0.5
+            * _square_wave(x / cell + px, pixel / cell)[None, :]
+            * (_square_wave(y / cell + py, pixel / cell)[:, None])
         )
     elif scene.ground == "stripes":  # diagonal
         cell = 0.2
@@ -213,6 +216,7 @@ def _ground(scene: Scene, x: torch.Tensor, y: torch.Tensor, pixel: float) -> tor
 
 def _square_wave(phase: torch.Tensor, footprint: float) -> torch.Tensor:
     """+1 on even cells, -1 on odd ones, averaged over a box of `footprint` cells."""
+
     # the integral of the wave is a triangle wave; a box filter is a difference of integrals
     def integral(p: torch.Tensor) -> torch.Tensor:
         return 1.0 - (torch.remainder(p, 2.0) - 1.0).abs()

@@ -135,9 +135,7 @@ def test_a_region_sees_the_positions_of_the_whole_video(transformer, text):
     """A region that starts on a window border of every block is computed exactly as within the whole."""
     grid, part = Grid(1, 8, 8), Grid(1, 4, 8)
     proxy_grid_tokens = torch.randn(6, 16, generator=torch.Generator().manual_seed(3))
-    proxy = proxy_context(
-        transformer, proxy_grid_tokens, Grid(1, 2, 3), text, Fraction(4), 4, (0, 0, 0), (13, 9, 9)
-    )
+    proxy = proxy_context(transformer, proxy_grid_tokens, Grid(1, 2, 3), text, Fraction(4), 4, (0, 0, 0), (13, 9, 9))
     tokens = torch.randn(grid.tokens, 16, generator=torch.Generator().manual_seed(6))
     shapes = ((1, 1, 8),)
     whole = detail_forward(transformer, tokens, grid, 500, text, proxy, shapes, 4)

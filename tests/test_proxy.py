@@ -54,7 +54,9 @@ def test_a_resumed_run_ends_with_the_same_bytes(transformer, texts, killed_after
         states[step] = {k: v.clone() for k, v in tensors.items()}
 
     whole = sample_proxy(transformer, scheduler(), stage(4), 2, 9, *texts, save=save)
-    resumed = sample_proxy(transformer, scheduler(), stage(4), 2, 9, *texts, resume=(killed_after, states[killed_after]))
+    resumed = sample_proxy(
+        transformer, scheduler(), stage(4), 2, 9, *texts, resume=(killed_after, states[killed_after])
+    )
     assert torch.equal(whole, resumed)
 
 

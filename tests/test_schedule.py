@@ -1,3 +1,5 @@
+import itertools
+
 import pytest
 import torch
 from diffusers import UniPCMultistepScheduler
@@ -35,7 +37,7 @@ def test_sigmas_fall_from_the_strength_to_zero(steps, strength, shift):
     values = sigmas(steps, strength, shift)
     assert len(values) == steps + 1
     assert values[0] == pytest.approx(strength) and values[-1] == 0
-    assert all(a > b for a, b in zip(values, values[1:], strict=False))
+    assert all(a > b for a, b in itertools.pairwise(values))
 
 
 def test_the_shift_is_the_schedulers():
