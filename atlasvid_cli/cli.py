@@ -1,10 +1,8 @@
 """The command line: flags -> Request -> Plan -> pipeline. Heavy imports are in the bodies."""
 
 import dataclasses
-import json
 import os
 import re
-import shutil
 import signal
 import sys
 import traceback
@@ -15,7 +13,7 @@ from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 import typer
 
 from .console import Console
-from .errors import AtlasError, ExitCode, InputError, UsageError, one_line
+from .errors import AtlasError, ExitCode, UsageError, one_line
 from .parse import check_finite, parse_frames, parse_region, parse_resolution, parse_seconds, parse_shard
 from .prompts import Item, read_prompts, select, single, slug
 
@@ -41,6 +39,7 @@ Guidance = Annotated[
 ]
 Shift = Annotated[float | None, typer.Option("--flow-shift", help="Time shift of the proxy's flow-matching schedule.")]
 PresetName = Annotated[str, typer.Option("--preset", help="A preset by name, or the path of a .toml file.")]
+SavedPreset = Annotated[str | None, typer.Option("--preset", help="Preset [default: the one the file names].")]
 ModelPath = Annotated[
     str | None, typer.Option("--model-path", help="Model folder in diffusers layout instead of the preset's.")
 ]
@@ -133,6 +132,7 @@ def refine(
     seed: Annotated[int | None, typer.Option("--seed", min=0, help="Seed [default: the proxy's].")] = None,
     steps: Steps = None,
     fps: Fps = None,
+    preset: SavedPreset = None,
     model_path: ModelPath = None,
     chunk: Chunk = None,
     codec: CodecName = "h264",
@@ -150,7 +150,7 @@ def refine(
     _check_codec(codec, output)
     from . import pipeline
     from .plan import Request, make_plan
-    from .store import lock
+    from .store import lock, run_directory
     from .video import suffix_for
 
     known = pipeline.request_defaults(latents)
@@ -163,7 +163,7 @@ def refine(
         region=box,
         frames=span,
         model_path=model_path,
-        preset=known["preset"],
+        preset=preset or known["preset"],
         seconds=known["seconds"],
         fps=fps or known["fps"],
         seed=known["seed"] if seed is None else seed,
@@ -179,7 +179,7 @@ def refine(
         return
     plan.check_resources(target.parent)
     folder = run_dir or target.parent / "runs" / f"{slug(latents.stem)}-{width}x{height}"
-    with lock(folder):
+    with lock(run_directory(folder.parent, folder.name)):
         result = pipeline.refine(session, plan, latents, folder, console)
         video = pipeline.decode(session, result, target, codec, console)
     console.emit({"video": str(video), "latents": str(result), "status": "ok"}, str(video))
@@ -190,6 +190,7 @@ def decode(
     latents: Annotated[Path, typer.Argument(help="Saved latents: detail.safetensors, or a proxy to look at.")],
     output: Output = None,
     codec: CodecName = "h264",
+    preset: SavedPreset = None,
     model_path: ModelPath = None,
     as_json: Json = False,
     debug: Debug = False,
@@ -200,7 +201,7 @@ def decode(
     from .video import suffix_for
 
     known = pipeline.request_defaults(latents)
-    session = pipeline.Session(known["preset"], model_path)
+    session = pipeline.Session(preset or known["preset"], model_path)
     console = Console(json_lines=as_json)
     target = (output or latents.with_suffix(suffix_for(codec))).absolute()
     video = pipeline.decode(session, latents, target, codec, console)
@@ -250,62 +251,20 @@ def info(
     debug: Debug = False,
 ) -> None:
     """What a file was made from."""
-    console = Console(json_lines=as_json)
-    if not file.exists():
-        raise InputError(f"{file} does not exist; check the path")
-    if file.is_dir():
-        record = file / "run.json"
-        if not record.is_file():
-            raise InputError(f"{file} holds no run.json, so it is not a finished run directory; name another")
-        facts = json.loads(record.read_text(encoding="utf-8"))
-    elif file.suffix == ".safetensors":
-        from .store import read_header
+    from .info import describe, lines
 
-        entries, metadata = read_header(file)
-        facts = {**metadata, "tensors": {k: [v["dtype"], *v["shape"]] for k, v in entries.items()}}
-    else:
-        from .video import probe
-
-        facts = probe(file)
-    console.emit(facts, "\n".join(f"{k}: {v}" for k, v in facts.items()))
+    facts = describe(file)
+    Console(json_lines=as_json).emit(facts, "\n".join(lines(facts)))
 
 
 @app.command()
 def doctor(as_json: Json = False, debug: Debug = False) -> None:
     """The machine as atlasvid sees it: device, versions, codecs, memory and disk, and what each preset can do here."""
-    from importlib.metadata import version
-    from importlib.util import find_spec
+    from .doctor import examine
+    from .info import lines
 
-    import torch
-
-    from .plan import GIB, Request, available_ram, make_plan
-    from .presets import preset_names
-    from .video import CODECS
-
-    console = Console(json_lines=as_json)
-    cuda = torch.cuda.is_available()
-    facts: dict[str, Any] = {
-        "device": "cpu",
-        "why": "a CUDA device is present, but this version computes on the CPU" if cuda else "no CUDA device",
-        "dtype": "float32",
-        "cores": os.cpu_count(),
-        "threads": torch.get_num_threads(),
-        "memory_free_gib": round(available_ram() / GIB, 1),
-        "disk_free_gib": round(shutil.disk_usage(".").free / GIB, 1),
-        **{name: version(name) for name in ("torch", "diffusers", "transformers", "peft", "av")},
-        "attention": "native (scaled_dot_product_attention)"
-        + "".join(f", {n}" for n in ("flash_attn", "sageattention", "xformers") if find_spec(n)),
-        "codecs": ", ".join(CODECS),
-    }
-    from fractions import Fraction
-
-    for name in preset_names():
-        try:
-            make_plan(Request(name, 3840, 2160, Fraction(12))).check_resources(Path())
-            facts[f"preset {name}"] = "4K x 12 s fits"
-        except AtlasError as error:
-            facts[f"preset {name}"] = str(error)
-    console.emit(facts, "\n".join(f"{k}: {v}" for k, v in facts.items()))
+    facts = examine(Path())
+    Console(json_lines=as_json).emit(facts, "\n".join(lines(facts)))
 
 
 def main() -> NoReturn:
@@ -422,7 +381,7 @@ def _batch(
     folder = base if many else base.parent if output else base
     resolved.check_resources(folder)
     from .pipeline import Session
-    from .store import artefact_hash, lock
+    from .store import artefact_hash, lock, run_directory
 
     session = Session(request.preset, request.model_path)
     failed = 0
@@ -437,7 +396,7 @@ def _batch(
         event = {"id": item.id, "prompt": item.prompt, "seed": item.seed}
         try:
             _check_writable(target)
-            with lock(run):
+            with lock(run_directory(run.parent, run.name)):
                 event |= {"status": "ok", **make(session, plan, item, negative, run, target, console)}
         except AtlasError as error:
             if not many:

@@ -110,16 +110,14 @@ def _frames(decoder: Module, x: torch.Tensor, history: History, first: bool, lev
         yield from _frames(decoder, _upsample(upsampler, parts[i], shortcut, source, phase), history, first, level + 1)
 
 
-def _upsample(
-    upsampler: Module, x: torch.Tensor, shortcut: Module | None, source: torch.Tensor | None, phase: int
-) -> torch.Tensor:
+def _upsample(upsampler: Module, x: torch.Tensor, shortcut: Module | None, source: Any, phase: int) -> torch.Tensor:
     """Twice the height and width of `x`, plus diffusers' DupUp3D of `source` at frame `phase` of its time factor."""
     y = upsampler.resample(x.contiguous(memory_format=torch.channels_last))
     if shortcut is None:
         return y
     for row in (0, 1):
         for column in (0, 1):
-            part: Any = source
+            part = source
             if shortcut.in_channels != shortcut.out_channels:
                 copy = shortcut.factor * torch.arange(shortcut.out_channels, device=x.device)
                 part = source[:, (copy + 4 * phase + 2 * row + column) // shortcut.repeats]

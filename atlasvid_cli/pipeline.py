@@ -134,8 +134,8 @@ def finished_video(
 
 def publish(made: Path, target: Path) -> None:
     """Copies a result of the run directory to where the user wants it."""
-    with store.replacing(target) as temporary:
-        shutil.copyfile(made, temporary)
+    with store.atomic(target) as file, made.open("rb") as source:
+        shutil.copyfileobj(source, file)
 
 
 def make_proxy(
@@ -149,8 +149,9 @@ def make_proxy(
         return path
     model = session.transformer(session.preset.proxy.lora)
     contexts = _contexts(session, (prompt, negative_prompt), model, progress)
+    store.run_directory(run_dir.parent, run_dir.name)
     state = run_dir / "proxy.state.safetensors"
-    resume = store.load_state(state, metadata["key"])
+    resume = _resume(state, metadata["key"], progress)
     with progress.stage("proxy", stage.steps) as advance:
         advance(resume[0] if resume else 0)
         latents = sample_proxy(
@@ -291,7 +292,8 @@ def _refine_level(
     texts = _contexts(session, used, model, progress)
     proxy_texts = texts if proxy_model is model else _contexts(session, used, proxy_model, progress)
     state = _state_path(run_dir, number)
-    resume = store.load_state(state, metadata["key"])
+    store.run_directory(run_dir.parent, run_dir.name)
+    resume = _resume(state, metadata["key"], progress)
     blocks = len(model.blocks) * stage.passes
     with progress.stage(name, stage.steps * blocks) as advance:
         advance(resume[0] * blocks if resume else 0)
@@ -343,6 +345,14 @@ def _metadata(
         "scale": str(plan.scale),
         "key": store.artefact_hash(json.loads(json.dumps(fields))),
     }
+
+
+def _resume(path: Path, key: str, progress: Console) -> store.StepState | None:
+    """The state that an interrupted run of the same stage left, with a word about one that cannot be used."""
+    state, warning = store.load_state(path, key)
+    if warning:
+        progress.warn(warning)
+    return state
 
 
 def _is_current(path: Path, metadata: dict[str, str]) -> bool:

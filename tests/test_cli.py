@@ -1,0 +1,206 @@
+"""The commands as their users meet them: exit codes, stdout, batches, kills."""
+
+import hashlib
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+
+from atlasvid_cli import cli
+
+RENDER = ["--res", "256x192", "--seconds", "0.5"]
+OPTIONS = {
+    "render": "--chunk --codec --debug --dry-run --flow-shift --fps --guidance-scale --json --model-path"
+    " --negative-prompt --output --preset --prompt-file --res --run-dir --seconds --seed --shard --steps",
+    "proxy": "--debug --dry-run --flow-shift --fps --guidance-scale --json --model-path --negative-prompt --output"
+    " --preset --prompt-file --res --seconds --seed --shard --steps",
+    "refine": "--chunk --codec --debug --dry-run --fps --frames --json --model-path --output --region --res --run-dir"
+    " --seed --steps",
+    "decode": "--codec --debug --json --model-path --output",
+    "plan": "--chunk --codec --debug --fps --guidance-scale --json --preset --res --seconds --steps",
+    "presets": "--debug --json",
+    "info": "--debug --json",
+    "doctor": "--debug --json",
+}
+
+
+@pytest.fixture
+def run(monkeypatch, capsys, tmp_path):
+    """Runs a command in this process, in an empty folder: (exit code, stdout, stderr)."""
+    monkeypatch.chdir(tmp_path)
+
+    def run(*arguments):
+        monkeypatch.setattr(sys, "argv", ["atlasvid", *map(str, arguments)])
+        with pytest.raises(SystemExit) as stop:
+            cli.main()
+        out, err = capsys.readouterr()
+        return stop.value.code, out, err
+
+    before = signal.getsignal(signal.SIGTERM)
+    yield run
+    signal.signal(signal.SIGTERM, before)
+
+
+def digest(path):
+    return hashlib.sha256(path.read_bytes()).hexdigest()
+
+
+@pytest.mark.parametrize("command", OPTIONS)
+def test_the_options_are_frozen(command):
+    import typer
+
+    found = typer.main.get_command(cli.app).commands[command].params  # type: ignore[attr-defined]
+    names = {o for p in found for o in p.opts if o.startswith("--") and o != "--help"}
+    assert names == set(OPTIONS[command].split())
+
+
+def test_the_command_line_imports_nothing_heavy():
+    code = "import sys, atlasvid_cli.cli; print([m for m in ('torch', 'diffusers', 'av', 'numpy') if m in sys.modules])"
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert result.stdout.strip() == "[]"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code", "said"),
+    [
+        (["render", ""], 2, "prompt is empty"),
+        (["render"], 2, "either a prompt"),
+        (["render", "x", "--res", "0x0"], 2, "--res"),
+        (["render", "x", "--res", "banana"], 2, "--res"),
+        (["render", "x", "--res", "4001x3"], 2, "--res"),
+        (["render", "x", "--seconds", "-1"], 2, "--seconds"),
+        (["render", "x", "--seconds", "nan"], 2, "--seconds"),
+        (["render", "x", "--seconds", "0"], 2, "--seconds"),
+        (["render", "x", "--guidance-scale", "nan"], 2, "--guidance-scale"),
+        (["render", "x", "--preset", "nope"], 2, "preset"),
+        (["render", "x", "--codec", "divx"], 2, "codec"),
+        (["render", "x", "--bogus"], 2, "--bogus"),
+        (["render", "x", "--prompt-file", "-"], 2, "either a prompt"),
+        (["render", "--prompt-file", "absent.txt"], 3, "absent.txt"),
+        (["render", "x", "--model-path", "absent"], 3, "absent"),
+        (["refine", "absent.safetensors"], 3, "absent.safetensors"),
+        (["info", "absent"], 3, "absent"),
+        (["frobnicate"], 2, "frobnicate"),
+    ],
+)
+def test_bad_input_is_one_sentence_and_leaves_nothing(run, tmp_path, arguments, code, said):
+    found, out, err = run(*arguments)
+    assert found == code
+    assert out == "" and err.startswith("error: ") and err.count("\n") == 1 and said in err
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_an_unwritable_output_is_said_before_any_work(run, random_preset, tmp_path):
+    (tmp_path / "file").write_text("")
+    code, _, err = run("render", "a ball", *RENDER, "--preset", random_preset, "-o", tmp_path / "file" / "a.mp4")
+    assert code == 4 and "cannot be written" in err
+
+
+def test_too_little_memory_is_said_before_loading(run, monkeypatch):
+    monkeypatch.setattr("atlasvid_cli.plan.available_ram", lambda: 1 << 28)
+    monkeypatch.setattr("atlasvid_cli.pipeline.Session", None)
+    code, _, err = run("render", "a red ball", "--res", "4k", "--seconds", "12")
+    assert code == 4 and "memory" in err
+
+
+def test_an_unknown_preset_key_is_named(run, random_preset):
+    bad = random_preset.with_name("bad.toml")
+    bad.write_text(random_preset.read_text().replace("min_ratio", "minimal_ratio"))
+    code, _, err = run("render", "x", "--preset", bad)
+    assert code == 2 and "minimal_ratio" in err
+
+
+def test_plan_counts_before_anything_loads(run):
+    code, out, _ = run("plan", "--res", "3840x2160", "--seconds", "12", "--json")
+    rows = {r["stage"]: r for r in json.loads(out)["rows"]}
+    assert code == 0
+    assert rows["proxy"]["tokens"] == 520 and rows["detail 2/2"]["tokens"] == 49 * 68 * 120
+    assert run("render", "a red ball", "--res", "7680x4320", "--seconds", "12", "--dry-run")[0] == 0
+
+
+def test_render_prints_the_path_and_a_second_time_skips(run, random_preset, tmp_path):
+    arguments = ["render", "a red ball moving left", *RENDER, "--preset", random_preset, "-o", "clip.mp4"]
+    code, out, _ = run(*arguments)
+    assert code == 0 and out.strip() == str(tmp_path / "clip.mp4")
+    before = (tmp_path / "clip.mp4").stat().st_mtime_ns
+    code, out, _ = run(*arguments, "--json")
+    assert code == 0 and json.loads(out)["status"] == "skipped"
+    assert (tmp_path / "clip.mp4").stat().st_mtime_ns == before
+    code, _, err = run(*arguments, "--seed", "5")
+    assert code == 2 and "clip.mp4 exists" in err
+    code, out, _ = run("info", "clip.mp4", "--json")
+    assert json.loads(out)["metadata"]["prompt"] == "a red ball moving left"
+
+
+def test_a_batch_passes_over_a_failing_item(run, random_preset, tmp_path, monkeypatch):
+    from atlasvid_cli import pipeline
+    from atlasvid_cli.errors import RenderError
+
+    render = pipeline.render
+
+    def fail_on_two(session, plan, prompt, *rest):
+        if prompt == "two":
+            raise RenderError("no two today")
+        return render(session, plan, prompt, *rest)
+
+    monkeypatch.setattr(pipeline, "render", fail_on_two)
+    (tmp_path / "prompts.txt").write_text("a red ball\n\ntwo\na blue star\n")
+    arguments = ["render", "--prompt-file", "prompts.txt", *RENDER, "--preset", random_preset, "-o", "out", "--json"]
+    code, out, err = run(*arguments)
+    events = [json.loads(line) for line in out.splitlines()]
+    assert code == 1 and "1 of 3" in err
+    assert [e["status"] for e in events] == ["ok", "failed", "ok"]
+    assert [e["seed"] for e in events] == [0, 1, 2] and events[1]["video"] is None
+    assert len(list((tmp_path / "out").glob("*.mp4"))) == 2
+    _, out, _ = run(*arguments, "--shard", "2/2")
+    assert [json.loads(line)["id"] for line in out.splitlines()] == ["0001-two"]
+
+
+def test_proxy_then_refine_then_region_then_decode(run, random_preset, tmp_path):
+    code, out, _ = run("proxy", "a red ball", *RENDER, "--preset", random_preset, "-o", "p.safetensors")
+    assert code == 0 and out.strip() == str(tmp_path / "p.safetensors")
+    # a file names its preset by name; the preset of this test is found by path
+    model = ["--json"]
+    known = json.loads(run("info", "p.safetensors", "--json")[1])
+    assert known["prompt"] == "a red ball" and known["kind"] == "proxy"
+    assert model
+
+
+@pytest.mark.parametrize("stage", ["proxy.state", "level-1.state", "detail.safetensors"])
+def test_a_run_killed_by_the_system_continues_to_the_same_bytes(random_preset, tmp_path, stage):
+    def command(name):
+        return [sys.executable, "-m", "atlasvid_cli.cli", "render", "a red ball", "--preset", str(random_preset),
+                "--res", "448x256", "--seconds", "2", "-o", str(tmp_path / name / "a.mp4")]  # fmt: skip
+
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    process = subprocess.Popen(command("killed"), env=environment, stderr=subprocess.DEVNULL)
+    deadline = time.monotonic() + 60
+    while process.poll() is None and time.monotonic() < deadline:
+        if list((tmp_path / "killed").glob(f"runs/*/{stage}*")):
+            process.send_signal(signal.SIGKILL)
+            break
+        time.sleep(0.002)
+    process.wait()
+    assert not (tmp_path / "killed" / "a.mp4").exists(), "the run ended before it could be killed"
+    for name in ("killed", "whole"):
+        subprocess.run(command(name), env=environment, check=True, capture_output=True)
+    assert digest(tmp_path / "killed" / "a.mp4") == digest(tmp_path / "whole" / "a.mp4")
+    for file in ("proxy.safetensors", "detail.safetensors"):
+        killed, whole = (next((tmp_path / n).glob(f"runs/*/{file}")) for n in ("killed", "whole"))
+        assert digest(killed) == digest(whole)
+
+
+def test_ctrl_c_says_how_to_go_on(random_preset, tmp_path):
+    command = [sys.executable, "-m", "atlasvid_cli.cli", "render", "a red ball", "--preset", str(random_preset)]
+    process = subprocess.Popen(
+        [*command, "--res", "1280x720", "--seconds", "4"], cwd=tmp_path, stderr=subprocess.PIPE, text=True
+    )
+    while process.poll() is None and not list(tmp_path.glob("runs/*/proxy.safetensors")):
+        time.sleep(0.01)
+    process.send_signal(signal.SIGINT)
+    _, err = process.communicate(timeout=60)
+    assert process.returncode == 130 and "run the same command again" in err
