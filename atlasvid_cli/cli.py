@@ -274,6 +274,8 @@ def main() -> NoReturn:
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # spinning threads starve the encoder's
     try:
         code = app(standalone_mode=False)
+        if code == ExitCode.INTERRUPTED:  # typer turns Ctrl-C into its own exit code
+            raise KeyboardInterrupt
         sys.exit(code if isinstance(code, int) else ExitCode.OK)
     except AtlasError as error:
         _fail(str(error), error.exit_code, debug)

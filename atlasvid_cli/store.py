@@ -1,6 +1,7 @@
-"""The run directory: atomic writes, tensors that are validated before they are read, resumable state, a lock.
+"""The run directory: atomic writes, tensors whose header is checked before anything is allocated, and the lock.
 
-Every write is a temporary file in the same folder, synced, then renamed; a reader sees the old file or the new one.
+Tensors are safetensors, written here and not by its library, whose metadata order changes from run to run: the same
+tensors give the same bytes.
 """
 
 import errno
@@ -9,153 +10,335 @@ import hashlib
 import json
 import math
 import os
-from collections.abc import Iterator
-from contextlib import contextmanager
+import stat
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, suppress
+from fractions import Fraction
 from pathlib import Path
-from typing import Any
+from typing import IO, TYPE_CHECKING, Any, NamedTuple
 
-import torch
-from safetensors.torch import load_file, save
+from .errors import AtlasError, InputError, ResourceError, UsageError
 
-from .errors import InputError, ResourceError, UsageError
+if TYPE_CHECKING:
+    import torch
 
 MAX_HEADER_BYTES = 16 << 20
-METADATA_KEY = "atlasvid"
-DTYPE_BYTES = {"F32": 4, "F16": 2, "BF16": 2, "I64": 8}
-Expected = dict[str, tuple[str, tuple[int | None, ...] | None]]
+DTYPES = {
+    "F64": ("float64", 8),
+    "I64": ("int64", 8),
+    "F32": ("float32", 4),
+    "I32": ("int32", 4),
+    "F16": ("float16", 2),
+    "BF16": ("bfloat16", 2),
+    "I16": ("int16", 2),
+    "I8": ("int8", 1),
+    "U8": ("uint8", 1),
+}
+"""safetensors name -> torch name, bytes an element."""
+
+Shape = tuple[int | None, ...]
+"""An expected shape; None where any length will do."""
 
 
-@contextmanager
-def replacing(path: Path) -> Iterator[Path]:
-    """A temporary path beside `path` that takes its place, synced, when the block ends well; else it is removed."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+class TensorEntry(NamedTuple):
+    """One tensor as the header tells it; `begin` and `end` are bytes from the start of the file."""
+
+    dtype: str
+    shape: tuple[int, ...]
+    begin: int
+    end: int
+
+
+class StepState(NamedTuple):
+    """A sampling state after `step` finished steps."""
+
+    step: int
+    tensors: "dict[str, torch.Tensor]"
+
+
+def write_json(path: Path, obj: Any) -> None:
+    """Writes `obj` as JSON, all or nothing; ResourceError where the place cannot take it."""
+    text = json.dumps(obj, indent=2, sort_keys=True, ensure_ascii=False, allow_nan=False, default=_as_json)
+    with atomic(path) as file:
+        file.write(text.encode() + b"\n")
+
+
+def save_tensors(path: Path, tensors: "Mapping[str, torch.Tensor]", metadata: Mapping[str, str]) -> None:
+    """Writes `tensors` as safetensors, all or nothing; equal arguments give equal bytes."""
+    import torch
+
+    names = {getattr(torch, name): (key, size) for key, (name, size) in DTYPES.items()}
+    header: dict[str, Any] = {"__metadata__": dict(sorted(metadata.items()))}
+    # Widest elements first, as safetensors does: every tensor is then aligned to its own element.
+    order = sorted(tensors, key=lambda name: (-names[tensors[name].dtype][1], name))
+    offset = 0
+    for name in order:
+        tensor = tensors[name]
+        dtype, size = names[tensor.dtype]
+        end = offset + tensor.numel() * size
+        header[name] = {"dtype": dtype, "shape": list(tensor.shape), "data_offsets": [offset, end]}
+        offset = end
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    with atomic(path) as file:
+        file.write(len(text).to_bytes(8, "little") + text)
+        for name in order:
+            # One tensor at a time leaves the device, so no second copy of the whole is made.
+            file.write(_bytes_of(tensors[name].detach().cpu().contiguous()))
+
+
+def read_header(path: Path) -> tuple[dict[str, str], dict[str, TensorEntry]]:
+    """Metadata and tensors of a safetensors file, from its header alone; InputError where it is not a sound one."""
+    with _open_regular(path) as file:
+        return _parse_header(file, path)
+
+
+def open_tensors(
+    path: Path, expect: Mapping[str, tuple[str, Shape | None]] | None = None
+) -> "tuple[dict[str, torch.Tensor], dict[str, str]]":
+    """Tensors on the CPU, and metadata; InputError unless the file holds exactly `expect` (name -> dtype such as
+    "F32", shape or None for any), is whole and finite. Nothing is allocated before the header has passed.
+
+    `expect` None takes any names.
+    """
+    import torch
+
+    with _open_regular(path) as file:
+        metadata, entries = _parse_header(file, path)
+        if expect is not None:
+            _check_entries(entries, expect, path)
+        tensors = {}
+        for name, entry in entries.items():
+            tensor = torch.empty(entry.shape, dtype=getattr(torch, DTYPES[entry.dtype][0]))
+            file.seek(entry.begin)
+            if file.readinto(_bytes_of(tensor)) != entry.end - entry.begin:  # type: ignore[attr-defined]
+                raise InputError(f"{path} was cut short while it was read: make it again")
+            # In parts: the mask of a whole 4K tensor would be a sizeable allocation of its own.
+            parts = tensor.view(-1).split(1 << 24) if tensor.is_floating_point() else ()
+            if not all(bool(part.isfinite().all()) for part in parts):
+                raise InputError(f"{path} holds values of {name!r} that are not finite: make it again")
+            tensors[name] = tensor
+        return tensors, metadata
+
+
+def artefact_hash(fields: Mapping[str, Any]) -> str:
+    """16 hex digits that name `fields`: SHA-256 of their canonical JSON."""
+    text = json.dumps(fields, sort_keys=True, separators=(",", ":"), allow_nan=False, default=_as_json)
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+def file_hash(path: Path) -> str:
+    """SHA-256 of a file's bytes in hex, read in 1 MiB parts; InputError where it cannot be read."""
+    digest = hashlib.sha256()
+    with _open_regular(path) as file:
+        while part := file.read(1 << 20):
+            digest.update(part)
+    return digest.hexdigest()
+
+
+def check_artefact(metadata: Mapping[str, str], expected: Mapping[str, str], path: Path) -> None:
+    """Raises InputError naming the first of `expected` (format, preset, model hash …) that `metadata` contradicts."""
+    for key, wanted in expected.items():
+        found = metadata.get(key)
+        if found != wanted:
+            has = f"says {key} {found!r}" if found is not None else f"names no {key}"
+            raise InputError(
+                f"{path} {has}, but {wanted!r} is needed: make it again, or give the settings it was made with"
+            )
+
+
+def run_directory(root: Path, key: str) -> Path:
+    """Creates `root/key` where it is missing, and returns it; ResourceError where it cannot be made."""
+    path = root / key
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        yield temporary
-        with temporary.open("rb") as file:
-            os.fsync(file.fileno())
-        temporary.replace(path)
-        folder = os.open(path.parent, os.O_RDONLY)
-        try:
-            os.fsync(folder)
-        finally:
-            os.close(folder)
+        path.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
-            raise ResourceError(f"no space is left to write {path}; free some or choose another place") from error
-        raise ResourceError(f"{path} cannot be written ({error.strerror}); choose another place") from error
-    finally:
-        temporary.unlink(missing_ok=True)
+        raise _resource_error(error, path) from error
+    return path
 
 
-def write_json(path: Path, value: Any) -> None:
-    with replacing(path) as temporary:
-        temporary.write_text(json.dumps(value, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+def save_state(path: Path, step: int, tensors: "Mapping[str, torch.Tensor]", key: str) -> None:
+    """Saves a sampling state after `step` finished steps, bound to the plan hash `key`."""
+    save_tensors(path, tensors, {"format": "atlasvid-state", "key": key, "step": str(step)})
 
 
-def save_tensors(path: Path, tensors: dict[str, torch.Tensor], metadata: dict[str, str]) -> None:
-    """A safetensors file; the same tensors and metadata give the same bytes.
-
-    The metadata are one JSON string: safetensors writes several keys in an order that changes from call to call.
-    """
-    data = save(
-        {k: v.detach().contiguous() for k, v in sorted(tensors.items())},
-        {METADATA_KEY: json.dumps(metadata, sort_keys=True)},
-    )
-    with replacing(path) as temporary:
-        temporary.write_bytes(data)
-
-
-def open_tensors(path: Path, expect: Expected | None = None) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
-    """Tensors and metadata of a file whose header holds what `expect` says: name -> (dtype, shape), None matches any.
-
-    The header is checked before anything is allocated. Raises InputError for all that is not such a file.
-    """
-    entries, metadata = read_header(path)
-    for name, (dtype, shape) in (expect or {}).items():
-        entry = entries.get(name)
-        if entry is None:
-            raise InputError(f"{path} holds no tensor {name!r}; give a file that atlasvid wrote")
-        if entry["dtype"] != dtype:
-            raise InputError(f"{path} holds {name!r} as {entry['dtype']} instead of {dtype}; make it again")
-        actual = entry["shape"]
-        fits = shape is None or (
-            len(actual) == len(shape) and all(b in (None, a) for a, b in zip(actual, shape, strict=True))
-        )
-        if not fits or 0 in actual:
-            raise InputError(f"{path} holds {name!r} of shape {actual}, which does not fit this preset; make it again")
-    tensors = load_file(path)
-    for name, value in tensors.items():
-        if value.is_floating_point() and not bool(torch.isfinite(value).all()):
-            raise InputError(f"{path} holds NaN or infinity in {name!r}; make it again")
-    return tensors, metadata
-
-
-def read_header(path: Path) -> tuple[dict[str, Any], dict[str, str]]:
-    """The tensors' entries and our metadata; the offsets are proved to tile the data exactly."""
-    remedy = "give a file that atlasvid wrote, or make it again"
-    if not path.is_file():
-        raise InputError(f"{path} is not a file; {remedy}")
-    size = path.stat().st_size
-    with path.open("rb") as file:
-        length = int.from_bytes(file.read(8), "little")
-        if size < 8 or length > min(MAX_HEADER_BYTES, size - 8):
-            raise InputError(f"{path} is truncated or not a safetensors file; {remedy}")
-        raw = file.read(length)
+def load_state(path: Path, key: str) -> tuple[StepState | None, str | None]:
+    """The state to go on from, and a warning; no state where it is missing (no warning), of another plan or damaged."""
+    if not path.exists():
+        return None, None
     try:
-        header = json.loads(raw)
-        entries = {k: v for k, v in header.items() if k != "__metadata__"}
-        spans = []
-        for entry in entries.values():
-            (start, end), shape = entry["data_offsets"], entry["shape"]
-            if end - start != math.prod(shape) * DTYPE_BYTES[entry["dtype"]]:
-                raise ValueError
-            spans.append((start, end))
-        edges = [0, *(e for span in sorted(spans) for e in span), size - 8 - length]
-        if any(a != b for a, b in zip(edges[::2], edges[1::2], strict=True)):
-            raise ValueError
-        metadata = json.loads(header.get("__metadata__", {}).get(METADATA_KEY, "{}"))
-        if not all(isinstance(v, str) for v in metadata.values()):
-            raise ValueError
-    except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
-        raise InputError(f"{path} is truncated or has a damaged header; {remedy}") from None
-    return entries, metadata
-
-
-def check_artefact(metadata: dict[str, str], expected: dict[str, str], path: Path) -> None:
-    """Raises InputError naming the first field of `expected` that the file's metadata differ in."""
-    for name, value in expected.items():
-        found = metadata.get(name)
-        if found != value:
-            raise InputError(f"{path} was made with another {name} ({found or 'none'}, not {value}); make it again")
-
-
-def artefact_hash(fields: dict[str, Any]) -> str:
-    """16 hex digits that stand for the fields."""
-    return hashlib.sha256(json.dumps(fields, sort_keys=True, separators=(",", ":")).encode()).hexdigest()[:16]
-
-
-def save_state(path: Path, step: int, tensors: dict[str, torch.Tensor], key: str) -> None:
-    """The state of a sampling loop after `step` steps, bound to the `key` of what it makes."""
-    save_tensors(path, tensors, {"step": str(step), "key": key})
-
-
-def load_state(path: Path, key: str) -> tuple[int, dict[str, torch.Tensor]] | None:
-    """What `save_state` wrote for the same key; None where there is nothing that can be resumed."""
-    try:
+        metadata, _ = read_header(path)
+        if metadata.get("format") != "atlasvid-state" or metadata.get("key") != key:
+            return None, f"{path} belongs to other settings or weights: sampling starts over"
         tensors, metadata = open_tensors(path)
-        return (int(metadata["step"]), tensors) if metadata["key"] == key else None
-    except (InputError, KeyError, ValueError):
-        return None
+        return StepState(int(metadata["step"]), tensors), None
+    except (AtlasError, KeyError, ValueError) as error:
+        return None, f"{error}; sampling starts over"
 
 
 @contextmanager
 def lock(run_dir: Path) -> Iterator[None]:
-    """Keeps a second process out of a run directory. Raises UsageError."""
-    run_dir.mkdir(parents=True, exist_ok=True)
-    with (run_dir / ".lock").open("w") as file:
+    """Holds `run_dir` for this process; UsageError while another one does. The kernel frees it, even on SIGKILL."""
+    path = run_dir / ".lock"
+    try:
+        file = path.open("a")
+    except OSError as error:
+        raise _resource_error(error, path) from error
+    with file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
-            raise UsageError(f"another atlasvid works in {run_dir}; wait for it or give another --run-dir") from None
+        except BlockingIOError as error:
+            raise UsageError(
+                f"{run_dir} is in use by another atlasvid process: wait for it, or give another --run-dir"
+            ) from error
+        except OSError as error:
+            raise _resource_error(error, path) from error
         yield
+
+
+@contextmanager
+def atomic(path: Path) -> Iterator[IO[bytes]]:
+    """A file to write that becomes `path` when the block ends well, and otherwise leaves nothing behind."""
+    # The name is fixed, so that a killed process leaves at most one; the run directory's lock keeps writers apart.
+    temporary = path.with_name(f".{path.name}.tmp")
+    try:
+        try:
+            with temporary.open("wb") as file:
+                yield file
+                file.flush()
+                os.fsync(file.fileno())
+            temporary.replace(path)
+            _sync_directory(path.parent)
+        except OSError as error:
+            raise _resource_error(error, path) from error
+    except BaseException:
+        with suppress(OSError):  # the first error is the one to tell
+            temporary.unlink(missing_ok=True)
+        raise
+
+
+def _sync_directory(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _resource_error(error: OSError, path: Path) -> ResourceError:
+    if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+        return ResourceError(f"{path} cannot be written because the disk is full: free space or choose another place")
+    return ResourceError(f"{path} cannot be written ({error.strerror or error}): choose a place you may write to")
+
+
+def _as_json(value: Any) -> str:
+    if isinstance(value, Fraction | Path):
+        return str(value)
+    raise TypeError(f"{type(value).__name__} is not JSON")
+
+
+def _bytes_of(tensor: "torch.Tensor") -> memoryview:
+    """The memory of a contiguous CPU tensor."""
+    import torch
+
+    # numpy has no bfloat16, so bytes are viewed in torch first.
+    return memoryview(tensor.reshape(-1).view(torch.uint8).numpy().data)
+
+
+@contextmanager
+def _open_regular(path: Path) -> Iterator[IO[bytes]]:
+    try:
+        # O_NONBLOCK: opening a named pipe must not wait for a writer.
+        descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+    except FileNotFoundError as error:
+        raise InputError(f"{path} does not exist: check the path, or make it first") from error
+    except (OSError, ValueError) as error:
+        raise InputError(f"{path} cannot be opened ({getattr(error, 'strerror', error)}): check the path") from error
+    if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+        os.close(descriptor)
+        raise InputError(f"{path} is not a regular file: give the path of a .safetensors file")
+    with os.fdopen(descriptor, "rb") as file:
+        try:
+            yield file
+        except OSError as error:
+            raise InputError(f"{path} cannot be read ({error.strerror or error}): check the disk") from error
+
+
+def _parse_header(file: IO[bytes], path: Path) -> tuple[dict[str, str], dict[str, TensorEntry]]:
+    def bad(why: str) -> InputError:
+        return InputError(f"{path} is not a sound safetensors file ({why}): copy it again, or make it again")
+
+    size = os.fstat(file.fileno()).st_size
+    if size < 8:
+        raise bad("it is shorter than its header")
+    length = int.from_bytes(file.read(8), "little")
+    if length > MAX_HEADER_BYTES or length > size - 8:
+        raise bad(f"its header claims {length} bytes")
+    try:
+        header = json.loads(file.read(length), object_pairs_hook=_unique)
+    except (ValueError, RecursionError) as error:
+        raise bad("its header is not JSON") from error
+    if not isinstance(header, dict):
+        raise bad("its header is not an object")
+    metadata = header.pop("__metadata__", {})
+    if not isinstance(metadata, dict) or not all(isinstance(value, str) for value in metadata.values()):
+        raise bad("its metadata are not strings")
+    entries = {}
+    for name, entry in header.items():
+        if (parsed := _parse_entry(entry, 8 + length)) is None:
+            raise bad(f"the entry of tensor {name[:80]!r} is wrong")
+        entries[name] = parsed
+    position = 8 + length
+    for entry in sorted(entries.values(), key=lambda entry: (entry.begin, entry.end)):
+        if entry.begin != position:
+            raise bad("its tensors overlap or leave gaps")
+        position = entry.end
+    if position != size:
+        raise bad(f"it has {size} bytes where its header says {position}")
+    return metadata, entries
+
+
+def _parse_entry(entry: Any, data_start: int) -> TensorEntry | None:
+    """None unless dtype, shape and offsets are well formed and agree."""
+    if not isinstance(entry, dict) or set(entry) != {"dtype", "shape", "data_offsets"}:
+        return None
+    dtype, shape, offsets = entry["dtype"], entry["shape"], entry["data_offsets"]
+    if not isinstance(dtype, str) or dtype not in DTYPES:
+        return None
+    if not isinstance(shape, list) or len(shape) > 16 or not isinstance(offsets, list) or len(offsets) != 2:
+        return None
+    # `type`, as True is an int to isinstance. A length of 0 must not hide others beyond what torch can count.
+    if not all(type(value) is int and value >= 0 for value in shape + offsets):
+        return None
+    if math.prod(max(length, 1) for length in shape) >= 1 << 48:
+        return None
+    if offsets[1] - offsets[0] != math.prod(shape) * DTYPES[dtype][1]:
+        return None
+    return TensorEntry(dtype, tuple(shape), data_start + offsets[0], data_start + offsets[1])
+
+
+def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    result = dict(pairs)
+    if len(result) != len(pairs):
+        raise ValueError("a key is given twice")
+    return result
+
+
+def _check_entries(
+    entries: Mapping[str, TensorEntry], expect: Mapping[str, tuple[str, Shape | None]], path: Path
+) -> None:
+    for name in (*expect, *entries):
+        if name not in entries or name not in expect:
+            what = "lacks tensor" if name in expect else "holds an unknown tensor"
+            raise InputError(f"{path} {what} {name[:80]!r}: give a file of the right kind (see atlasvid info)")
+    for name, (dtype, shape) in expect.items():
+        found = entries[name]
+        if found.dtype != dtype:
+            raise InputError(f"{path} stores {name!r} as {found.dtype} where {dtype} is needed: make it again")
+        if shape is not None and (
+            len(shape) != len(found.shape) or any(b not in (None, a) for a, b in zip(found.shape, shape, strict=True))
+        ):
+            raise InputError(
+                f"{path} stores {name!r} in shape {list(found.shape)} where {list(shape)} is needed: "
+                "make it again, or give the settings it was made with"
+            )

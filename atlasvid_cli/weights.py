@@ -6,9 +6,12 @@ from pathlib import Path
 import torch
 from diffusers import AutoencoderKLWan, UniPCMultistepScheduler, WanTransformer3DModel
 from transformers import AutoTokenizer, PreTrainedTokenizerBase, UMT5EncoderModel
+from transformers.utils.logging import disable_progress_bar
 
 from .errors import InputError
 from .presets import Preset
+
+disable_progress_bar()  # ours are the only bars on stderr
 
 
 def model_folder(preset: Preset, model_path: str | None) -> Path:

@@ -18,9 +18,9 @@ OPTIONS = {
     " --negative-prompt --output --preset --prompt-file --res --run-dir --seconds --seed --shard --steps",
     "proxy": "--debug --dry-run --flow-shift --fps --guidance-scale --json --model-path --negative-prompt --output"
     " --preset --prompt-file --res --seconds --seed --shard --steps",
-    "refine": "--chunk --codec --debug --dry-run --fps --frames --json --model-path --output --region --res --run-dir"
-    " --seed --steps",
-    "decode": "--codec --debug --json --model-path --output",
+    "refine": "--chunk --codec --debug --dry-run --fps --frames --json --model-path --output --preset --region --res"
+    " --run-dir --seed --steps",
+    "decode": "--codec --debug --json --model-path --output --preset",
     "plan": "--chunk --codec --debug --fps --guidance-scale --json --preset --res --seconds --steps",
     "presets": "--debug --json",
     "info": "--debug --json",
@@ -163,11 +163,20 @@ def test_a_batch_passes_over_a_failing_item(run, random_preset, tmp_path, monkey
 def test_proxy_then_refine_then_region_then_decode(run, random_preset, tmp_path):
     code, out, _ = run("proxy", "a red ball", *RENDER, "--preset", random_preset, "-o", "p.safetensors")
     assert code == 0 and out.strip() == str(tmp_path / "p.safetensors")
-    # a file names its preset by name; the preset of this test is found by path
-    model = ["--json"]
-    known = json.loads(run("info", "p.safetensors", "--json")[1])
+    known = json.loads(run("info", "p.safetensors", "--json")[1])["metadata"]
     assert known["prompt"] == "a red ball" and known["kind"] == "proxy"
-    assert model
+    refine = ["refine", "p.safetensors", "--preset", random_preset, "--json"]
+    for res in ("256x192", "448x256"):
+        code, out, _ = run(*refine, "--res", res)
+        assert code == 0 and json.loads(out)["video"] == str(tmp_path / f"p-{res}.mp4")
+    first = json.loads(out)["latents"]
+    code, out, err = run(*refine, "--res", "448x256", "--region", "64,64,128,128", "--frames", "0:4", "--seed", "9")
+    assert code == 0, err
+    code, out, _ = run("decode", first, "--preset", random_preset, "--codec", "ffv1", "-o", "again.mkv")
+    assert code == 0 and (tmp_path / "again.mkv").exists()
+    assert json.loads(run("info", "again.mkv", "--json")[1])["codec"] == "ffv1"
+    code, _, err = run(*refine, "--res", "448x256", "--frames", "4:400")
+    assert code == 2 and "--frames" in err
 
 
 @pytest.mark.parametrize("stage", ["proxy.state", "level-1.state", "detail.safetensors"])

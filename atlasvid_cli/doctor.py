@@ -1,0 +1,84 @@
+"""`atlasvid doctor`: what this machine can do, and a verdict on each preset."""
+
+import importlib.util
+import os
+import platform
+import shutil
+from fractions import Fraction
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+
+from . import __version__
+from .errors import AtlasError
+
+# Backends of diffusers' dispatcher that are packages of their own.
+BACKENDS = {
+    "flash-attn 2": "flash_attn",
+    "flash-attn 3": "flash_attn_interface",
+    "sage": "sageattention",
+    "xformers": "xformers",
+}
+ENCODERS = {"h264": "libx264", "hevc10": "libx265", "av1": "libsvtav1", "prores": "prores_ks", "ffv1": "ffv1"}
+VERDICT_SIZE = (3840, 2160, Fraction(12))
+
+
+def examine(folder: Path) -> dict:
+    """Facts about this machine for output in `folder`: device, versions, backends, codecs, memory, presets."""
+    import av
+
+    from .plan import available_ram
+
+    device, dtype, why = _device()
+    disk = shutil.disk_usage(folder)
+    return {
+        "atlasvid": __version__,
+        "python": platform.python_version(),
+        **{name: _version(name) for name in ("torch", "diffusers", "transformers", "av")},
+        "device": device,
+        "dtype": dtype,
+        "dtype_reason": why,
+        "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
+        "ram_available_bytes": available_ram(),
+        "disk_free_bytes": disk.free,
+        "attention_backends": ["native", *(name for name, package in BACKENDS.items() if _importable(package))],
+        "codecs": [name for name, encoder in ENCODERS.items() if encoder in av.codecs_available],
+        "presets": _verdicts(folder),
+    }
+
+
+def _device() -> tuple[str, str, str]:
+    """Device, dtype and the reason for both."""
+    import torch
+
+    if torch.cuda.is_available():
+        return "cpu", "float32", f"{torch.cuda.get_device_name()} is present, but this version computes on the CPU"
+    # Measured on AVX2: bf16 matrix products run at 1 % of the fp32 rate.
+    return "cpu", "float32", "bfloat16 is slower than float32 on CPUs without AMX or AVX512-BF16"
+
+
+def _version(package: str) -> str | None:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return None
+
+
+def _importable(package: str) -> bool:
+    return importlib.util.find_spec(package) is not None
+
+
+def _verdicts(folder: Path) -> dict[str, str]:
+    """For each preset, whether 3840x2160 x 12 s can be made here, or the sentence that says why not."""
+    from .plan import Request, make_plan
+    from .presets import preset_names
+
+    width, height, seconds = VERDICT_SIZE
+    verdicts = {}
+    for name in preset_names():
+        request = Request(name, width, height, seconds)
+        try:
+            make_plan(request).check_resources(folder)
+            verdicts[name] = f"ok for {width}x{height} x {seconds} s"
+        except AtlasError as error:
+            verdicts[name] = f"no: {error}"
+    return verdicts

@@ -1,0 +1,75 @@
+"""What a file of ours tells about itself: a run directory, saved tensors or a video."""
+
+import json
+from pathlib import Path
+
+from .errors import InputError
+from .store import read_header
+
+
+def describe(path: Path) -> dict:
+    """Metadata of a run directory, a .safetensors file or a video; InputError for anything else."""
+    if path.is_dir():
+        return _describe_run(path)
+    if path.suffix == ".safetensors":
+        metadata, entries = read_header(path)
+        tensors = {name: {"dtype": entry.dtype, "shape": list(entry.shape)} for name, entry in entries.items()}
+        return {"kind": "tensors", "path": str(path), "metadata": metadata, "tensors": tensors}
+    return _describe_video(path)
+
+
+def _describe_run(path: Path) -> dict:
+    record = path / "run.json"
+    try:
+        run = json.loads(record.read_text(encoding="utf-8"))
+    except FileNotFoundError as error:
+        raise InputError(f"{path} is no run directory, as it holds no run.json: give one below runs/") from error
+    except (OSError, ValueError) as error:
+        raise InputError(f"{record} cannot be read ({error}): run the same render again") from error
+    files = {file.name: file.stat().st_size for file in sorted(path.iterdir()) if not file.name.startswith(".")}
+    return {"kind": "run", "path": str(path), "run": run, "files_bytes": files}
+
+
+def _describe_video(path: Path) -> dict:
+    if not path.is_file():
+        raise InputError(f"{path} does not exist or is not a file: give a run directory, .safetensors file or video")
+    import av
+
+    try:
+        with av.open(str(path)) as container:
+            if not container.streams.video:
+                raise InputError(f"{path} holds no video: give a run directory, .safetensors file or video")
+            stream = container.streams.video[0]
+            context = stream.codec_context
+            duration = stream.duration * stream.time_base if stream.duration and stream.time_base else None
+            if duration is None and container.duration:
+                duration = container.duration / av.time_base
+            return {
+                "kind": "video",
+                "path": str(path),
+                "codec": context.name,
+                "width": context.width,
+                "height": context.height,
+                "pixel_format": context.pix_fmt,
+                "fps": str(stream.average_rate) if stream.average_rate else None,
+                "frames": stream.frames or None,
+                "duration_s": float(duration) if duration is not None else None,
+                "color_primaries": int(context.color_primaries),
+                "color_transfer": int(context.color_trc),
+                "color_matrix": int(context.colorspace),
+                "color_range": int(context.color_range),
+                "metadata": dict(container.metadata),
+            }
+    except (av.FFmpegError, OSError) as error:
+        raise InputError(f"{path} is not a video that can be read ({error}): check the file") from error
+
+
+def lines(facts: dict, prefix: str = "") -> list[str]:
+    """`facts` as "key: value" lines; inner keys are joined with dots."""
+    result = []
+    for key, value in facts.items():
+        if isinstance(value, dict):
+            result += lines(value, f"{prefix}{key}.")
+        else:
+            result.append(f"{prefix}{key}: {'-' if value is None else value}")
+    return result
