@@ -12,12 +12,12 @@ from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 
 import typer
 
-from .console import Console
 from .errors import AtlasError, ExitCode, UsageError, one_line
 from .parse import check_finite, parse_frames, parse_region, parse_resolution, parse_seconds, parse_shard
 from .prompts import Item, read_prompts, select, single, slug
 
 if TYPE_CHECKING:
+    from .console import Console
     from .pipeline import Session
     from .plan import Plan, Request
 
@@ -26,7 +26,7 @@ app = typer.Typer(
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
-    rich_markup_mode="rich",
+    rich_markup_mode=None,  # half the time of --help
 )
 
 Res = Annotated[str, typer.Option("--res", help="Size in pixels: 3840x2160, 3840*2160, 4k, 1080p, 720p ...")]
@@ -85,7 +85,7 @@ def render(
 ) -> None:
     """Make a video from a prompt (or many, with --prompt-file): proxy, detail, decode."""
     request = _request(res, seconds, fps, seed, steps, guidance_scale, flow_shift, preset, model_path, chunk, codec)
-    console = Console(json_lines=as_json)
+    console = _console(as_json)
     items = _items(prompt, prompt_file, shard, negative_prompt, seed)
     if prompt_file and run_dir:
         raise UsageError("--run-dir names one run: leave it out with --prompt-file")
@@ -114,7 +114,7 @@ def proxy(
 ) -> None:
     """Stage 1 only: the proxy of a video of the given size and length, saved as latents for refine."""
     request = _request(res, seconds, fps, seed, steps, guidance_scale, flow_shift, preset, model_path)
-    console = Console(json_lines=as_json)
+    console = _console(as_json)
     items = _items(prompt, prompt_file, shard, negative_prompt, seed)
     _batch(items, request, output, None, console, bool(prompt_file), dry_run, _proxy_one, ".safetensors")
 
@@ -146,12 +146,12 @@ def refine(
     width, height = parse_resolution(res)
     box = parse_region(region, width, height) if region else None
     span = parse_frames(frames) if frames else None
-    console = Console(json_lines=as_json)
+    console = _console(as_json)
     _check_codec(codec, output)
     from . import pipeline
     from .plan import Request, make_plan
     from .store import lock, run_directory
-    from .video import suffix_for
+    from .video import probe, suffix_for
 
     known = pipeline.request_defaults(latents)
     request = Request(
@@ -181,7 +181,11 @@ def refine(
     folder = run_dir or target.parent / "runs" / f"{slug(latents.stem)}-{width}x{height}"
     with lock(run_directory(folder.parent, folder.name)):
         result = pipeline.refine(session, plan, latents, folder, console)
-        video = pipeline.decode(session, result, target, codec, console)
+        video = target
+        if not target.exists():
+            video = pipeline.decode(session, result, target, codec, console)
+        elif probe(target)["metadata"].get("key") != pipeline.describe(result)["key"]:
+            raise UsageError(f"{target} exists and was made from something else; choose another --output")
     console.emit({"video": str(video), "latents": str(result), "status": "ok"}, str(video))
 
 
@@ -202,7 +206,7 @@ def decode(
 
     known = pipeline.request_defaults(latents)
     session = pipeline.Session(preset or known["preset"], model_path)
-    console = Console(json_lines=as_json)
+    console = _console(as_json)
     target = (output or latents.with_suffix(suffix_for(codec))).absolute()
     video = pipeline.decode(session, latents, target, codec, console)
     console.emit({"video": str(video), "status": "ok"}, str(video))
@@ -226,7 +230,7 @@ def plan(
     from .plan import make_plan
 
     resolved = make_plan(request)
-    console = Console(json_lines=as_json)
+    console = _console(as_json)
     if as_json:
         console.emit({**resolved.to_json(), "rows": resolved.rows()}, "")
     else:
@@ -238,7 +242,7 @@ def presets(as_json: Json = False, debug: Debug = False) -> None:
     """The presets that come with the tool."""
     from .presets import load_preset, preset_names
 
-    console = Console(json_lines=as_json)
+    console = _console(as_json)
     for name in preset_names():
         preset = load_preset(name)
         console.emit({"name": name, "description": preset.description}, f"{name}\t{preset.description}")
@@ -254,7 +258,7 @@ def info(
     from .info import describe, lines
 
     facts = describe(file)
-    Console(json_lines=as_json).emit(facts, "\n".join(lines(facts)))
+    _console(as_json).emit(facts, "\n".join(lines(facts)))
 
 
 @app.command()
@@ -264,7 +268,7 @@ def doctor(as_json: Json = False, debug: Debug = False) -> None:
     from .info import lines
 
     facts = examine(Path())
-    Console(json_lines=as_json).emit(facts, "\n".join(lines(facts)))
+    _console(as_json).emit(facts, "\n".join(lines(facts)))
 
 
 def main() -> NoReturn:
@@ -298,6 +302,12 @@ def _fail(message: str, code: ExitCode, debug: bool) -> NoReturn:
         traceback.print_exc()
     print(f"error: {one_line(message)}", file=sys.stderr)
     sys.exit(code)
+
+
+def _console(json_lines: bool) -> "Console":
+    from .console import Console
+
+    return Console(json_lines=json_lines)
 
 
 def _request(
@@ -357,7 +367,7 @@ def _items(
     return select(read_prompts(prompt_file, negative, seed), parse_shard(shard) if shard else None)
 
 
-Maker = Callable[["Session", "Plan", Item, str, Path, Path, Console], dict[str, Any]]
+Maker = Callable[["Session", "Plan", Item, str, Path, Path, "Console"], dict[str, Any]]
 
 
 def _batch(
@@ -365,7 +375,7 @@ def _batch(
     request: "Request",
     output: Path | None,
     run_dir: Path | None,
-    console: Console,
+    console: "Console",
     many: bool,
     dry_run: bool,
     make: Maker,
@@ -400,12 +410,13 @@ def _batch(
             _check_writable(target)
             with lock(run_directory(run.parent, run.name)):
                 event |= {"status": "ok", **make(session, plan, item, negative, run, target, console)}
-        except AtlasError as error:
+        except Exception as error:  # whatever one item does, the others get their turn
             if not many:
                 raise
             failed += 1
-            event |= {"status": "failed", "video": None, "error": str(error)}
-            console.error(f"{item.id}: {error}")
+            error_text = str(error) if isinstance(error, AtlasError) else f"{type(error).__name__}: {error}"
+            event |= {"status": "failed", "video": None, "error": error_text}
+            console.error(f"{item.id}: {error_text}")
             if not console.json_lines:
                 continue
         console.emit(event, str(event.get("video") or event.get("proxy")))
@@ -418,7 +429,7 @@ class _Failed(AtlasError):
 
 
 def _render_one(
-    session: "Session", plan: "Plan", item: Item, negative: str, run: Path, target: Path, console: Console
+    session: "Session", plan: "Plan", item: Item, negative: str, run: Path, target: Path, console: "Console"
 ) -> dict[str, Any]:
     from . import pipeline
 
@@ -430,14 +441,15 @@ def _render_one(
 
 
 def _proxy_one(
-    session: "Session", plan: "Plan", item: Item, negative: str, run: Path, target: Path, console: Console
+    session: "Session", plan: "Plan", item: Item, negative: str, run: Path, target: Path, console: "Console"
 ) -> dict[str, Any]:
     from . import pipeline
 
     made = pipeline.make_proxy(session, plan, item.prompt, negative, run, console)
-    target.parent.mkdir(parents=True, exist_ok=True)
-    if made != target:
+    if not target.exists():
         pipeline.publish(made, target)
+    elif pipeline.describe(target) != pipeline.describe(made):
+        raise UsageError(f"{target} exists and was made from something else; choose another --output")
     return {"proxy": str(target), "run_dir": str(run)}
 
 
@@ -454,7 +466,7 @@ def _check_writable(target: Path) -> None:
         raise ResourceError(f"{target.parent} cannot be written ({error.strerror}); choose another --output") from None
 
 
-def _show_plan(plan: "Plan", console: Console, only: bool) -> bool:
+def _show_plan(plan: "Plan", console: "Console", only: bool) -> bool:
     """With `only` (--dry-run) prints the plan as a table and returns True."""
     if not only:
         return False

@@ -127,7 +127,7 @@ def finished_video(
         record = json.loads((run_dir / "run.json").read_text(encoding="utf-8"))
         same = record["job"] == job_hash(session, plan, prompt, negative_prompt)
         same = same and record["event"]["video"] == str(output) and output.stat().st_size == record["video_bytes"]
-        return {**record["event"], "status": "skipped"} if same else None
+        return {**record["event"], "status": "skipped", "skipped": True} if same else None
     except (OSError, ValueError, KeyError, TypeError):
         return None
 
@@ -231,7 +231,7 @@ def decode(session: Session, latents_path: Path, output: Path, codec: str, progr
             fps=int(metadata["fps"]),
             frame_count=frames,
             codec=codec,
-            metadata={k: metadata[k] for k in ("prompt", "seed", "preset", "version", "model")},
+            metadata={k: metadata[k] for k in ("prompt", "seed", "preset", "version", "model", "key")},
             on_frame=lambda _: advance(),
         )
     write_png(output.with_suffix(".png"), contact_sheet(sheet, 4))

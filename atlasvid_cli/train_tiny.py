@@ -18,8 +18,8 @@ from transformers import AutoTokenizer, UMT5EncoderModel
 from . import dataset, train, train_text, train_vae
 from .text import encode_prompts
 
-VAE_STEPS, BASE_STEPS, PROXY_STEPS, DETAIL_STEPS = 2200, 1500, 900, 500
-SAMPLES = {"image": 2400, "clip": 300, "proxy": 300, "detail": 160}
+VAE_STEPS, BASE_STEPS, PROXY_STEPS, DETAIL_STEPS = 2200, 1500, 600, 300
+SAMPLES = {"image": 2400, "clip": 300, "proxy": 300, "detail": 100}
 LORA_RANK = 64
 WINDOWS = ((7, 8, 8), (13, 6, 6))
 MARGIN = (0, 1, 1)

@@ -31,7 +31,8 @@ DIRECTIONS: dict[str, tuple[float, float]] = {
 }
 GROUNDS = ("checkerboard", "stripes", "hills", "gradient")
 HELD_OUT_FRACTION = 0.1
-SPEED = (0.045, 0.055)  # frame extents a second along the direction: 12 s cross at most two thirds of the frame
+SPEED = (0.045, 0.055)  # frame extents a second along the direction, where the object then stays in frame
+LONGEST = 12.0  # seconds
 
 
 @dataclass(frozen=True)
@@ -83,9 +84,9 @@ def sample_scene(
     size = rng.uniform(0.17, 0.22) * min(1.0, aspect)
     dx, dy = DIRECTIONS[direction]
     extent = aspect if dx else 1.0
-    speed = rng.uniform(*SPEED) * extent
     margin = size * 1.05
-    travel = min(speed * seconds, extent - 2 * margin)
+    speed = min(rng.uniform(*SPEED) * extent, (extent - 2 * margin) / LONGEST)
+    travel = speed * seconds
     # the centre starts where the whole path fits, on the side that the object moves away from
     slack = extent - 2 * margin - travel
     along = margin + rng.uniform(0.0, slack)

@@ -1,0 +1,61 @@
+"""How often the embedded model does what held-out prompts say, by the detector of `metrics` on the decoded videos.
+
+python -m atlasvid_cli.quality --count 40 --res 960x540 --seconds 4 -o quality
+"""
+
+import argparse
+import json
+import random
+from pathlib import Path
+
+from . import pipeline, world
+from .console import Console
+from .metrics import adherence, detect
+from .parse import parse_resolution, parse_seconds
+from .plan import Request, make_plan
+from .video import read_frames
+
+FRAMES = 9  # looked at in each video, evenly spread
+
+
+def held_out_prompts(count: int) -> list[tuple[str, tuple[str, str, str, str, str]]]:
+    """The first `count` held-out combinations of a fixed sequence, as plain captions."""
+    rng = random.Random("quality")
+    prompts = []
+    for _ in range(count):
+        attributes = world.sample_attributes(rng, held_out=True)
+        colour, shape, direction, ground_colour, ground = attributes
+        prompts.append((f"a {colour} {shape} moving {direction} over a {ground_colour} {ground}", attributes))
+    return prompts
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--count", type=int, default=40)
+    parser.add_argument("--res", default="960x540")
+    parser.add_argument("--seconds", default="4")
+    parser.add_argument("--preset", default="tiny")
+    parser.add_argument("-o", "--output", type=Path, default=Path("quality"))
+    arguments = parser.parse_args()
+    width, height = parse_resolution(arguments.res)
+    session = pipeline.Session(arguments.preset)
+    console = Console(json_lines=True)
+    totals: dict[str, int] = {}
+    for i, (prompt, attributes) in enumerate(held_out_prompts(arguments.count)):
+        plan = make_plan(Request(arguments.preset, width, height, parse_seconds(arguments.seconds), seed=i))
+        video = arguments.output / f"{i:03}.mp4"
+        pipeline.render(session, plan, prompt, "", arguments.output / f"{i:03}", video, console)
+        wanted = {round(k * (plan.frames - 1) / (FRAMES - 1)) for k in range(FRAMES)}
+        frames = [f for n, f in enumerate(read_frames(video)) if n in wanted]
+        found = detect(frames, (plan.frames - 1) / plan.fps)
+        right = adherence(found, attributes)
+        right["colour, direction, count"] = right["colour"] and right["direction"] and right["count"]
+        for name, value in right.items():
+            totals[name] = totals.get(name, 0) + value
+        console.emit({"prompt": prompt, "found": found.__dict__, "right": right}, "")
+    console.emit({name: f"{value}/{arguments.count}" for name, value in totals.items()}, "")
+    (arguments.output / "quality.json").write_text(json.dumps(totals) + "\n")
+
+
+if __name__ == "__main__":
+    main()

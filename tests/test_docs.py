@@ -1,0 +1,26 @@
+from pathlib import Path
+
+from atlasvid_cli import cli
+from atlasvid_cli.presets import preset_names
+from atlasvid_cli.video import CODECS
+
+ROOT = Path(__file__).parent.parent
+README = (ROOT / "README.md").read_text()
+
+
+def test_every_command_is_in_the_readme():
+    for command in cli.app.registered_commands:
+        assert f"atlasvid {command.callback.__name__}" in README
+
+
+def test_every_codec_and_preset_is_named():
+    changelog = (ROOT / "CHANGELOG.md").read_text()
+    assert all(c in README + changelog.lower() for c in ("prores", *preset_names()))
+    help_text = cli.CodecName.__metadata__[0].help
+    assert all(codec in help_text for codec in CODECS)
+
+
+def test_modules_are_in_the_annotated_tree():
+    for path in (ROOT / "atlasvid_cli").glob("*.py"):
+        name = path.stem
+        assert name.startswith(("_", "train_")) or name in README, name

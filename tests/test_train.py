@@ -1,0 +1,110 @@
+"""Training on small random latents: it learns, it resumes to the same loss, its adapters load where they should."""
+
+import json
+
+import pytest
+import torch
+from diffusers import WanTransformer3DModel
+
+from atlasvid_cli import train
+from atlasvid_cli.optim import orthogonalise
+
+CONFIG = {
+    "num_attention_heads": 2,
+    "attention_head_dim": 12,
+    "in_channels": 4,
+    "out_channels": 4,
+    "text_dim": 8,
+    "freq_dim": 16,
+    "ffn_dim": 32,
+    "num_layers": 2,
+}
+
+
+def model():
+    torch.manual_seed(0)
+    return WanTransformer3DModel(**CONFIG)
+
+
+def embed(prompt):
+    generator = torch.Generator().manual_seed(len(prompt))
+    return torch.randn(3, 8, generator=generator)
+
+
+def clips(frames=3):
+    generator = torch.Generator().manual_seed(1)
+    base = torch.randn(4, frames, 4, 6, generator=generator)
+    return [{"latents": base + 0.1 * i, "caption": "x" * i} for i in range(3)]
+
+
+def details():
+    generator = torch.Generator().manual_seed(2)
+    proxies = {f"proxy_{r}": torch.randn(4, t, 2, 2, generator=generator) for r, t in ((4, 2), (1, 5))}
+    latents = torch.randn(4, 5, 8, 8, generator=generator)
+    return [{"latents": latents, "caption": "x", "ratio": "4", **proxies}]
+
+
+def losses(folder):
+    return [json.loads(line)["loss"] for line in (folder / "log.jsonl").read_text().splitlines()]
+
+
+def test_training_learns(tmp_path):
+    train.train_clips(model(), tmp_path, [], clips(), embed, 150, 5e-3, time_ratio=1, tokens=18)
+    values = losses(tmp_path)
+    assert values[-1] < 0.75 * values[0]
+
+
+@pytest.mark.parametrize("kind", ["clips", "detail"])
+def test_a_resumed_training_ends_with_the_same_weights(tmp_path, monkeypatch, kind):
+    def run(folder):
+        torch.manual_seed(0)
+        fresh = model()
+        if kind == "clips":
+            train.train_clips(fresh, folder, clips(1), clips(), embed, 250, 5e-3, time_ratio=4, tokens=18)
+        else:
+            fresh.add_adapter(train.lora_config(2))
+            shapes = ((3, 2, 2),)
+            train.train_detail(fresh, fresh, folder, details(), embed, 250, 5e-3, shapes, (0, 1, 1), accumulate=1)
+        return fresh.state_dict()
+
+    whole = run(tmp_path / "whole")
+    rate, count = train.learning_rate, 0
+
+    def dies(*arguments):
+        nonlocal count
+        count += 1
+        if count == 230:
+            raise KeyboardInterrupt
+        return rate(*arguments)
+
+    monkeypatch.setattr(train, "learning_rate", dies)
+    with pytest.raises(KeyboardInterrupt):
+        run(tmp_path / "killed")
+    monkeypatch.setattr(train, "learning_rate", rate)
+    resumed = run(tmp_path / "killed")
+    for name, value in whole.items():
+        torch.testing.assert_close(resumed[name], value, atol=1e-6, rtol=0)
+
+
+def test_an_adapter_survives_saving_and_fusing(tmp_path):
+    trained = model()
+    trained.add_adapter(train.lora_config(2))
+    for name, parameter in trained.named_parameters():
+        if "lora_B" in name:
+            torch.nn.init.normal_(parameter, std=0.1)
+    train.save_adapter(trained, tmp_path / "a.safetensors", {"stage": "proxy"})
+    loaded = model()
+    loaded.load_lora_adapter(tmp_path / "a.safetensors", prefix="transformer")
+    loaded.fuse_lora()
+    x, t, text = torch.randn(1, 4, 3, 4, 6), torch.tensor([300]), torch.randn(1, 5, 8)
+    with torch.no_grad():
+        expected, found = (m(x, t, text, return_dict=False)[0] for m in (trained, loaded))
+        bare = model()(x, t, text, return_dict=False)[0]
+    torch.testing.assert_close(found, expected, atol=2e-3, rtol=0)  # stored in fp16
+    assert (expected - bare).abs().max() > 0.02
+
+
+def test_orthogonalise_flattens_the_singular_values():
+    matrices = torch.randn(3, 20, 8, generator=torch.Generator().manual_seed(0))
+    values = torch.linalg.svdvals(orthogonalise(matrices))
+    assert values.min() > 0.6 and values.max() < 1.3

@@ -1,0 +1,58 @@
+import random
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from atlasvid_cli import world
+
+
+@pytest.mark.parametrize("aspect", [16 / 9, 1.0, 9 / 16])
+def test_objects_stay_in_frame_for_12_seconds(aspect):
+    rng = random.Random(0)
+    for _ in range(200):
+        scene = world.sample_scene(rng, aspect, 12.0)
+        dx, dy = world.DIRECTIONS[scene.direction]
+        for t in (0.0, 12.0):
+            x, y = scene.start[0] + dx * scene.speed * t, scene.start[1] + dy * scene.speed * t
+            assert 0.999 * scene.size <= x <= aspect - 0.999 * scene.size
+            assert 0.999 * scene.size <= y <= 1 - 0.999 * scene.size
+
+
+def test_held_out_combinations_are_a_tenth_and_never_sampled_for_training():
+    rng = random.Random(1)
+    assert not any(world.is_held_out(world.sample_attributes(rng)) for _ in range(300))
+    every = [
+        (c, s, d, g, k)
+        for c in world.COLOURS
+        for s in world.SHAPES
+        for d in world.DIRECTIONS
+        for g in world.COLOURS
+        for k in world.GROUNDS
+        if c != g
+    ]
+    assert 0.08 < sum(map(world.is_held_out, every)) / len(every) < 0.12
+
+
+@pytest.mark.parametrize("ground", world.GROUNDS)
+@pytest.mark.parametrize("shape", world.SHAPES)
+def test_a_large_render_downsampled_is_a_small_render(shape, ground):
+    scene = world.sample_scene(random.Random(2), 1.6, 4.0, ("red", shape, "left", "green", ground))
+    times = torch.tensor([1.0])
+    small = world.render(scene, times, 40, 64)
+    large = F.avg_pool2d(world.render(scene, times, 320, 512)[:, 0], 8)
+    assert (small[:, 0] - large).abs().mean() < 0.02
+
+
+def test_a_window_is_a_crop():
+    scene = world.sample_scene(random.Random(3), 1.6, 4.0)
+    whole = world.render(scene, torch.tensor([0.5]), 80, 128)
+    part = world.render(scene, torch.tensor([0.5]), 40, 40, (0.25, 0.5, 0.5))
+    torch.testing.assert_close(part, whole[..., 40:80, 20:60], atol=1e-4, rtol=0)
+
+
+def test_captions_name_the_attributes():
+    rng = random.Random(4)
+    scene = world.sample_scene(rng, 1.6, 4.0)
+    words = world.caption(scene).split()
+    assert all(a in words for a in scene.attributes)
