@@ -274,7 +274,7 @@ def doctor(as_json: Json = False, debug: Debug = False) -> None:
 def main() -> NoReturn:
     """The entry point: the one place where errors become sentences and exit codes."""
     debug = "--debug" in sys.argv
-    signal.signal(signal.SIGTERM, lambda *_: signal.raise_signal(signal.SIGINT))
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # spinning threads starve the encoder's
     try:
         code = app(standalone_mode=False)

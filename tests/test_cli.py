@@ -203,13 +203,18 @@ def test_a_run_killed_by_the_system_continues_to_the_same_bytes(random_preset, t
         assert digest(killed) == digest(whole)
 
 
-def test_ctrl_c_says_how_to_go_on(random_preset, tmp_path):
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_an_interrupted_run_says_how_to_go_on(random_preset, tmp_path, number):
     command = [sys.executable, "-m", "atlasvid_cli.cli", "render", "a red ball", "--preset", str(random_preset)]
     process = subprocess.Popen(
-        [*command, "--res", "1280x720", "--seconds", "4"], cwd=tmp_path, stderr=subprocess.PIPE, text=True
+        [*command, "--res", "1280x720", "--seconds", "4"],
+        cwd=tmp_path,
+        stderr=subprocess.PIPE,
+        text=True,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # a background shell has it ignored
     )
     while process.poll() is None and not list(tmp_path.glob("runs/*/proxy.safetensors")):
         time.sleep(0.01)
-    process.send_signal(signal.SIGINT)
+    process.send_signal(number)
     _, err = process.communicate(timeout=60)
     assert process.returncode == 130 and "run the same command again" in err
