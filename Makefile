@@ -26,7 +26,7 @@ check: $(READY)
 	$(BIN)/python -m pytest
 
 tiny: $(READY)
-	$(BIN)/python -m atlasvid_cli.train_tiny --work training --out presets/tiny
+	$(BIN)/atlasvid train tiny --work training --output presets/tiny
 
 wheel: $(READY)
 	$(BIN)/python -m build --wheel --outdir dist

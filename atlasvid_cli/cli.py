@@ -271,6 +271,25 @@ def doctor(as_json: Json = False, debug: Debug = False) -> None:
     _console(as_json).emit(facts, "\n".join(lines(facts)))
 
 
+@app.command()
+def train(
+    what: Annotated[str, typer.Argument(help="What to train: tiny, the embedded model, from nothing.")],
+    work: Annotated[Path, typer.Option("--work", help="Checkpoints, latents and logs; resumed from.")] = Path(
+        "training"
+    ),
+    output: Annotated[Path, typer.Option("--output", "-o", help="The model folder.")] = Path("presets/tiny"),
+    debug: Debug = False,
+) -> None:
+    """Train the embedded model from nothing, a few hours on two cores; parts that exist are kept."""
+    if what != "tiny":
+        raise UsageError(f"there is no training called {what!r}; the one there is: atlasvid train tiny")
+    from .train_tiny import make
+
+    work.mkdir(parents=True, exist_ok=True)
+    make(work, output)
+    _console(False).emit({}, str(output))
+
+
 def main() -> NoReturn:
     """The entry point: the one place where errors become sentences and exit codes."""
     debug = "--debug" in sys.argv

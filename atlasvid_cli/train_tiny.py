@@ -1,10 +1,9 @@
 """Makes the embedded model `tiny` from nothing: text encoder, VAE, latents, base, proxy adapter, detail adapter.
 
-`make tiny` runs this. Each part resumes from its checkpoint in the work folder and is skipped once it is finished;
+`atlasvid train tiny` (`make tiny`) runs this. Each part resumes from its checkpoint in the work folder and is skipped once it is finished;
 the result is a plain diffusers folder that `WanPipeline.from_pretrained` loads. Expected figures are in docs/LOG.md.
 """
 
-import argparse
 import json
 import random
 from collections.abc import Callable
@@ -18,8 +17,8 @@ from transformers import AutoTokenizer, UMT5EncoderModel
 from . import dataset, train, train_text, train_vae
 from .text import encode_prompts
 
-VAE_STEPS, BASE_STEPS, PROXY_STEPS, DETAIL_STEPS = 2200, 1500, 600, 300
-SAMPLES = {"image": 2400, "clip": 300, "proxy": 300, "detail": 100}
+VAE_STEPS, BASE_STEPS, PROXY_STEPS, DETAIL_STEPS = 2200, 1500, 600, 250
+SAMPLES = {"image": 2400, "clip": 300, "proxy": 160, "detail": 60}
 LORA_RANK = 64
 WINDOWS = ((7, 8, 8), (13, 6, 6))
 MARGIN = (0, 1, 1)
@@ -76,13 +75,8 @@ def base_model(folder: Path) -> WanTransformer3DModel:
     return WanTransformer3DModel.from_pretrained(folder / "transformer", torch_dtype=torch.float32)
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--work", type=Path, default=Path("training"), help="checkpoints, latents and logs")
-    parser.add_argument("--out", type=Path, default=Path("presets/tiny"), help="the model folder")
-    arguments = parser.parse_args()
-    work, out = arguments.work, arguments.out
-
+def make(work: Path, out: Path) -> None:
+    """Trains what is missing of the model folder `out`; checkpoints, latents and logs go to `work`."""
     if not (out / "text_encoder").exists():
         accuracy = train_text.train(out)
         (work / "text.json").write_text(json.dumps({"accuracy": accuracy}))
@@ -123,7 +117,3 @@ def main() -> None:
         train.train_detail(model, model, work / "detail", data, embed, DETAIL_STEPS, 3e-3, WINDOWS, MARGIN)
         metadata = {"stage": "detail", "windows": json.dumps(WINDOWS), "streams": "both"}
         train.save_adapter(model, out / "detail_lora.safetensors", metadata)
-
-
-if __name__ == "__main__":
-    main()

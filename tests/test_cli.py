@@ -22,6 +22,7 @@ OPTIONS = {
     " --run-dir --seed --steps",
     "decode": "--codec --debug --json --model-path --output --preset",
     "plan": "--chunk --codec --debug --fps --guidance-scale --json --preset --res --seconds --steps",
+    "train": "--debug --output --work",
     "presets": "--debug --json",
     "info": "--debug --json",
     "doctor": "--debug --json",
@@ -84,6 +85,7 @@ def test_the_command_line_imports_nothing_heavy():
         (["render", "x", "--model-path", "absent"], 3, "absent"),
         (["refine", "absent.safetensors"], 3, "absent.safetensors"),
         (["info", "absent"], 3, "absent"),
+        (["train", "wan"], 2, "train tiny"),
         (["frobnicate"], 2, "frobnicate"),
     ],
 )
