@@ -274,9 +274,7 @@ def doctor(as_json: Json = False, debug: Debug = False) -> None:
 @app.command()
 def train(
     what: Annotated[str, typer.Argument(help="What to train: tiny, the embedded model, from nothing.")],
-    work: Annotated[Path, typer.Option("--work", help="Checkpoints, latents and logs; resumed from.")] = Path(
-        "training"
-    ),
+    work: Annotated[Path, typer.Option("--work", help="Checkpoints, latents, logs; resumed from.")] = Path("training"),
     output: Annotated[Path, typer.Option("--output", "-o", help="The model folder.")] = Path("presets/tiny"),
     debug: Debug = False,
 ) -> None:
