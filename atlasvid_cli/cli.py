@@ -32,7 +32,7 @@ app = typer.Typer(
 Res = Annotated[str, typer.Option("--res", help="Size in pixels: 3840x2160, 3840*2160, 4k, 1080p, 720p ...")]
 Seconds = Annotated[str, typer.Option("--seconds", help="Length in seconds; exactly seconds * fps frames are written.")]
 Fps = Annotated[int | None, typer.Option("--fps", min=1, max=120, help="Frames a second [default: the preset's].")]
-Seed = Annotated[int, typer.Option("--seed", min=0, help="Seed; in a batch each item adds its index.")]
+Seed = Annotated[int, typer.Option("--seed", min=0, max=2**63 - 1, help="Seed; in a batch each item adds its index.")]
 Steps = Annotated[int | None, typer.Option("--steps", min=1, max=1000, help="Denoising steps [default: the preset's].")]
 Guidance = Annotated[
     float | None, typer.Option("--guidance-scale", help="Classifier-free guidance of the proxy; 1 turns it off.")
@@ -147,11 +147,10 @@ def refine(
     box = parse_region(region, width, height) if region else None
     span = parse_frames(frames) if frames else None
     console = _console(as_json)
-    _check_codec(codec, output)
     from . import pipeline
     from .plan import Request, make_plan
     from .store import lock, run_directory
-    from .video import probe, suffix_for
+    from .video import check_target
 
     known = pipeline.request_defaults(latents)
     request = Request(
@@ -168,8 +167,10 @@ def refine(
         fps=fps or known["fps"],
         seed=known["seed"] if seed is None else seed,
     )
-    name = f"{latents.stem}-{width}x{height}{'-region' if box or span else ''}{suffix_for(codec)}"
-    target = (output or latents.with_name(name)).absolute()
+    own_seed = "" if seed is None else f"-seed{seed}"
+    part = "-region" if box or span else ""
+    target = _with_suffix(output or latents.with_name(f"{latents.stem}-{width}x{height}{own_seed}{part}"), codec)
+    check_target(target, codec, width, height)
     make_plan(request)  # usage errors first
     session = pipeline.Session(request.preset, model_path)
     plan = pipeline.plan_from_proxy(latents, request, session)
@@ -178,15 +179,16 @@ def refine(
     if _show_plan(plan, console, dry_run):
         return
     plan.check_resources(target.parent)
-    folder = run_dir or target.parent / "runs" / f"{slug(latents.stem)}-{width}x{height}"
+    # a region is redone in the run of its video, whose seed is the proxy's unless --run-dir names another
+    run_seed = known["seed"] if plan.is_region else request.seed
+    source = pipeline.describe(latents)["key"]
+    folder = run_dir or target.parent / "runs" / f"{slug(latents.stem)}-{width}x{height}-{source}-{run_seed}"
+    _check_writable(target)
     with lock(run_directory(folder.parent, folder.name)):
+        _keep_foreign(target, pipeline.result_key(session, plan, latents, folder))
         result = pipeline.refine(session, plan, latents, folder, console)
-        video = target
-        if not target.exists():
-            video = pipeline.decode(session, result, target, codec, console)
-        elif probe(target)["metadata"].get("key") != pipeline.describe(result)["key"]:
-            raise UsageError(f"{target} exists and was made from something else; choose another --output")
-    console.emit({"video": str(video), "latents": str(result), "status": "ok"}, str(video))
+        pipeline.decode(session, result, target, codec, console)
+    console.emit({"video": str(target), "latents": str(result), "status": "ok"}, str(target))
 
 
 @app.command()
@@ -200,16 +202,17 @@ def decode(
     debug: Debug = False,
 ) -> None:
     """Saved latents to a video again, say with another codec; no sampling."""
-    _check_codec(codec, output)
     from . import pipeline
-    from .video import suffix_for
+    from .video import check_target
 
-    known = pipeline.request_defaults(latents)
+    known = pipeline.describe(latents)
+    target = _with_suffix(output or latents.with_suffix(""), codec)
+    check_target(target, codec, int(known["width"]), int(known["height"]))
+    _keep_foreign(target, known["key"])
     session = pipeline.Session(preset or known["preset"], model_path)
     console = _console(as_json)
-    target = (output or latents.with_suffix(suffix_for(codec))).absolute()
-    video = pipeline.decode(session, latents, target, codec, console)
-    console.emit({"video": str(video), "status": "ok"}, str(video))
+    pipeline.decode(session, latents, target, codec, console)
+    console.emit({"video": str(target), "status": "ok"}, str(target))
 
 
 @app.command()
@@ -344,8 +347,10 @@ def _request(
     length = parse_seconds(seconds)
     check_finite("--guidance-scale", guidance_scale, 0)
     check_finite("--flow-shift", flow_shift, 0)
-    _check_codec(codec, None)
     from .plan import Request
+    from .video import suffix_for
+
+    suffix_for(codec)  # an unknown codec is said before anything else
 
     return Request(
         preset,
@@ -365,13 +370,24 @@ def _request(
     )
 
 
-def _check_codec(codec: str, output: Path | None) -> None:
-    """An unknown codec, or a file name that cannot hold it, is said before anything is loaded."""
+def _with_suffix(output: Path, codec: str) -> Path:
+    """The absolute output path; the codec's usual suffix where the name has none. Raises UsageError."""
     from .video import suffix_for
 
-    suffix = suffix_for(codec)
-    if output and output.suffix and output.suffix.lower() != suffix and codec != "h264":
-        raise UsageError(f"{codec} video goes into {suffix} files; end --output with that")
+    usual = suffix_for(codec)
+    return (output if output.suffix else output.with_name(output.name + usual)).absolute()
+
+
+def _keep_foreign(target: Path, key: str) -> None:
+    """Refuses to overwrite a file that was not made from the latents with this key."""
+    from .video import probe
+
+    try:
+        same = not target.exists() or probe(target)["metadata"].get("key") == key
+    except AtlasError:
+        same = False
+    if not same:
+        raise UsageError(f"{target} exists and was made from something else; choose another --output")
 
 
 def _items(
@@ -400,12 +416,13 @@ def _batch(
 ) -> None:
     """One or many items through one session: failures are reported and passed over, finished ones skipped."""
     from .plan import make_plan
-    from .video import suffix_for
+    from .video import check_target, suffix_for
 
     resolved = make_plan(request)
     if _show_plan(resolved, console, dry_run):
         return
-    suffix = suffix_for(request.codec) if suffix == ".mp4" else suffix
+    is_video = suffix == ".mp4"
+    suffix = suffix_for(request.codec) if is_video else suffix
     base = (output or Path()).absolute()
     folder = base if many else base.parent if output else base
     resolved.check_resources(folder)
@@ -419,11 +436,13 @@ def _batch(
         negative = item.negative_prompt if item.negative_prompt is not None else session.preset.negative_prompt
         name = item.output or (f"{item.id}{suffix}" if many else f"{slug(item.prompt)}-{item.seed}{suffix}")
         target = base if output and not many else folder / name
-        target = target if target.suffix else target.with_suffix(suffix)
+        target = target if target.suffix else target.with_name(target.name + suffix)
         key = artefact_hash({**plan.key(), "prompt": item.prompt, "negative": negative, "size": plan.summary["size"]})
         run = run_dir or target.parent / "runs" / f"{slug(target.stem)}-{key}"
         event = {"id": item.id, "prompt": item.prompt, "seed": item.seed}
         try:
+            if is_video:
+                check_target(target, request.codec, request.width, request.height)
             _check_writable(target)
             with lock(run_directory(run.parent, run.name)):
                 event |= {"status": "ok", **make(session, plan, item, negative, run, target, console)}
@@ -452,8 +471,8 @@ def _render_one(
 
     if (finished := pipeline.finished_video(session, plan, item.prompt, negative, run, target)) is not None:
         return finished
-    if target.exists():
-        raise UsageError(f"{target} exists and was made from something else; choose another --output")
+    proxy = pipeline.make_proxy(session, plan, item.prompt, negative, run, console)
+    _keep_foreign(target, pipeline.result_key(session, plan, proxy, run))
     return pipeline.render(session, plan, item.prompt, negative, run, target, console)
 
 

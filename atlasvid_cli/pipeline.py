@@ -26,7 +26,7 @@ from .refine import Region, sample_detail
 from .shapes import Grid
 from .text import encode_prompts, unknown_words
 from .video import contact_sheet, suffix_for, write_png, write_video
-from .weights import load_scheduler, load_text, load_transformer, load_vae, model_folder, model_hash
+from .weights import check_config, load_scheduler, load_text, load_transformer, load_vae, model_folder, model_hash
 
 FORMAT = "atlasvid-latents/1"
 SHEET_FRAMES = 12
@@ -38,6 +38,7 @@ class Session:
     def __init__(self, preset: str, model_path: str | None = None):
         self.preset = load_preset(preset)
         self.folder = model_folder(self.preset, model_path)
+        check_config(self.folder, self.preset)
         self._parts: dict[str, Any] = {}
 
     def hash(self, stage: str) -> str:
@@ -90,7 +91,7 @@ def render(
     seconds = round(time.monotonic() - started, 2)
     event = {
         "video": str(video),
-        "preview": str(video.with_suffix(".png")),
+        "preview": str(_sheet_path(video)),
         "run_dir": str(run_dir),
         "seconds": seconds,
     }
@@ -108,13 +109,12 @@ def render(
 
 def job_hash(session: Session, plan: Plan, prompt: str, negative_prompt: str) -> str:
     """Stands for all that decides a finished video: the plan, the prompts, the weights, the size and the codec."""
-    request = plan.request
     return store.artefact_hash(
         {
             **plan.key(),
             "prompts": [prompt, negative_prompt],
-            "models": [session.hash("proxy"), session.hash("detail")],
-            "size": [request.width, request.height, str(request.seconds), request.codec],
+            "models": [session.hash("proxy"), session.hash("detail"), model_hash(session.folder, "vae")],
+            "codec": plan.request.codec,
         }
     )
 
@@ -172,31 +172,40 @@ def make_proxy(
 
 
 def refine(session: Session, plan: Plan, proxy_path: Path, run_dir: Path, progress: Console) -> Path:
-    """Stage 2 -> run_dir/detail.safetensors, through every level of the plan; finished levels are kept."""
-    below, below_metadata = read_latents(proxy_path, session)
-    prompt, negative = below_metadata["prompt"], below_metadata["negative_prompt"]
-    region = plan.request.region is not None or plan.request.frames is not None
+    """Stage 2 -> run_dir/detail.safetensors, through every level of the plan; finished levels are kept.
+
+    A region samples only the last level again, above the levels that its video was made from.
+    """
     path = proxy_path
     for number, (name, stage) in enumerate(plan.named_stages()[1:], start=1):
-        last = number == len(plan.levels)
-        path = run_dir / ("detail.safetensors" if last else f"level-{number}.safetensors")
-        metadata = _metadata(session, plan, stage, "detail", prompt, negative, below_metadata["key"])
+        below_path, last = path, number == len(plan.levels)
+        path = _level_path(plan, run_dir, number)
+        if plan.is_region and not last:
+            continue
+        below, below_metadata = read_latents(below_path, session)
+        metadata = _level_metadata(session, plan, stage, below_metadata)
         redo = None
-        if last and region:
-            redo = _region(plan, stage, session, path)
-            metadata["key"] = store.artefact_hash(
-                {"of": metadata["key"], "region": plan.request.region, "frames": plan.request.frames}
-            )
+        if plan.is_region:
+            redo, metadata = _region(session, plan, stage, path, below_metadata["key"], metadata)
             path = run_dir / f"detail-region-{metadata['key']}.safetensors"
         if not _is_current(path, metadata):
-            latents = _refine_level(
-                session, plan, stage, name, number, below, (prompt, negative), metadata, redo, run_dir, progress
-            )
+            latents = _refine_level(session, plan, stage, name, number, below, metadata, redo, run_dir, progress)
             store.save_tensors(path, {"latents": latents}, metadata)
             _state_path(run_dir, number).unlink(missing_ok=True)
-        if not last:
-            below, below_metadata = read_latents(path, session)
     return path
+
+
+def result_key(session: Session, plan: Plan, proxy_path: Path, run_dir: Path) -> str:
+    """The key that the latents of `refine` will carry, before anything is sampled."""
+    metadata = describe(proxy_path)
+    if plan.is_region:
+        base = _level_path(plan, run_dir, len(plan.levels))
+        below = _level_path(plan, run_dir, len(plan.levels) - 1) if len(plan.levels) > 1 else proxy_path
+        found = _level_metadata(session, plan, plan.levels[-1], describe(below))
+        return _region_metadata(plan, describe(base), found)["key"]
+    for stage in plan.levels:
+        metadata = _level_metadata(session, plan, stage, metadata)
+    return metadata["key"]
 
 
 def decode(session: Session, latents_path: Path, output: Path, codec: str, progress: Console) -> Path:
@@ -212,7 +221,7 @@ def decode(session: Session, latents_path: Path, output: Path, codec: str, progr
 
         def finished() -> Iterator[torch.Tensor]:
             index = 0
-            tile = vae_tile(session.preset, latents.shape[2], latents.shape[3])
+            tile = vae_tile(session.folder, latents.shape[2], latents.shape[3])
             for chunk in decode_stream(vae, latents, tile, spool=latents_path.parent):
                 if scale > 1:
                     chunk = F.avg_pool2d(chunk[..., : height * scale, : width * scale], scale)
@@ -228,13 +237,13 @@ def decode(session: Session, latents_path: Path, output: Path, codec: str, progr
             finished(),
             width=width,
             height=height,
-            fps=int(metadata["fps"]),
+            fps=Fraction(metadata["fps"]),
             frame_count=frames,
             codec=codec,
             metadata={k: metadata[k] for k in ("prompt", "seed", "preset", "version", "model", "key")},
             on_frame=lambda _: advance(),
         )
-    write_png(output.with_suffix(".png"), contact_sheet(sheet, 4))
+    write_png(_sheet_path(output), contact_sheet(sheet, 4))
     return output
 
 
@@ -249,9 +258,10 @@ def read_latents(path: Path, session: Session) -> tuple[torch.Tensor, dict[str, 
     return tensors["latents"], metadata
 
 
-def describe(path: Path) -> dict[str, Any]:
-    """The metadata of a latents file, without its tensors' values."""
-    _, metadata = store.open_tensors(path, {"latents": ("F32", None)})
+def describe(path: Path) -> dict[str, str]:
+    """The metadata of a latents file, from its header alone. Raises InputError for any other file."""
+    metadata, _ = store.read_header(path)
+    store.check_artefact(metadata, {"format": FORMAT}, path)
     return metadata
 
 
@@ -260,7 +270,7 @@ def plan_from_proxy(path: Path, request: Request, session: Session) -> Plan:
     latents, metadata = read_latents(path, session)
     patch = session.preset.geometry.patch
     _, t, h, w = latents.shape
-    return make_plan(request, Grid(t, h // patch, w // patch), int(metadata["latents_fps"]))
+    return make_plan(request, Grid(t, h // patch, w // patch), Fraction(metadata["fps"]))
 
 
 def request_defaults(path: Path) -> dict[str, Any]:
@@ -269,7 +279,7 @@ def request_defaults(path: Path) -> dict[str, Any]:
     return {
         "preset": metadata["preset"],
         "seed": int(metadata["seed"]),
-        "fps": int(metadata["fps"]),
+        "fps": int(metadata["target_fps"]),
         "seconds": Fraction(metadata["seconds"]),
     }
 
@@ -281,14 +291,13 @@ def _refine_level(
     name: str,
     number: int,
     below: torch.Tensor,
-    prompts: tuple[str, str],
     metadata: dict[str, str],
     region: Region | None,
     run_dir: Path,
     progress: Console,
 ) -> torch.Tensor:
     model, proxy_model = session.detail_models()
-    used = prompts[: stage.passes]
+    used = (metadata["prompt"], metadata["negative_prompt"])[: stage.passes]
     texts = _contexts(session, used, model, progress)
     proxy_texts = texts if proxy_model is model else _contexts(session, used, proxy_model, progress)
     state = _state_path(run_dir, number)
@@ -324,9 +333,11 @@ def _contexts(session: Session, prompts: tuple[str, ...], model: Any, progress: 
 def _metadata(
     session: Session, plan: Plan, stage: Stage, kind: str, prompt: str, negative: str, below: str = ""
 ) -> dict[str, str]:
-    """Metadata of a stage's latents. `key` is the hash of all that decides their values."""
+    """Metadata of a stage's latents. `key` is the hash of all that decides them; size and fps are the latents' own."""
     model = session.hash(kind)
     fields = {**plan.key(stage), "prompt": prompt, "negative": negative, "model": model, "below": below}
+    geometry, grid, last = session.preset.geometry, stage.grid, stage is plan.levels[-1]
+    pixels = geometry.token_pixels
     return {
         "format": FORMAT,
         "kind": kind,
@@ -336,15 +347,25 @@ def _metadata(
         "prompt": prompt,
         "negative_prompt": negative,
         "seed": str(plan.request.seed),
-        "fps": str(plan.fps),
-        "latents_fps": str(plan.fps // plan.proxy.time_ratio if kind == "proxy" else plan.fps),
-        "frames": str(plan.frames),
         "seconds": str(plan.request.seconds),
-        "width": str(plan.request.width),
-        "height": str(plan.request.height),
-        "scale": str(plan.scale),
-        "key": store.artefact_hash(json.loads(json.dumps(fields))),
+        "target_fps": str(plan.fps),
+        "fps": str(Fraction(plan.fps, stage.time_ratio if kind == "proxy" else 1)),
+        "frames": str(plan.frames if last else (grid.t - 1) * geometry.temporal + 1),
+        "width": str(plan.request.width if last else grid.w * pixels),
+        "height": str(plan.request.height if last else grid.h * pixels),
+        "scale": str(plan.scale if last else 1),
+        "below": below,
+        "key": store.artefact_hash(fields),
     }
+
+
+def _level_metadata(session: Session, plan: Plan, stage: Stage, below: dict[str, str]) -> dict[str, str]:
+    return _metadata(session, plan, stage, "detail", below["prompt"], below["negative_prompt"], below["key"])
+
+
+def _region_metadata(plan: Plan, base: dict[str, str], metadata: dict[str, str]) -> dict[str, str]:
+    region = {"of": metadata["key"], "base": base["key"], "region": plan.request.region, "frames": plan.request.frames}
+    return metadata | {"key": store.artefact_hash(region)}
 
 
 def _resume(path: Path, key: str, progress: Console) -> store.StepState | None:
@@ -364,11 +385,17 @@ def _is_current(path: Path, metadata: dict[str, str]) -> bool:
         return False  # damaged or foreign: made anew
 
 
-def _region(plan: Plan, stage: Stage, session: Session, path: Path) -> Region:
+def _region(
+    session: Session, plan: Plan, stage: Stage, path: Path, below: str, metadata: dict[str, str]
+) -> tuple[Region, dict[str, str]]:
+    """The region of the finished video at `path`, made above the latents with the key `below`."""
     if not path.exists():
         raise InputError(f"{path} does not exist: run refine at this --res without --region first")
-    latents, _ = read_latents(path, session)
+    latents, base = read_latents(path, session)
     geometry, grid = session.preset.geometry, stage.grid
+    size = (grid.t, grid.h * geometry.patch, grid.w * geometry.patch)
+    if latents.shape[1:] != size or base["below"] != below:
+        raise InputError(f"{path} was made from something else: run refine at this --res without --region first")
     pixels = geometry.token_pixels
     x, y, w, h = plan.request.region or (0, 0, plan.request.width, plan.request.height)
     x, y, w, h = (v * plan.scale for v in (x, y, w, h))
@@ -377,7 +404,16 @@ def _region(plan: Plan, stage: Stage, session: Session, path: Path) -> Region:
     start = (-(-first // geometry.temporal), y // pixels, x // pixels)
     stop = (-(-(end - 1) // geometry.temporal) + 1, -(-(y + h) // pixels), -(-(x + w) // pixels))
     stop = (min(stop[0], grid.t), min(stop[1], grid.h), min(stop[2], grid.w))
-    return Region(start, stop, latents)
+    return Region(start, stop, latents), _region_metadata(plan, base, metadata)
+
+
+def _level_path(plan: Plan, run_dir: Path, number: int) -> Path:
+    return run_dir / ("detail.safetensors" if number == len(plan.levels) else f"level-{number}.safetensors")
+
+
+def _sheet_path(video: Path) -> Path:
+    """The contact sheet beside a video."""
+    return video.with_suffix(".sheet.png")
 
 
 def _state_path(run_dir: Path, number: int) -> Path:

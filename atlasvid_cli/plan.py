@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from . import shapes
-from .errors import ResourceError, UsageError
+from .errors import InputError, ResourceError, UsageError
 from .presets import Preset, load_preset
 from .shapes import Grid
 
@@ -71,27 +71,33 @@ class Plan:
     scale: int
     proxy: Stage
     levels: tuple[Stage, ...]
+    given_proxy: bool = False  # the proxy exists already
 
     @property
     def chunk(self) -> int:
         return self.request.chunk or self.preset.detail.chunk
 
     @property
+    def is_region(self) -> bool:
+        """Whether only a part of a finished video is sampled again."""
+        return self.request.region is not None or self.request.frames is not None
+
+    @property
     def target(self) -> Grid:
         return self.levels[-1].grid
 
     def key(self, stage: Stage | None = None) -> dict[str, Any]:
-        """The fields that decide a stage's latents (or the whole job's): what an artefact's hash is taken of."""
-        stages = (self.proxy, *self.levels)
-        upto = stages[: stages.index(stage) + 1] if stage else stages
-        return {
-            "preset": self.preset.name,
-            "fps": self.fps,
-            "seed": self.request.seed,
-            "stages": [_plain(s) for s in upto],
-            "detail": _plain(self.preset.detail),
-            "model_path": self.request.model_path,
-        }
+        """The fields that decide a stage's latents, given those below it (or the whole job): what is hashed."""
+        if stage is None:
+            stages = () if self.given_proxy else (self.proxy,)
+            return {"stages": [self.key(s) for s in (*stages, *self.levels)]}
+        fields = {"preset": self.preset.name, "seed": self.request.seed, "stage": _plain(stage)}
+        if stage is not self.proxy:
+            detail = self.preset.detail
+            fields |= {n: _plain(getattr(detail, n)) for n in ("windows", "margin", "proxy_window", "proxy_centre")}
+        if stage is self.levels[-1]:
+            fields |= {"size": [self.request.width, self.request.height, self.frames, self.scale, self.fps]}
+        return fields
 
     def flops(self, stage: Stage) -> int:
         """FLOPs of a stage over all its steps: linear layers and attention, two for each multiply-add."""
@@ -130,7 +136,7 @@ class Plan:
         """One row a stage: tokens, windows, flops, bytes, seconds (a projection from a GEMM timed just now)."""
         rate = gemm_rate() * EFFICIENCY
         rows = []
-        for name, stage in self.named_stages():
+        for name, stage in self.named_stages()[self.given_proxy :]:
             flops = self.flops(stage)
             disk = stage.grid.tokens * self.preset.transformer.channels * self.preset.geometry.patch**2 * 4
             rows.append(
@@ -214,9 +220,10 @@ class Plan:
     def _decode_row(self, rate: float) -> dict[str, Any]:
         from .decode import decode_bytes, decode_flops, spool_bytes
 
-        config = vae_config(self.preset)
+        folder = Path(self.request.model_path) if self.request.model_path else self.preset.folder
+        config = vae_config(folder)
         h, w = self.target.h * self.preset.geometry.patch, self.target.w * self.preset.geometry.patch
-        tile = vae_tile(self.preset, h, w)
+        tile = vae_tile(folder, h, w)
         flops = decode_flops(config, h, w) * self.target.t
         latents = self.target.tokens * self.preset.transformer.channels * self.preset.geometry.patch**2 * 4
         return {
@@ -233,7 +240,7 @@ class Plan:
         }
 
 
-def make_plan(request: Request, proxy: Grid | None = None, proxy_fps: int | None = None) -> Plan:
+def make_plan(request: Request, proxy: Grid | None = None, proxy_fps: Fraction | None = None) -> Plan:
     """Resolves a request; with the grid and fps of a saved `proxy`, its levels climb from that. Raises UsageError."""
     preset = load_preset(request.preset)
     fps = request.fps or preset.fps
@@ -248,17 +255,15 @@ def make_plan(request: Request, proxy: Grid | None = None, proxy_fps: int | None
     target = shapes.video_grid(request.width * scale, request.height * scale, generated, geometry)
     time_ratio = preset.proxy.time_ratio
     if proxy_fps is not None:
-        time_ratio, rest = divmod(fps, proxy_fps)
-        if rest or time_ratio not in (1, preset.proxy.time_ratio):
+        if fps / proxy_fps not in (1, time_ratio):
             raise UsageError(
-                f"a proxy at {proxy_fps} fps cannot guide a video at {fps} fps; use --fps {proxy_fps} or"
-                f" {proxy_fps * preset.proxy.time_ratio}"
+                f"latents at {proxy_fps} fps cannot guide a video at {fps} fps; use --fps {proxy_fps * time_ratio}"
             )
+        time_ratio = int(fps / proxy_fps)
     base = shapes.base_grid(target, preset.proxy.base_tokens, detail.max_ratio, time_ratio)
     if proxy is not None:
         if proxy.t < base.t:
-            longest = (proxy.t - 1) * geometry.temporal / (fps / time_ratio)
-            raise UsageError(f"the proxy is shorter than {float(request.seconds):g} s; use --seconds {longest:g}")
+            raise UsageError(f"the proxy is shorter than {float(request.seconds):g} s; make a longer one")
         base = proxy
     stage_1 = Stage(
         base,
@@ -283,19 +288,23 @@ def make_plan(request: Request, proxy: Grid | None = None, proxy_fps: int | None
                 detail.flow_shift,
             )
         )
-    return Plan(request, preset, fps, written, scale, stage_1, tuple(levels))
+    return Plan(request, preset, fps, written, scale, stage_1, tuple(levels), proxy is not None)
 
 
-def vae_config(preset: Preset) -> dict[str, Any]:
-    """The VAE's config, read without loading the VAE."""
-    return json.loads((preset.folder / "vae" / "config.json").read_text(encoding="utf-8"))
+def vae_config(folder: Path) -> dict[str, Any]:
+    """The config of a model folder's VAE, read without loading the VAE. Raises InputError."""
+    path = folder / "vae" / "config.json"
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        raise InputError(f"{path} cannot be read: give a diffusers model folder with --model-path") from None
 
 
-def vae_tile(preset: Preset, h: int, w: int) -> int | None:
+def vae_tile(folder: Path, h: int, w: int) -> int | None:
     """The tile side in latents that decoding h x w latents fits in `DECODE_BYTES` with; None for whole frames."""
     from .decode import choose_tile
 
-    return choose_tile(vae_config(preset), h, w, DECODE_BYTES)
+    return choose_tile(vae_config(folder), h, w, DECODE_BYTES)
 
 
 def gemm_rate() -> float:

@@ -29,6 +29,8 @@ def noise(seed: int, stage: int, channels: int, t: range, y: range, x: range) ->
     noise on any device, in any order, for any part of the video. Coordinates are below 2**16 (t: 2**14).
     """
     with np.errstate(over="ignore"):
+        if seed >= 1 << 58:  # the stage takes six bits
+            seed = int(_mix(np.array([seed], dtype=np.uint64))[0]) >> 6
         key = _mix(np.array([seed * 64 + stage], dtype=np.uint64) + np.uint64(0x9E3779B97F4A7C15))
         ts, ys, xs = (np.arange(r.start, r.stop, dtype=np.uint64) for r in (t, y, x))
         pairs = np.arange((channels + 1) // 2, dtype=np.uint64)

@@ -18,7 +18,7 @@ from transformers import AutoTokenizer, UMT5EncoderModel
 from . import dataset, train, train_text, train_vae
 from .text import encode_prompts
 
-VAE_STEPS, BASE_STEPS, PROXY_STEPS, DETAIL_STEPS = 2200, 1500, 600, 250
+VAE_STEPS, BASE_STEPS, PROXY_STEPS, DETAIL_STEPS = 2200, 1500, 600, 150
 SAMPLES = {"image": 2400, "clip": 300, "proxy": 160, "detail": 60}
 LORA_RANK = 64
 WINDOWS = ((7, 8, 8), (13, 6, 6))

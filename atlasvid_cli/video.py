@@ -85,6 +85,17 @@ def _codec(name: str) -> Codec:
     return CODECS[name]
 
 
+def check_target(path: Path, codec: str, width: int, height: int) -> None:
+    """Raises UsageError where codec, size and file suffix do not go together."""
+    spec = _codec(codec)
+    if path.suffix.lower() not in spec.suffixes:
+        raise UsageError(f"'{path.name}' cannot hold {codec}: name it *{' or *'.join(spec.suffixes)}.")
+    if min(width, height) < spec.smallest:
+        raise UsageError(
+            f"{codec} cannot encode {width}x{height}: choose another codec, or {spec.smallest} px or more."
+        )
+
+
 def write_video(
     path: Path,
     frames: Iterator["torch.Tensor"],
@@ -103,13 +114,8 @@ def write_video(
     `RenderError` when frames run out or are too small, `UsageError` when codec, size and suffix do not go together,
     `ResourceError` when the disk is full or the place cannot be written; nothing is left behind then.
     """
+    check_target(path, codec, width, height)
     spec = _codec(codec)
-    if path.suffix.lower() not in spec.suffixes:
-        raise UsageError(f"'{path.name}' cannot hold {codec}: name it *{' or *'.join(spec.suffixes)}.")
-    if min(width, height) < spec.smallest:
-        raise UsageError(
-            f"{codec} cannot encode {width}x{height}: choose another codec, or {spec.smallest} px or more."
-        )
     pixels = spec.pixels_odd if width % 2 or height % 2 else spec.pixels
     planes: queue.Queue[list[np.ndarray] | None] = queue.Queue(QUEUED_FRAMES)
     with _replacing(path) as temporary, ThreadPoolExecutor(1, "encode") as pool:

@@ -1,6 +1,7 @@
 """Loads the parts of a diffusers model folder, in fp32, each alone; adapters are merged into their own copy."""
 
 import hashlib
+import json
 from pathlib import Path
 
 import torch
@@ -25,17 +26,34 @@ def model_folder(preset: Preset, model_path: str | None) -> Path:
 def model_hash(folder: Path, *names: str | None) -> str:
     """sha256 over the named weights (16 hex digits): what saved latents are bound to."""
     digest = hashlib.sha256()
-    for name in names:
-        for path in (
-            sorted((folder / name).glob("*.safetensors"))
-            if name and (folder / name).is_dir()
-            else [folder / name]
-            if name
-            else []
-        ):
-            with path.open("rb") as file:
-                digest.update(hashlib.file_digest(file, "sha256").digest())
+    for name in filter(None, names):
+        path = folder / name
+        files = sorted(path.glob("*.safetensors")) if path.is_dir() else [path]
+        for file in files:
+            if not file.is_file():
+                raise InputError(f"{file} does not exist: mend the preset's lora, or give another --model-path")
+            with file.open("rb") as data:
+                digest.update(hashlib.file_digest(data, "sha256").digest())
     return digest.hexdigest()[:16]
+
+
+def check_config(folder: Path, preset: Preset) -> None:
+    """Raises InputError where the transformer in `folder` is not the one that the preset plans with."""
+    try:
+        config = json.loads((folder / "transformer" / "config.json").read_text(encoding="utf-8"))
+        found = {
+            "dim": config["num_attention_heads"] * config["attention_head_dim"],
+            "ffn": config["ffn_dim"],
+            "layers": config["num_layers"],
+            "heads": config["num_attention_heads"],
+            "channels": config["in_channels"],
+        }
+    except (OSError, ValueError, KeyError):
+        raise InputError(f"{folder} holds no readable transformer/config.json; give a diffusers model folder") from None
+    for name, value in found.items():
+        if value != getattr(preset.transformer, name):
+            expected = getattr(preset.transformer, name)
+            raise InputError(f"{folder} has {name} = {value} and preset {preset.name} says {expected}; use its preset")
 
 
 def load_transformer(folder: Path, lora: str | None = None) -> WanTransformer3DModel:

@@ -58,7 +58,7 @@ def test_render_makes_exactly_what_was_asked(session, request_, console, tmp_pat
     assert (found["width"], found["height"], found["frames"], found["seconds"]) == (256, 192, 16, 1.0)
     assert found["metadata"]["prompt"] == PROMPT and found["color_space"] == "bt709"
     assert event["video"] == str(tmp_path / "a.mp4")
-    assert (tmp_path / "a.png").exists() and (tmp_path / "run" / "run.json").exists()
+    assert (tmp_path / "a.sheet.png").exists() and (tmp_path / "run" / "run.json").exists()
     assert not list((tmp_path / "run").glob("*.state.*"))
 
 
@@ -145,3 +145,29 @@ def test_unknown_words_are_named(session, console, capsys):
 
 def test_every_shipped_preset_loads():
     assert load_preset("tiny").detail.windows
+
+
+def test_a_region_of_a_cascade_keeps_the_levels_below(session, request_, console, tmp_path):
+    request = replace(request_, width=832, height=640, seconds=Fraction(5, 16))
+    plan = make_plan(request)
+    assert len(plan.levels) == 2
+    proxy = pipeline.make_proxy(session, plan, PROMPT, "", tmp_path, console)
+    first = latents(pipeline.refine(session, plan, proxy, tmp_path, console))
+    level = digest(tmp_path / "level-1.safetensors")
+    again = pipeline.plan_from_proxy(proxy, replace(request, region=(64, 64, 128, 128), seed=9), session)
+    key = pipeline.result_key(session, again, proxy, tmp_path)
+    result = pipeline.refine(session, again, proxy, tmp_path, console)
+    assert digest(tmp_path / "level-1.safetensors") == level
+    assert pipeline.describe(result)["key"] == key
+    assert torch.equal(latents(result)[:, :, 16:], first[:, :, 16:])
+
+
+def test_a_proxy_can_be_looked_at(session, request_, console, tmp_path):
+    proxy = pipeline.make_proxy(session, make_plan(request_), PROMPT, "", tmp_path, console)
+    pipeline.decode(session, proxy, tmp_path / "proxy.mp4", "h264", console)
+    assert probe(tmp_path / "proxy.mp4")["fps"] == 4
+
+
+def test_a_wrong_model_folder_is_named_before_loading(random_preset):
+    with pytest.raises(InputError, match="dim"):
+        pipeline.Session("tiny", str(random_preset.with_suffix("")))
