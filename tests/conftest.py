@@ -87,7 +87,7 @@ def random_preset(tmp_path_factory: pytest.TempPathFactory) -> Path:
         ("base_tokens = 40", "base_tokens = 6"),
         ("steps = 20", "steps = 3"),
         ("steps = 8", "steps = 3"),
-        ("steps = 4 ", "steps = 2 "),
+        ("steps = 4\n", "steps = 2\n"),
         ("[[7, 8, 8], [13, 6, 6]]", "[[2, 3, 3], [3, 2, 2]]"),
     ):
         text = text.replace(old, new)
