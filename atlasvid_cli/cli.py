@@ -1,25 +1,22 @@
 """The command line: flags -> Request -> Plan -> pipeline. Heavy imports are in the bodies."""
 
-import dataclasses
 import os
-import re
 import signal
 import sys
 import traceback
-from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, NoReturn
+from typing import TYPE_CHECKING, Annotated, NoReturn
 
 import typer
 
+from .batch import check_writable, keep_foreign, proxy_one, render_one, run_batch, show_plan, with_suffix
 from .errors import AtlasError, ExitCode, UsageError, one_line
 from .parse import check_finite, parse_frames, parse_region, parse_resolution, parse_seconds, parse_shard
 from .prompts import Item, read_prompts, select, single, slug
 
 if TYPE_CHECKING:
     from .console import Console
-    from .pipeline import Session
-    from .plan import Plan, Request
+    from .plan import Request
 
 app = typer.Typer(
     help="Text to 4K video of any length on your own machine: a global proxy, then jointly denoised detail.",
@@ -89,7 +86,7 @@ def render(
     items = _items(prompt, prompt_file, shard, negative_prompt, seed)
     if prompt_file and run_dir:
         raise UsageError("--run-dir names one run: leave it out with --prompt-file")
-    _batch(items, request, output, run_dir, console, bool(prompt_file), dry_run, _render_one, ".mp4")
+    run_batch(items, request, output, run_dir, console, bool(prompt_file), dry_run, render_one, ".mp4")
 
 
 @app.command()
@@ -116,7 +113,7 @@ def proxy(
     request = _request(res, seconds, fps, seed, steps, guidance_scale, flow_shift, preset, model_path)
     console = _console(as_json)
     items = _items(prompt, prompt_file, shard, negative_prompt, seed)
-    _batch(items, request, output, None, console, bool(prompt_file), dry_run, _proxy_one, ".safetensors")
+    run_batch(items, request, output, None, console, bool(prompt_file), dry_run, proxy_one, ".safetensors")
 
 
 @app.command()
@@ -169,23 +166,23 @@ def refine(
     )
     own_seed = "" if seed is None else f"-seed{seed}"
     part = "-region" if box or span else ""
-    target = _with_suffix(output or latents.with_name(f"{latents.stem}-{width}x{height}{own_seed}{part}"), codec)
+    target = with_suffix(output or latents.with_name(f"{latents.stem}-{width}x{height}{own_seed}{part}"), codec)
     check_target(target, codec, width, height)
     make_plan(request)  # usage errors first
     session = pipeline.Session(request.preset, model_path)
     plan = pipeline.plan_from_proxy(latents, request, session)
     if span and span[1] > plan.frames:
         raise UsageError(f"--frames {frames} ends after the video's {plan.frames} frames; end it there")
-    if _show_plan(plan, console, dry_run):
+    if show_plan(plan, console, dry_run):
         return
     plan.check_resources(target.parent)
     # a region is redone in the run of its video, whose seed is the proxy's unless --run-dir names another
     run_seed = known["seed"] if plan.is_region else request.seed
     source = pipeline.describe(latents)["key"]
     folder = run_dir or target.parent / "runs" / f"{slug(latents.stem)}-{width}x{height}-{source}-{run_seed}"
-    _check_writable(target)
+    check_writable(target)
     with lock(run_directory(folder.parent, folder.name)):
-        _keep_foreign(target, pipeline.result_key(session, plan, latents, folder))
+        keep_foreign(target, pipeline.result_key(session, plan, latents, folder))
         result = pipeline.refine(session, plan, latents, folder, console)
         pipeline.decode(session, result, target, codec, console)
     console.emit({"video": str(target), "latents": str(result), "status": "ok"}, str(target))
@@ -206,9 +203,9 @@ def decode(
     from .video import check_target
 
     known = pipeline.describe(latents)
-    target = _with_suffix(output or latents.with_suffix(""), codec)
+    target = with_suffix(output or latents.with_suffix(""), codec)
     check_target(target, codec, int(known["width"]), int(known["height"]))
-    _keep_foreign(target, known["key"])
+    keep_foreign(target, known["key"])
     session = pipeline.Session(preset or known["preset"], model_path)
     console = _console(as_json)
     pipeline.decode(session, latents, target, codec, console)
@@ -237,7 +234,7 @@ def plan(
     if as_json:
         console.emit({**resolved.to_json(), "rows": resolved.rows()}, "")
     else:
-        _show_plan(resolved, console, True)
+        show_plan(resolved, console, True)
 
 
 @app.command()
@@ -370,26 +367,6 @@ def _request(
     )
 
 
-def _with_suffix(output: Path, codec: str) -> Path:
-    """The absolute output path; the codec's usual suffix where the name has none. Raises UsageError."""
-    from .video import suffix_for
-
-    usual = suffix_for(codec)
-    return (output if output.suffix else output.with_name(output.name + usual)).absolute()
-
-
-def _keep_foreign(target: Path, key: str) -> None:
-    """Refuses to overwrite a file that was not made from the latents with this key."""
-    from .video import probe
-
-    try:
-        same = not target.exists() or probe(target)["metadata"].get("key") == key
-    except AtlasError:
-        same = False
-    if not same:
-        raise UsageError(f"{target} exists and was made from something else; choose another --output")
-
-
 def _items(
     prompt: str | None, prompt_file: str | None, shard: str | None, negative: str | None, seed: int
 ) -> list[Item]:
@@ -398,135 +375,6 @@ def _items(
     if prompt_file is None:
         return [single(prompt or "", negative, seed)]
     return select(read_prompts(prompt_file, negative, seed), parse_shard(shard) if shard else None)
-
-
-Maker = Callable[["Session", "Plan", Item, str, Path, Path, "Console"], dict[str, Any]]
-
-
-def _batch(
-    items: list[Item],
-    request: "Request",
-    output: Path | None,
-    run_dir: Path | None,
-    console: "Console",
-    many: bool,
-    dry_run: bool,
-    make: Maker,
-    suffix: str,
-) -> None:
-    """One or many items through one session: failures are reported and passed over, finished ones skipped."""
-    from .plan import make_plan
-    from .video import check_target, suffix_for
-
-    resolved = make_plan(request)
-    if _show_plan(resolved, console, dry_run):
-        return
-    is_video = suffix == ".mp4"
-    suffix = suffix_for(request.codec) if is_video else suffix
-    base = (output or Path()).absolute()
-    folder = base if many else base.parent if output else base
-    resolved.check_resources(folder)
-    from .pipeline import Session
-    from .store import artefact_hash, lock, run_directory
-
-    session = Session(request.preset, request.model_path)
-    failed = 0
-    for item in items:
-        plan = make_plan(dataclasses.replace(request, seed=item.seed))
-        negative = item.negative_prompt if item.negative_prompt is not None else session.preset.negative_prompt
-        name = item.output or (f"{item.id}{suffix}" if many else f"{slug(item.prompt)}-{item.seed}{suffix}")
-        target = base if output and not many else folder / name
-        target = target if target.suffix else target.with_name(target.name + suffix)
-        key = artefact_hash({**plan.key(), "prompt": item.prompt, "negative": negative, "size": plan.summary["size"]})
-        run = run_dir or target.parent / "runs" / f"{slug(target.stem)}-{key}"
-        event = {"id": item.id, "prompt": item.prompt, "seed": item.seed}
-        try:
-            if is_video:
-                check_target(target, request.codec, request.width, request.height)
-            _check_writable(target)
-            with lock(run_directory(run.parent, run.name)):
-                event |= {"status": "ok", **make(session, plan, item, negative, run, target, console)}
-        except Exception as error:  # whatever one item does, the others get their turn
-            if not many:
-                raise
-            failed += 1
-            error_text = str(error) if isinstance(error, AtlasError) else f"{type(error).__name__}: {error}"
-            event |= {"status": "failed", "video": None, "error": error_text}
-            console.error(f"{item.id}: {error_text}")
-            if not console.json_lines:
-                continue
-        console.emit(event, str(event.get("video") or event.get("proxy")))
-    if failed:
-        raise _Failed(f"{failed} of {len(items)} prompts failed; the same command tries them again")
-
-
-class _Failed(AtlasError):
-    """Some items of a batch failed; each has been reported."""
-
-
-def _render_one(
-    session: "Session", plan: "Plan", item: Item, negative: str, run: Path, target: Path, console: "Console"
-) -> dict[str, Any]:
-    from . import pipeline
-
-    if (finished := pipeline.finished_video(session, plan, item.prompt, negative, run, target)) is not None:
-        return finished
-    proxy = pipeline.make_proxy(session, plan, item.prompt, negative, run, console)
-    _keep_foreign(target, pipeline.result_key(session, plan, proxy, run))
-    return pipeline.render(session, plan, item.prompt, negative, run, target, console)
-
-
-def _proxy_one(
-    session: "Session", plan: "Plan", item: Item, negative: str, run: Path, target: Path, console: "Console"
-) -> dict[str, Any]:
-    from . import pipeline
-
-    made = pipeline.make_proxy(session, plan, item.prompt, negative, run, console)
-    if not target.exists():
-        pipeline.publish(made, target)
-    elif pipeline.describe(target) != pipeline.describe(made):
-        raise UsageError(f"{target} exists and was made from something else; choose another --output")
-    return {"proxy": str(target), "run_dir": str(run)}
-
-
-def _check_writable(target: Path) -> None:
-    """An output that cannot be written is said before hours of work."""
-    from .errors import ResourceError
-
-    try:
-        target.parent.mkdir(parents=True, exist_ok=True)
-        probe = target.parent / f".{target.name}.probe"
-        probe.touch()
-        probe.unlink()
-    except OSError as error:
-        raise ResourceError(f"{target.parent} cannot be written ({error.strerror}); choose another --output") from None
-
-
-def _show_plan(plan: "Plan", console: "Console", only: bool) -> bool:
-    """With `only` (--dry-run) prints the plan as a table and returns True."""
-    if not only:
-        return False
-    rows = plan.rows()
-    total = sum(r["seconds"] for r in rows)
-    shown = [
-        {
-            "stage": r["stage"],
-            "grid": r["grid"],
-            "tokens": f"{r['tokens']:,}",
-            "windows": f"{r['windows']:,}",
-            "steps": r["steps"],
-            "TFLOP": f"{r['flops'] / 1e12:.2f}",
-            "RAM GiB": f"{r['ram_bytes'] / 2**30:.2f}",
-            "disk GiB": f"{r['disk_bytes'] / 2**30:.2f}",
-            "seconds": f"{r['seconds']:.0f}",
-        }
-        for r in rows
-    ]
-    summary = plan.summary
-    title = f"{summary['size']} x {summary['seconds']:g} s, {summary['frames']} frames, preset {summary['preset']}"
-    console.table(f"{title}: about {total / 60:.1f} min", shown)
-    console.emit({**plan.to_json(), "rows": rows}, re.sub(r"\s+", " ", title)) if console.json_lines else None
-    return True
 
 
 if __name__ == "__main__":

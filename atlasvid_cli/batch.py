@@ -1,0 +1,164 @@
+"""Making one or many items through one session, and the guards that keep what is already on disk."""
+
+import dataclasses
+import re
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from .errors import AtlasError, UsageError
+from .prompts import Item, slug
+
+if TYPE_CHECKING:
+    from .console import Console
+    from .pipeline import Session
+    from .plan import Plan, Request
+
+
+def with_suffix(output: Path, codec: str) -> Path:
+    """The absolute output path; the codec's usual suffix where the name has none. Raises UsageError."""
+    from .video import suffix_for
+
+    usual = suffix_for(codec)
+    return (output if output.suffix else output.with_name(output.name + usual)).absolute()
+
+
+def keep_foreign(target: Path, key: str) -> None:
+    """Refuses to overwrite a file that was not made from the latents with this key."""
+    from .video import probe
+
+    try:
+        same = not target.exists() or probe(target)["metadata"].get("key") == key
+    except AtlasError:
+        same = False
+    if not same:
+        raise UsageError(f"{target} exists and was made from something else; choose another --output")
+
+
+Maker = Callable[["Session", "Plan", Item, str, Path, Path, "Console"], dict[str, Any]]
+
+
+def run_batch(
+    items: list[Item],
+    request: "Request",
+    output: Path | None,
+    run_dir: Path | None,
+    console: "Console",
+    many: bool,
+    dry_run: bool,
+    make: Maker,
+    suffix: str,
+) -> None:
+    """One or many items through one session: failures are reported and passed over, finished ones skipped."""
+    from .plan import make_plan
+    from .video import check_target, suffix_for
+
+    resolved = make_plan(request)
+    if show_plan(resolved, console, dry_run):
+        return
+    is_video = suffix == ".mp4"
+    suffix = suffix_for(request.codec) if is_video else suffix
+    base = (output or Path()).absolute()
+    folder = base if many else base.parent if output else base
+    resolved.check_resources(folder)
+    from .pipeline import Session
+    from .store import artefact_hash, lock, run_directory
+
+    session = Session(request.preset, request.model_path)
+    failed = 0
+    for item in items:
+        plan = make_plan(dataclasses.replace(request, seed=item.seed))
+        negative = item.negative_prompt if item.negative_prompt is not None else session.preset.negative_prompt
+        name = item.output or (f"{item.id}{suffix}" if many else f"{slug(item.prompt)}-{item.seed}{suffix}")
+        target = base if output and not many else folder / name
+        target = target if target.suffix else target.with_name(target.name + suffix)
+        key = artefact_hash({**plan.key(), "prompt": item.prompt, "negative": negative, "size": plan.summary["size"]})
+        run = run_dir or target.parent / "runs" / f"{slug(target.stem)}-{key}"
+        event = {"id": item.id, "prompt": item.prompt, "seed": item.seed}
+        try:
+            if is_video:
+                check_target(target, request.codec, request.width, request.height)
+            check_writable(target)
+            with lock(run_directory(run.parent, run.name)):
+                event |= {"status": "ok", **make(session, plan, item, negative, run, target, console)}
+        except Exception as error:  # whatever one item does, the others get their turn
+            if not many:
+                raise
+            failed += 1
+            error_text = str(error) if isinstance(error, AtlasError) else f"{type(error).__name__}: {error}"
+            event |= {"status": "failed", "video": None, "error": error_text}
+            console.error(f"{item.id}: {error_text}")
+            if not console.json_lines:
+                continue
+        console.emit(event, str(event.get("video") or event.get("proxy")))
+    if failed:
+        raise BatchFailed(f"{failed} of {len(items)} prompts failed; the same command tries them again")
+
+
+class BatchFailed(AtlasError):
+    """Some items of a batch failed; each has been reported."""
+
+
+def render_one(
+    session: "Session", plan: "Plan", item: Item, negative: str, run: Path, target: Path, console: "Console"
+) -> dict[str, Any]:
+    from . import pipeline
+
+    if (finished := pipeline.finished_video(session, plan, item.prompt, negative, run, target)) is not None:
+        return finished
+    proxy = pipeline.make_proxy(session, plan, item.prompt, negative, run, console)
+    keep_foreign(target, pipeline.result_key(session, plan, proxy, run))
+    return pipeline.render(session, plan, item.prompt, negative, run, target, console)
+
+
+def proxy_one(
+    session: "Session", plan: "Plan", item: Item, negative: str, run: Path, target: Path, console: "Console"
+) -> dict[str, Any]:
+    from . import pipeline
+
+    made = pipeline.make_proxy(session, plan, item.prompt, negative, run, console)
+    if not target.exists():
+        pipeline.publish(made, target)
+    elif pipeline.describe(target) != pipeline.describe(made):
+        raise UsageError(f"{target} exists and was made from something else; choose another --output")
+    return {"proxy": str(target), "run_dir": str(run)}
+
+
+def check_writable(target: Path) -> None:
+    """An output that cannot be written is said before hours of work."""
+    from .errors import ResourceError
+
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        probe = target.parent / f".{target.name}.probe"
+        probe.touch()
+        probe.unlink()
+    except OSError as error:
+        raise ResourceError(f"{target.parent} cannot be written ({error.strerror}); choose another --output") from None
+
+
+def show_plan(plan: "Plan", console: "Console", only: bool) -> bool:
+    """With `only` (--dry-run) prints the plan as a table and returns True."""
+    if not only:
+        return False
+    rows = plan.rows()
+    total = sum(r["seconds"] for r in rows)
+    shown = [
+        {
+            "stage": r["stage"],
+            "grid": r["grid"],
+            "tokens": f"{r['tokens']:,}",
+            "windows": f"{r['windows']:,}",
+            "steps": r["steps"],
+            "TFLOP": f"{r['flops'] / 1e12:.2f}",
+            "RAM GiB": f"{r['ram_bytes'] / 2**30:.2f}",
+            "disk GiB": f"{r['disk_bytes'] / 2**30:.2f}",
+            "seconds": f"{r['seconds']:.0f}",
+        }
+        for r in rows
+    ]
+    summary = plan.summary
+    title = f"{summary['size']} x {summary['seconds']:g} s, {summary['frames']} frames, preset {summary['preset']}"
+    console.table(f"{title}: about {total / 60:.1f} min", shown)
+    console.emit({**plan.to_json(), "rows": rows}, re.sub(r"\s+", " ", title)) if console.json_lines else None
+    return True
