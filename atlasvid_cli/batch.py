@@ -6,7 +6,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from .errors import AtlasError, UsageError
+from .errors import AtlasError, UsageError, explain
 from .prompts import Item, slug
 
 if TYPE_CHECKING:
@@ -60,7 +60,7 @@ def run_batch(
     suffix = suffix_for(request.codec) if is_video else suffix
     base = (output or Path()).absolute()
     folder = base if many else base.parent if output else base
-    resolved.check_resources(folder)
+    resolved.check_resources(folder, run_dir)
     from .pipeline import Session
     from .store import artefact_hash, lock, run_directory
 
@@ -85,7 +85,7 @@ def run_batch(
             if not many:
                 raise
             failed += 1
-            error_text = str(error) if isinstance(error, AtlasError) else f"{type(error).__name__}: {error}"
+            error_text, _ = explain(error)
             event |= {"status": "failed", "video": None, "error": error_text}
             console.error(f"{item.id}: {error_text}")
             if not console.json_lines:

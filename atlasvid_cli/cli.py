@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, NoReturn
 import typer
 
 from .batch import check_writable, keep_foreign, proxy_one, render_one, run_batch, show_plan, with_suffix
-from .errors import AtlasError, ExitCode, UsageError, one_line
+from .errors import ExitCode, UsageError, explain, one_line
 from .parse import check_finite, parse_frames, parse_region, parse_resolution, parse_seconds, parse_shard
 from .prompts import Item, read_prompts, select, single, slug
 
@@ -175,7 +175,7 @@ def refine(
         raise UsageError(f"--frames {frames} ends after the video's {plan.frames} frames; end it there")
     if show_plan(plan, console, dry_run):
         return
-    plan.check_resources(target.parent)
+    plan.check_resources(target.parent, run_dir)
     # a region is redone in the run of its video, whose seed is the proxy's unless --run-dir names another
     run_seed = known["seed"] if plan.is_region else request.seed
     source = pipeline.describe(latents)["key"]
@@ -298,20 +298,16 @@ def main() -> NoReturn:
         if code == ExitCode.INTERRUPTED:  # typer turns Ctrl-C into its own exit code
             raise KeyboardInterrupt
         sys.exit(code if isinstance(code, int) else ExitCode.OK)
-    except AtlasError as error:
-        _fail(str(error), error.exit_code, debug)
     except (KeyboardInterrupt, typer.Abort):
         _fail(
             "interrupted: run the same command again to go on from the last finished step", ExitCode.INTERRUPTED, debug
         )
-    except MemoryError:
-        _fail("memory ran out: choose a smaller --res, fewer --seconds or a smaller --chunk", ExitCode.RESOURCE, debug)
     except Exception as error:
         # typer brings its own Click, whose usage errors are only known by what they carry
         usage = getattr(error, "exit_code", None) == 2 and hasattr(error, "format_message")
         if usage:
             _fail(f"{error.format_message()} (see atlasvid --help)", ExitCode.USAGE, debug)  # type: ignore[attr-defined]
-        _fail(f"{type(error).__name__}: {error} (--debug shows where)", ExitCode.RENDER, debug)
+        _fail(*explain(error), debug)
 
 
 def _fail(message: str, code: ExitCode, debug: bool) -> NoReturn:

@@ -42,6 +42,16 @@ class ResourceError(AtlasError):
     exit_code = ExitCode.RESOURCE
 
 
+def explain(error: BaseException) -> tuple[str, ExitCode]:
+    """The sentence and the exit code for any failure; torch says in its own ways that memory ran out."""
+    if isinstance(error, AtlasError):
+        return str(error), error.exit_code
+    out_of_memory = isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError"
+    if out_of_memory or "can't allocate memory" in str(error):
+        return "memory ran out: choose a smaller --res, fewer --seconds or a smaller --chunk", ExitCode.RESOURCE
+    return f"{type(error).__name__}: {error} (--debug shows where)", ExitCode.RENDER
+
+
 def one_line(text: str) -> str:
     """`text` on one line without control characters: file names and library messages may hold either."""
     return "".join(c if c.isprintable() else " " for c in " ".join(text.split()))

@@ -18,6 +18,8 @@ from .shapes import Grid
 GIB = 1 << 30
 PROGRAM_BYTES = int(0.6 * GIB)  # torch, diffusers and transformers, imported, before any weight
 DECODE_BYTES = 3 * GIB  # activations and caches of the decoder; larger frames are decoded in tiles
+# bytes a pixel and frame of a video file, on the safe side of detailed footage at the quality of `video.CODECS`
+VIDEO_BYTES = {"h264": 0.05, "hevc10": 0.05, "av1": 0.05, "prores": 0.8, "ffv1": 2.0}
 EFFICIENCY = 0.5  # of a big GEMM's rate that denoising reaches on this kind of machine, see docs/LOG.md
 
 
@@ -172,8 +174,16 @@ class Plan:
         names = ["proxy", *(f"detail {i + 1}/{len(self.levels)}" for i in range(len(self.levels)))]
         return list(zip(names, (self.proxy, *self.levels), strict=True))
 
-    def check_resources(self, output_dir: Path) -> None:
-        """Raises ResourceError, before anything is loaded, where memory or disk will not do."""
+    @property
+    def video_bytes(self) -> int:
+        """An upper estimate of the video file."""
+        return int(self.request.width * self.request.height * self.frames * VIDEO_BYTES[self.request.codec])
+
+    def check_resources(self, output_dir: Path, run_dir: Path | None = None) -> None:
+        """Raises ResourceError, before anything is loaded, where memory or disk will not do.
+
+        `run_dir` takes the latents; without it they lie beside the video.
+        """
         rows = self.rows()
         worst = max(rows, key=lambda r: r["ram_bytes"])
         available = available_ram()
@@ -182,15 +192,17 @@ class Plan:
                 f"the {worst['stage']} stage needs {worst['ram_bytes'] / GIB:.1f} GiB of memory and"
                 f" {available / GIB:.1f} GiB are free; choose a smaller --res, fewer --seconds or a smaller --chunk"
             )
-        folder = output_dir
-        while not folder.exists():
-            folder = folder.parent
-        disk, free = sum(r["disk_bytes"] for r in rows), shutil.disk_usage(folder).free
-        if disk > free:
-            raise ResourceError(
-                f"the job writes about {disk / GIB:.1f} GiB and {folder} has {free / GIB:.1f} GiB free;"
-                " free some space or choose another --output"
-            )
+        latents = sum(r["disk_bytes"] for r in rows) - self.video_bytes
+        needs: dict[int, int] = {}  # bytes by file system
+        for folder, size, option in ((output_dir, self.video_bytes, "--output"), (run_dir, latents, "--run-dir")):
+            place = folder or output_dir
+            device, free = disk_of(place)
+            needs[device] = needs.get(device, 0) + size
+            if needs[device] > free:
+                raise ResourceError(
+                    f"the job writes about {needs[device] / GIB:.1f} GiB and {place} has {free / GIB:.1f} GiB free;"
+                    f" free some space or choose another {option}"
+                )
 
     def to_json(self) -> dict[str, Any]:
         return {
@@ -238,8 +250,7 @@ class Plan:
             + latents
             + int(1.35 * decode_bytes(config, h, w, tile))
             + int(35 * 1.5 * self.request.width * self.request.height),
-            "disk_bytes": (spool_bytes(config, self.target.t, h, w) if tile else 0)
-            + int(self.request.width * self.request.height * self.frames * 0.05),
+            "disk_bytes": (spool_bytes(config, self.target.t, h, w) if tile else 0) + self.video_bytes,
             "seconds": round(flops / rate, 1),
         }
 
@@ -322,6 +333,14 @@ def gemm_rate() -> float:
         a @ a
         count += 1
     return count * 2 * 1024**3 / (time.perf_counter() - start)
+
+
+def disk_of(folder: Path) -> tuple[int, int]:
+    """The file system that `folder`, there already or not, lies on: its device number and its free bytes."""
+    folder = folder.absolute()
+    while not folder.exists():
+        folder = folder.parent
+    return folder.stat().st_dev, shutil.disk_usage(folder).free
 
 
 def available_ram() -> int:
