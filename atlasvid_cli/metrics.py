@@ -51,6 +51,24 @@ def detect(frames: list[np.ndarray], seconds: float) -> Detection:
     return Detection(colour, direction, counts.most_common(1)[0][0], ground, speed)
 
 
+def seam_energy(frame: np.ndarray, rows: list[int], columns: list[int]) -> tuple[float, float]:
+    """Mean squared step between neighbouring pixels of a uint8 (H, W, 3) frame: across the borders, and elsewhere.
+
+    A border at `rows` or `columns` y lies between pixels y - 1 and y. The ratio of the two, averaged over clips and
+    divided by that of true renders, says whether windows show (DESIGN §9).
+    """
+    pixels = frame.astype(np.float32) / 255
+    border: list[np.ndarray] = []
+    elsewhere: list[np.ndarray] = []
+    for axis, at in ((0, rows), (1, columns)):
+        steps = np.square(np.diff(pixels, axis=axis)).mean(axis=(1 - axis, 2))
+        on_border = np.zeros(len(steps), bool)
+        on_border[[y - 1 for y in at if 0 < y <= len(steps)]] = True
+        border.append(steps[on_border])
+        elsewhere.append(steps[~on_border])
+    return float(np.concatenate(border).mean()), float(np.concatenate(elsewhere).mean())
+
+
 def adherence(detection: Detection, attributes: tuple[str, str, str, str, str]) -> dict[str, bool]:
     """Which attributes of the prompt came true."""
     colour, _, direction, ground_colour, _ = attributes

@@ -56,6 +56,12 @@ def cut(size: int, length: int, shifted: bool) -> list[tuple[int, int]]:
     return [(a, b - a) for a, b in pairwise(edges)]
 
 
+def borders(size: int, lengths: list[int]) -> list[int]:
+    """Where windows of any of these lengths, plain or shifted, meet along an axis: first token of the later one."""
+    pieces = [piece for length in lengths for shifted in (False, True) for piece in cut(size, length, shifted)]
+    return sorted({start for start, _ in pieces if start > 0})
+
+
 def layout(grid: Grid, shape: Shape, shifted: bool) -> list[Windows]:
     """Every window of the grid, grouped by shape. Every token is in exactly one window."""
     groups: dict[Shape, list[Shape]] = {}

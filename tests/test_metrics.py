@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from atlasvid_cli import world
-from atlasvid_cli.metrics import adherence, components, detect
+from atlasvid_cli.metrics import adherence, components, detect, seam_energy
 
 
 def frames_of(scene, seconds=4.0, count=5):
@@ -51,3 +51,20 @@ def test_components_of_a_ring_and_a_dot():
     mask[3:6, 3:6] = False
     mask[4, 4] = True
     assert sorted(n for n, _, _ in components(mask)) == [1, 40]
+
+
+def test_seams_are_seen_where_they_are(scenes):
+    def ratio(frames):
+        on, off = np.mean([seam_energy(f, [64, 96], [96, 192]) for f in frames], axis=0)
+        return on / off
+
+    def with_seams(frame):
+        seamed = frame.astype(np.int32)
+        seamed[64:96] += 6
+        seamed[:, 96:192] -= 6
+        return seamed.clip(0, 255).astype(np.uint8)
+
+    clean = [f for s in scenes for f in frames_of(s, count=1)]
+    assert 0.6 < ratio(clean) < 1.6
+    assert ratio([with_seams(f) for f in clean]) > 1.1 * ratio(clean)
+    assert seam_energy(np.zeros((8, 8, 3), np.uint8), [4], [4]) == (0.0, 0.0)

@@ -5,7 +5,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from atlasvid_cli.shapes import Grid, proxy_grid
-from atlasvid_cli.windows import Windows, aligned_proxy, block_layout, cut, layout, unwindow, window
+from atlasvid_cli.windows import Windows, aligned_proxy, block_layout, borders, cut, layout, unwindow, window
 
 sizes = st.tuples(st.integers(1, 9), st.integers(1, 12), st.integers(1, 12))
 
@@ -60,3 +60,9 @@ def test_a_margin_moves_inward_at_the_border():
     group = Windows((4, 8, 8), torch.tensor([[0, 0, 0], [0, 8, 8]]))
     index = aligned_proxy(group, Grid(2, 5, 8), Fraction(4), 4, (0, 1, 1))
     assert index.shape == (2, 2 * 5 * 5)
+
+
+def test_borders_are_the_inner_edges_of_plain_and_shifted_windows():
+    assert borders(10, [4]) == [2, 4, 6, 8]
+    assert borders(10, [4, 6]) == [2, 3, 4, 6, 8, 9]
+    assert borders(4, [8]) == []
