@@ -18,7 +18,7 @@ from .shapes import Grid
 from .windows import Shape, Windows, aligned_proxy, block_layout
 
 KeyValue = tuple[torch.Tensor, torch.Tensor]
-PART = 1 << 15  # tokens embedded or projected at a time
+PART = 1 << 13  # tokens embedded or projected, or taken through the proxy stream, at a time
 
 
 @dataclass(frozen=True)
@@ -195,13 +195,14 @@ def proxy_context(
     for i, block in enumerate(model.blocks):
         out = torch.empty_like(x)
         keys, values = (torch.empty_like(x).unflatten(-1, (model.config.num_attention_heads, -1)) for _ in range(2))
-        for windows in block_layout(i, (window,), grid):
-            index = windows.indices(grid)
-            wt, wh, ww = windows.axes()
-            rotation = rope(wt * time_ratio, wh, ww, head_dim).to(tokens.device)
-            out[index], keys[index], values[index] = block_forward(
-                block, x[index], modulations, rotation, text.keys_values[i], text.bias
-            )
+        for group in block_layout(i, (window,), grid):
+            for windows in group.split(max(1, PART // math.prod(group.shape))):
+                index = windows.indices(grid)
+                wt, wh, ww = windows.axes()
+                rotation = rope(wt * time_ratio, wh, ww, head_dim).to(tokens.device)
+                out[index], keys[index], values[index] = block_forward(
+                    block, x[index], modulations, rotation, text.keys_values[i], text.bias
+                )
         kept.append((rotate(keys[None], detail_rotation[None])[0], values))
         x = out
     return ProxyContext(grid, ratio, time_ratio, margin, kept)

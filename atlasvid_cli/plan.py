@@ -132,7 +132,8 @@ class Plan:
         kept = 2 * size.layers * below.tokens * size.dim * 4 * stage.passes
         window = max(w[0] * w[1] * w[2] for w in self.preset.detail.windows)
         chunk = self.chunk * window * (2 * size.ffn + 12 * size.dim) * 4
-        return weights + hidden * 2 + latent * (3 + stage.passes) + kept + chunk
+        copies = 3 + stage.passes + (3 if self.is_region else 0)  # of a region also its noise and what surrounds it
+        return weights + hidden * 2 + latent * copies + kept + chunk
 
     def rows(self) -> list[dict[str, Any]]:
         """One row a stage: tokens, windows, flops, bytes, seconds (a projection from a GEMM timed just now)."""

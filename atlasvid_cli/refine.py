@@ -106,19 +106,21 @@ def sample_detail(
     schedule = sigmas(stage.steps, stage.strength, stage.flow_shift)
 
     x = torch.empty(part.tokens, model.config.in_channels * patch * patch)
+    frozen = known = frozen_noise = torch.empty(0)
+    if region:
+        known = patchify(_box(region.latents, ranges), patch)
+        frozen = ~_inside(region, origin, part)
+        frozen_noise = torch.empty_like(x)
     a_frame = part.h * part.w
     for t in ranges[0]:  # a latent frame at a time, so that noise and upsampling never exist for the whole video
         box = (range(t, t + 1), ranges[1], ranges[2])
         frame = noise(seed, level, model.config.in_channels, *box)
+        first = (t - ranges[0].start) * a_frame
+        if region:
+            frozen_noise[first : first + a_frame] = patchify(frame, patch)
         if stage.strength < 1:
             frame = torch.lerp(upsample(below, stage, patch, box), frame, schedule[0])
-        first = (t - ranges[0].start) * a_frame
         x[first : first + a_frame] = patchify(frame, patch)
-    frozen = known = frozen_noise = torch.empty(0)
-    if region:
-        known = patchify(_box(region.latents, ranges), patch)
-        frozen_noise = patchify(noise(seed, level, model.config.in_channels, *ranges), patch)
-        frozen = ~_inside(region, origin, part)
 
     done = 0
     if resume:
