@@ -121,7 +121,7 @@ def proxy_one(
         pipeline.publish(made, target)
     elif pipeline.describe(target) != pipeline.describe(made):
         raise UsageError(f"{target} exists and was made from something else; choose another --output")
-    return {"proxy": str(target), "run_dir": str(run)}
+    return {"proxy": str(target), "preview": str(run / "proxy.mp4"), "run_dir": str(run)}
 
 
 def check_writable(target: Path) -> None:

@@ -141,11 +141,16 @@ def publish(made: Path, target: Path) -> None:
 def make_proxy(
     session: Session, plan: Plan, prompt: str, negative_prompt: str, run_dir: Path, progress: Console
 ) -> Path:
-    """Stage 1 -> run_dir/proxy.safetensors; kept as it is where the same plan, prompt and weights made it."""
-    path = run_dir / "proxy.safetensors"
+    """Stage 1 -> run_dir/proxy.safetensors; kept as it is where the same plan, prompt and weights made it.
+
+    proxy.mp4 and its contact sheet show what will happen before the detail is paid for.
+    """
+    path, preview = run_dir / "proxy.safetensors", run_dir / "proxy.mp4"
     stage = plan.proxy
     metadata = _metadata(session, plan, stage, "proxy", prompt, negative_prompt)
     if _is_current(path, metadata):
+        if not preview.exists():
+            decode(session, path, preview, "h264", progress, "preview")
         return path
     model = session.transformer(session.preset.proxy.lora)
     contexts = _contexts(session, (prompt, negative_prompt), model, progress)
@@ -168,6 +173,7 @@ def make_proxy(
         )
     store.save_tensors(path, {"latents": latents}, metadata)
     state.unlink(missing_ok=True)
+    decode(session, path, preview, "h264", progress, "preview")
     return path
 
 
@@ -208,7 +214,9 @@ def result_key(session: Session, plan: Plan, proxy_path: Path, run_dir: Path) ->
     return metadata["key"]
 
 
-def decode(session: Session, latents_path: Path, output: Path, codec: str, progress: Console) -> Path:
+def decode(
+    session: Session, latents_path: Path, output: Path, codec: str, progress: Console, stage: str = "decode"
+) -> Path:
     """Saved latents -> video file and a contact sheet beside it, streamed; no sampling."""
     latents, metadata = read_latents(latents_path, session)
     output = output if output.suffix else output.with_suffix(suffix_for(codec))
@@ -217,7 +225,7 @@ def decode(session: Session, latents_path: Path, output: Path, codec: str, progr
     frames = int(metadata["frames"])
     wanted = {round(i * (frames - 1) / (SHEET_FRAMES - 1)) for i in range(SHEET_FRAMES)}
     sheet: list[torch.Tensor] = []
-    with progress.stage("decode", frames) as advance:
+    with progress.stage(stage, frames) as advance:
 
         def finished() -> Iterator[torch.Tensor]:
             index = 0

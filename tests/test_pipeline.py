@@ -58,6 +58,7 @@ def test_render_makes_exactly_what_was_asked(session, request_, console, tmp_pat
     assert (found["width"], found["height"], found["frames"], found["seconds"]) == (256, 192, 16, 1.0)
     assert found["metadata"]["prompt"] == PROMPT and found["color_space"] == "bt709"
     assert event["video"] == str(tmp_path / "a.mp4")
+    assert (tmp_path / "run" / "proxy.mp4").exists() and (tmp_path / "run" / "proxy.sheet.png").exists()
     assert (tmp_path / "a.sheet.png").exists() and (tmp_path / "run" / "run.json").exists()
     assert not list((tmp_path / "run").glob("*.state.*"))
 
