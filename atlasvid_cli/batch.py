@@ -11,8 +11,8 @@ from .prompts import Item, slug
 
 if TYPE_CHECKING:
     from .console import Console
-    from .pipeline import Session
     from .plan import Plan, Request
+    from .session import Session
 
 
 def with_suffix(output: Path, codec: str) -> Path:
@@ -61,7 +61,7 @@ def run_batch(
     base = (output or Path()).absolute()
     folder = base if many else base.parent if output else base
     resolved.check_resources(folder, run_dir)
-    from .pipeline import Session
+    from .session import Session
     from .store import artefact_hash, lock, run_directory
 
     session = Session(request.preset, request.model_path)
@@ -102,24 +102,24 @@ class BatchFailed(AtlasError):
 def render_one(
     session: "Session", plan: "Plan", item: Item, negative: str, run: Path, target: Path, console: "Console"
 ) -> dict[str, Any]:
-    from . import pipeline
+    from . import artefacts, pipeline
 
     if (finished := pipeline.finished_video(session, plan, item.prompt, negative, run, target)) is not None:
         return finished
     proxy = pipeline.make_proxy(session, plan, item.prompt, negative, run, console)
-    keep_foreign(target, pipeline.result_key(session, plan, proxy, run))
+    keep_foreign(target, artefacts.result_key(session, plan, proxy, run))
     return pipeline.render(session, plan, item.prompt, negative, run, target, console)
 
 
 def proxy_one(
     session: "Session", plan: "Plan", item: Item, negative: str, run: Path, target: Path, console: "Console"
 ) -> dict[str, Any]:
-    from . import pipeline
+    from . import artefacts, pipeline
 
     made = pipeline.make_proxy(session, plan, item.prompt, negative, run, console)
     if not target.exists():
         pipeline.publish(made, target)
-    elif pipeline.describe(target) != pipeline.describe(made):
+    elif artefacts.describe(target) != artefacts.describe(made):
         raise UsageError(f"{target} exists and was made from something else; choose another --output")
     return {"proxy": str(target), "preview": str(run / "proxy.mp4"), "run_dir": str(run)}
 

@@ -144,12 +144,13 @@ def refine(
     box = parse_region(region, width, height) if region else None
     span = parse_frames(frames) if frames else None
     console = _console(as_json)
-    from . import pipeline
+    from . import artefacts, pipeline
     from .plan import Request, make_plan
+    from .session import Session
     from .store import lock, run_directory
     from .video import check_target
 
-    known = pipeline.request_defaults(latents)
+    known = artefacts.request_defaults(latents)
     request = Request(
         width=width,
         height=height,
@@ -169,7 +170,7 @@ def refine(
     target = with_suffix(output or latents.with_name(f"{latents.stem}-{width}x{height}{own_seed}{part}"), codec)
     check_target(target, codec, width, height)
     make_plan(request)  # usage errors first
-    session = pipeline.Session(request.preset, model_path)
+    session = Session(request.preset, model_path)
     plan = pipeline.plan_from_proxy(latents, request, session)
     if span and span[1] > plan.frames:
         raise UsageError(f"--frames {frames} ends after the video's {plan.frames} frames; end it there")
@@ -178,11 +179,11 @@ def refine(
     plan.check_resources(target.parent, run_dir)
     # a region is redone in the run of its video, whose seed is the proxy's unless --run-dir names another
     run_seed = known["seed"] if plan.is_region else request.seed
-    source = pipeline.describe(latents)["key"]
+    source = artefacts.describe(latents)["key"]
     folder = run_dir or target.parent / "runs" / f"{slug(latents.stem)}-{width}x{height}-{source}-{run_seed}"
     check_writable(target)
     with lock(run_directory(folder.parent, folder.name)):
-        keep_foreign(target, pipeline.result_key(session, plan, latents, folder))
+        keep_foreign(target, artefacts.result_key(session, plan, latents, folder))
         result = pipeline.refine(session, plan, latents, folder, console)
         pipeline.decode(session, result, target, codec, console)
     console.emit({"video": str(target), "latents": str(result), "status": "ok"}, str(target))
@@ -199,14 +200,15 @@ def decode(
     debug: Debug = False,
 ) -> None:
     """Saved latents to a video again, say with another codec; no sampling."""
-    from . import pipeline
+    from . import artefacts, pipeline
+    from .session import Session
     from .video import check_target
 
-    known = pipeline.describe(latents)
+    known = artefacts.describe(latents)
     target = with_suffix(output or latents.with_suffix(""), codec)
     check_target(target, codec, int(known["width"]), int(known["height"]))
     keep_foreign(target, known["key"])
-    session = pipeline.Session(preset or known["preset"], model_path)
+    session = Session(preset or known["preset"], model_path)
     console = _console(as_json)
     pipeline.decode(session, latents, target, codec, console)
     console.emit({"video": str(target), "status": "ok"}, str(target))

@@ -17,6 +17,7 @@ from .console import Console
 from .metrics import adherence, detect, seam_energy
 from .parse import parse_resolution, parse_seconds
 from .plan import Plan, Request, make_plan
+from .session import Session
 from .video import read_frames
 from .windows import borders
 
@@ -64,7 +65,7 @@ def main() -> None:
     parser.add_argument("-o", "--output", type=Path, default=Path("quality"))
     arguments = parser.parse_args()
     width, height = parse_resolution(arguments.res)
-    session = pipeline.Session(arguments.preset)
+    session = Session(arguments.preset)
     console = Console(json_lines=True)
     totals: dict[str, int] = {}
     energy = np.zeros((2, 2))  # (made, true) x (on window borders, elsewhere)

@@ -8,11 +8,12 @@ import pytest
 import torch
 from diffusers import WanPipeline
 
-from atlasvid_cli import pipeline, store
+from atlasvid_cli import artefacts, pipeline, store
 from atlasvid_cli.console import Console
 from atlasvid_cli.errors import InputError
 from atlasvid_cli.plan import Request, make_plan
 from atlasvid_cli.presets import load_preset
+from atlasvid_cli.session import Session
 from atlasvid_cli.video import probe
 
 PROMPT = "a red ball moving right over a green checkerboard"
@@ -24,7 +25,7 @@ class Killed(Exception):
 
 @pytest.fixture(scope="module")
 def session(random_preset):
-    return pipeline.Session(str(random_preset))
+    return Session(str(random_preset))
 
 
 @pytest.fixture
@@ -107,7 +108,7 @@ def test_a_killed_run_continues_to_the_same_bytes(session, request_, console, tm
 
 def test_refine_needs_no_prompt_and_a_region_leaves_the_rest(session, request_, console, tmp_path):
     proxy = pipeline.make_proxy(session, make_plan(request_), PROMPT, "", tmp_path, console)
-    defaults = pipeline.request_defaults(proxy)
+    defaults = artefacts.request_defaults(proxy)
     assert defaults["seconds"] == 1 and defaults["seed"] == 3
     for width, height in ((256, 192), (512, 384)):
         plan = pipeline.plan_from_proxy(proxy, replace(request_, width=width, height=height), session)
@@ -136,7 +137,7 @@ def test_latents_of_other_weights_are_refused(session, request_, console, tmp_pa
     proxy = pipeline.make_proxy(session, make_plan(request_), PROMPT, "", tmp_path, console)
     monkeypatch.setattr(session, "hash", lambda stage: "0" * 16)
     with pytest.raises(InputError, match="model"):
-        pipeline.read_latents(proxy, session)
+        artefacts.read_latents(proxy, session)
 
 
 def test_unknown_words_are_named(session, console, capsys):
@@ -156,10 +157,10 @@ def test_a_region_of_a_cascade_keeps_the_levels_below(session, request_, console
     first = latents(pipeline.refine(session, plan, proxy, tmp_path, console))
     level = digest(tmp_path / "level-1.safetensors")
     again = pipeline.plan_from_proxy(proxy, replace(request, region=(64, 64, 128, 128), seed=9), session)
-    key = pipeline.result_key(session, again, proxy, tmp_path)
+    key = artefacts.result_key(session, again, proxy, tmp_path)
     result = pipeline.refine(session, again, proxy, tmp_path, console)
     assert digest(tmp_path / "level-1.safetensors") == level
-    assert pipeline.describe(result)["key"] == key
+    assert artefacts.describe(result)["key"] == key
     assert torch.equal(latents(result)[:, :, 16:], first[:, :, 16:])
 
 
@@ -171,4 +172,4 @@ def test_a_proxy_can_be_looked_at(session, request_, console, tmp_path):
 
 def test_a_wrong_model_folder_is_named_before_loading(random_preset):
     with pytest.raises(InputError, match="dim"):
-        pipeline.Session("tiny", str(random_preset.with_suffix("")))
+        Session("tiny", str(random_preset.with_suffix("")))

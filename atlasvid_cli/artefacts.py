@@ -1,0 +1,146 @@
+"""What latents files say of themselves, where they lie in a run directory, and when one is current.
+
+A file's `key` is the hash of all that decides its values: plan, prompts, weights, and the key of the level below.
+"""
+
+from fractions import Fraction
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from . import __version__, store
+from .errors import InputError
+from .plan import Plan, Stage
+from .refine import Region
+from .session import Session
+from .weights import model_hash
+
+FORMAT = "atlasvid-latents/1"
+
+
+def job_hash(session: Session, plan: Plan, prompt: str, negative_prompt: str) -> str:
+    """Stands for all that decides a finished video: the plan, the prompts, the weights, the size and the codec."""
+    return store.artefact_hash(
+        {
+            **plan.key(),
+            "prompts": [prompt, negative_prompt],
+            "models": [session.hash("proxy"), session.hash("detail"), model_hash(session.folder, "vae")],
+            "codec": plan.request.codec,
+        }
+    )
+
+
+def result_key(session: Session, plan: Plan, proxy_path: Path, run_dir: Path) -> str:
+    """The key that the latents of `refine` will carry, before anything is sampled."""
+    metadata = describe(proxy_path)
+    if plan.is_region:
+        base = level_path(plan, run_dir, len(plan.levels))
+        below = level_path(plan, run_dir, len(plan.levels) - 1) if len(plan.levels) > 1 else proxy_path
+        found = level_metadata(session, plan, plan.levels[-1], describe(below))
+        return region_metadata(plan, describe(base), found)["key"]
+    for stage in plan.levels:
+        metadata = level_metadata(session, plan, stage, metadata)
+    return metadata["key"]
+
+
+def read_latents(path: Path, session: Session) -> tuple[torch.Tensor, dict[str, str]]:
+    """Latents (C, T, H, W) fp32 of a file of ours and its metadata; refuses those of another model."""
+    tensors, metadata = store.open_tensors(
+        path, {"latents": ("F32", (session.preset.transformer.channels, None, None, None))}
+    )
+    store.check_artefact(metadata, {"format": FORMAT, "preset": session.preset.name}, path)
+    expected = session.hash(metadata["kind"])
+    store.check_artefact(metadata, {"model": expected}, path)
+    return tensors["latents"], metadata
+
+
+def describe(path: Path) -> dict[str, str]:
+    """The metadata of a latents file, from its header alone. Raises InputError for any other file."""
+    metadata, _ = store.read_header(path)
+    store.check_artefact(metadata, {"format": FORMAT}, path)
+    return metadata
+
+
+def request_defaults(path: Path) -> dict[str, Any]:
+    """What `refine` takes over from a saved proxy: preset, seed, fps and the exact duration."""
+    metadata = describe(path)
+    return {
+        "preset": metadata["preset"],
+        "seed": int(metadata["seed"]),
+        "fps": int(metadata["target_fps"]),
+        "seconds": Fraction(metadata["seconds"]),
+    }
+
+
+def stage_metadata(
+    session: Session, plan: Plan, stage: Stage, kind: str, prompt: str, negative: str, below: str = ""
+) -> dict[str, str]:
+    """Metadata of a stage's latents. `key` is the hash of all that decides them; size and fps are the latents' own."""
+    model = session.hash(kind)
+    fields = {**plan.key(stage), "prompt": prompt, "negative": negative, "model": model, "below": below}
+    geometry, grid, last = session.preset.geometry, stage.grid, stage is plan.levels[-1]
+    pixels = geometry.token_pixels
+    return {
+        "format": FORMAT,
+        "kind": kind,
+        "version": __version__,
+        "preset": session.preset.name,
+        "model": model,
+        "prompt": prompt,
+        "negative_prompt": negative,
+        "seed": str(plan.request.seed),
+        "seconds": str(plan.request.seconds),
+        "target_fps": str(plan.fps),
+        "fps": str(Fraction(plan.fps, stage.time_ratio if kind == "proxy" else 1)),
+        "frames": str(plan.frames if last else (grid.t - 1) * geometry.temporal + 1),
+        "width": str(plan.request.width if last else grid.w * pixels),
+        "height": str(plan.request.height if last else grid.h * pixels),
+        "scale": str(plan.scale if last else 1),
+        "below": below,
+        "key": store.artefact_hash(fields),
+    }
+
+
+def level_metadata(session: Session, plan: Plan, stage: Stage, below: dict[str, str]) -> dict[str, str]:
+    return stage_metadata(session, plan, stage, "detail", below["prompt"], below["negative_prompt"], below["key"])
+
+
+def region_metadata(plan: Plan, base: dict[str, str], metadata: dict[str, str]) -> dict[str, str]:
+    region = {"of": metadata["key"], "base": base["key"], "region": plan.request.region, "frames": plan.request.frames}
+    return metadata | {"key": store.artefact_hash(region)}
+
+
+def is_current(path: Path, metadata: dict[str, str]) -> bool:
+    if not path.exists():
+        return False
+    try:
+        return describe(path)["key"] == metadata["key"]
+    except (InputError, KeyError):
+        return False  # damaged or foreign: made anew
+
+
+def region_of(
+    session: Session, plan: Plan, stage: Stage, path: Path, below: str, metadata: dict[str, str]
+) -> tuple[Region, dict[str, str]]:
+    """The region of the finished video at `path`, made above the latents with the key `below`."""
+    if not path.exists():
+        raise InputError(f"{path} does not exist: run refine at this --res without --region first")
+    latents, base = read_latents(path, session)
+    geometry, grid = session.preset.geometry, stage.grid
+    size = (grid.t, grid.h * geometry.patch, grid.w * geometry.patch)
+    if latents.shape[1:] != size or base["below"] != below:
+        raise InputError(f"{path} was made from something else: run refine at this --res without --region first")
+    pixels = geometry.token_pixels
+    x, y, w, h = plan.request.region or (0, 0, plan.request.width, plan.request.height)
+    x, y, w, h = (v * plan.scale for v in (x, y, w, h))
+    first, end = plan.request.frames or (0, plan.frames)
+    # latent t > 0 holds frames temporal*(t-1)+1 .. temporal*t
+    start = (-(-first // geometry.temporal), y // pixels, x // pixels)
+    stop = (-(-(end - 1) // geometry.temporal) + 1, -(-(y + h) // pixels), -(-(x + w) // pixels))
+    stop = (min(stop[0], grid.t), min(stop[1], grid.h), min(stop[2], grid.w))
+    return Region(start, stop, latents), region_metadata(plan, base, metadata)
+
+
+def level_path(plan: Plan, run_dir: Path, number: int) -> Path:
+    return run_dir / ("detail.safetensors" if number == len(plan.levels) else f"level-{number}.safetensors")
