@@ -1,6 +1,6 @@
 """Training clips of the procedural world as latents on disk, encoded once, in shards that can be resumed.
 
-Kinds: `image` and `clip` (1 and 17 frames at 16 fps) train the base, `proxy` (49 frames at 4 fps) its stage 1 adapter,
+Kinds: `image` and `clip` (1 and 33 frames at 16 fps) train the base, `proxy` (49 frames at 4 fps) its stage 1 adapter,
 `detail` (33 frames at 16 fps of a crop at any zoom, with its own proxies at 4 and at 16 fps) the stage 2 adapter.
 """
 
@@ -22,18 +22,17 @@ TOKEN = 32  # pixels
 SHARD = 20
 # grids in tokens (h, w) of the whole frame, with how often each is drawn
 FRAME_GRIDS = (((5, 8), 6), ((8, 5), 1), ((6, 6), 1), ((4, 9), 1))
+CLIP_FRAMES = 33
+CLOSE_UPS = 0.15  # of the base's samples, as footage has them
+ENCODED_TOGETHER = {"image": 20, "clip": 4, "proxy": 4, "detail": 2}
 DETAIL_TOKENS = 12
 DETAIL_LATENTS = 9
 DETAIL_RATIOS = (Fraction(4), Fraction(4), Fraction(3), Fraction(2))
 
 
-def frame_grid(rng: random.Random) -> tuple[int, int]:
-    return rng.choices([g for g, _ in FRAME_GRIDS], [n for _, n in FRAME_GRIDS])[0]
-
-
-def whole_frame(rng: random.Random, frames: int, fps: int) -> tuple[torch.Tensor, str]:
+def whole_frame(rng: random.Random, grid: tuple[int, int], frames: int, fps: int) -> tuple[torch.Tensor, str]:
     """A clip of a whole scene, (3, frames, H, W), with its caption; an object that would leave starts further back."""
-    h, w = frame_grid(rng)
+    h, w = grid
     seconds = (frames - 1) / fps
     horizon = max(seconds, rng.uniform(4.0, 12.0))
     scene = world.sample_scene(rng, w / h, horizon)
@@ -61,7 +60,10 @@ def close_up(rng: random.Random, pixels: int, seconds: float, lowest: float) -> 
 
 
 class Encoder:
-    """Normalised latents (C, T, h, w) of pixels (3, frames, H, W) in -1..1."""
+    """Normalised latents (n, C, T, h, w) of pixels (n, 3, frames, H, W) in -1..1.
+
+    Several clips at a time: PyTorch's conv3d takes its slow path on CPU at batch 1.
+    """
 
     def __init__(self, vae: AutoencoderKLWan):
         self.vae = vae
@@ -70,58 +72,66 @@ class Encoder:
 
     @torch.no_grad()
     def __call__(self, pixels: torch.Tensor) -> torch.Tensor:
-        return (self.vae.encode(pixels[None]).latent_dist.mode()[0] - self.mean) / self.std
+        return (self.vae.encode(pixels).latent_dist.mode() - self.mean) / self.std
 
 
-def sample(kind: str, rng: random.Random, encode: Encoder) -> tuple[dict[str, torch.Tensor], dict]:
-    """One training sample: latents by name, and its caption (and ratio)."""
-    if kind in ("image", "clip"):
-        frames = 1 if kind == "image" else 17
-        if rng.random() < 0.75:
-            pixels, text = whole_frame(rng, frames, FPS)
-        else:
-            h, w = frame_grid(rng)
-            scene, (x, y, shown), start = close_up(rng, h * TOKEN, 1.0, h * TOKEN * 1.3)
-            times = start + torch.arange(frames) / FPS
-            pixels, text = (
-                world.render(scene, times, h * TOKEN, w * TOKEN, (x, y, shown)),
-                world.caption(scene, rng),
-            )
-        return {"latents": encode(pixels)}, {"caption": text}
+def sample(
+    kind: str, rng: random.Random, grid: tuple[int, int], ratio: Fraction
+) -> tuple[dict[str, torch.Tensor], dict]:
+    """Pixels of one training sample by name, and its caption (and ratio). `detail` is square, whatever the grid."""
     if kind == "proxy":
-        pixels, text = whole_frame(rng, 49, FPS // 4)
-        return {"latents": encode(pixels)}, {"caption": text}
+        pixels, text = whole_frame(rng, grid, 49, FPS // 4)
+        return {"latents": pixels}, {"caption": text}
+    if kind in ("image", "clip"):
+        frames = 1 if kind == "image" else CLIP_FRAMES
+        if rng.random() >= CLOSE_UPS:
+            pixels, text = whole_frame(rng, grid, frames, FPS)
+            return {"latents": pixels}, {"caption": text}
+        h, w = grid
+        scene, window, start = close_up(rng, h * TOKEN, (frames - 1) / FPS, h * TOKEN * 1.3)
+        times = start + torch.arange(frames) / FPS
+        pixels = world.render(scene, times, h * TOKEN, w * TOKEN, window)
+        return {"latents": pixels}, {"caption": world.caption(scene, rng)}
     size = DETAIL_TOKENS * TOKEN
     scene, window, start = close_up(rng, size, 9.0, size)
-    ratio = rng.choice(DETAIL_RATIOS)
     small = int(size / ratio)
     frames = (DETAIL_LATENTS - 1) * 4 + 1
     dense = start + torch.arange(frames) / FPS
     sparse = start + torch.arange((DETAIL_LATENTS - 1) // 4 * 4 + 1) / (FPS / 4)
-    latents = {
-        "latents": encode(world.render(scene, dense, size, size, window)),
-        "proxy_4": encode(world.render(scene, sparse, small, small, window)),
-        "proxy_1": encode(world.render(scene, dense, small, small, window)),
+    pixels_by_name = {
+        "latents": world.render(scene, dense, size, size, window),
+        "proxy_4": world.render(scene, sparse, small, small, window),
+        "proxy_1": world.render(scene, dense, small, small, window),
     }
-    return latents, {"caption": world.caption(scene, rng), "ratio": str(ratio)}
+    return pixels_by_name, {"caption": world.caption(scene, rng), "ratio": str(ratio)}
 
 
 def build(kind: str, count: int, folder: Path, vae: AutoencoderKLWan, seed: int = 0) -> None:
-    """Writes `count` samples as `folder/kind-NNNN.safetensors` shards; shards that exist are kept."""
+    """Writes `count` samples as `folder/kind-NNNN.safetensors` shards; shards that exist are kept.
+
+    The samples of a shard have one shape, so that they are encoded together.
+    """
     folder.mkdir(parents=True, exist_ok=True)
     encode = Encoder(vae)
     for first in range(0, count, SHARD):
         path = folder / f"{kind}-{first // SHARD:04d}.safetensors"
         if path.exists():
             continue
+        of_shard = random.Random(f"{seed}/{kind}/shard {first // SHARD}")
+        grid = of_shard.choices([g for g, _ in FRAME_GRIDS], [n for _, n in FRAME_GRIDS])[0]
+        ratio = of_shard.choice(DETAIL_RATIOS)
         tensors: dict[str, torch.Tensor] = {}
-        captions = []
-        for i in range(first, min(first + SHARD, count)):
-            latents, info = sample(kind, random.Random(f"{seed}/{kind}/{i}"), encode)
-            captions.append(info)
-            tensors |= {f"{i - first}.{name}": value.half().contiguous() for name, value in latents.items()}
+        infos: list[dict] = []
+        numbers = range(first, min(first + SHARD, count))
+        together = ENCODED_TOGETHER[kind]
+        for group in (numbers[i : i + together] for i in range(0, len(numbers), together)):
+            made = [sample(kind, random.Random(f"{seed}/{kind}/{i}"), grid, ratio) for i in group]
+            infos += [info for _, info in made]
+            for name in made[0][0]:
+                latents = encode(torch.stack([pixels[name] for pixels, _ in made]))
+                tensors |= {f"{i - first}.{name}": x.half().clone() for i, x in zip(group, latents, strict=True)}
         temporary = path.with_suffix(".tmp")
-        save_file(tensors, temporary, {"samples": json.dumps(captions)})
+        save_file(tensors, temporary, {"samples": json.dumps(infos)})
         temporary.replace(path)
 
 

@@ -99,7 +99,7 @@ def make_proxy(
         if not preview.exists():
             decode(session, path, preview, "h264", progress, "preview")
         return path
-    model = session.transformer(session.preset.proxy.lora)
+    model = session.transformer("proxy")
     contexts = _contexts(session, (prompt, negative_prompt), model, progress)
     store.run_directory(run_dir.parent, run_dir.name)
     state = run_dir / "proxy.state.safetensors"

@@ -27,19 +27,20 @@ class Session:
             self._parts[key] = model_hash(self.folder, "transformer", "text_encoder", lora)
         return self._parts[key]
 
-    def transformer(self, lora: str | None) -> Any:
-        key = f"transformer {lora}"
+    def transformer(self, stage: str) -> Any:
+        """The model with the adapter of stage `proxy` or `detail`."""
+        lora = self.preset.proxy.lora if stage == "proxy" else self.preset.detail.lora
+        key = f"transformer {stage}"
         if key not in self._parts:
             for other in [k for k in self._parts if k.startswith("transformer ")]:
                 del self._parts[other]  # one stage's weights at a time
-            self._parts[key] = load_transformer(self.folder, lora)
+            self._parts[key] = load_transformer(self.folder, lora, stage)
         return self._parts[key]
 
     def detail_models(self) -> tuple[Any, Any]:
         """(detail stream, proxy stream): one model where the adapter acts on both."""
-        detail = self.preset.detail
-        proxy_stream = self.transformer(detail.lora)
-        if detail.streams == "both":
+        proxy_stream = self.transformer("detail")
+        if self.preset.detail.streams == "both":
             return proxy_stream, proxy_stream
         bare = load_transformer(self.folder)
         return bare, proxy_stream

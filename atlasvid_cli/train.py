@@ -176,7 +176,7 @@ def train_clips(
     """Stage 1 training: single frames first (colours, shapes, grounds), clips (motion) more and more often."""
 
     def loss_at(step: int, rng: random.Random, generator: torch.Generator) -> torch.Tensor:
-        still = images and rng.random() > 0.15 + 0.75 * step / steps
+        still = images and rng.random() > 0.1 + 0.5 * step / steps
         picked = next(batches(images if still else clips, rng, tokens))
         latents = [s["latents"].float() for s in picked]
         if not still and rng.random() < 0.5:  # a causal VAE's prefix is a shorter clip

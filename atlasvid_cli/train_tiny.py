@@ -17,9 +17,11 @@ from transformers import AutoTokenizer, UMT5EncoderModel
 
 from . import dataset, train, train_text, train_vae
 from .text import encode_prompts
+from .weights import model_hash
 
-VAE_STEPS, BASE_STEPS, PROXY_STEPS, DETAIL_STEPS = 2200, 1500, 600, 150
-SAMPLES = {"image": 2400, "clip": 300, "proxy": 160, "detail": 60}
+VAE_STEPS, COMPRESSED_STEPS, BASE_STEPS, PROXY_STEPS, DETAIL_STEPS = 2200, 1400, 1700, 1000, 250
+SAMPLES = {"image": 6000, "clip": 300, "proxy": 400, "detail": 120}
+LATENT_CHANNELS = 16  # what is left of the VAE's first 32
 LORA_RANK = 64
 WINDOWS = ((7, 8, 8), (13, 6, 6))
 MARGIN = (0, 1, 1)
@@ -44,8 +46,8 @@ TRANSFORMER_CONFIG = {
     "patch_size": (1, 2, 2),
     "num_attention_heads": 3,
     "attention_head_dim": 64,
-    "in_channels": 32,
-    "out_channels": 32,
+    "in_channels": LATENT_CHANNELS,
+    "out_channels": LATENT_CHANNELS,
     "text_dim": 128,
     "freq_dim": 256,
     "ffn_dim": 768,
@@ -54,15 +56,27 @@ TRANSFORMER_CONFIG = {
 
 
 def finish_vae(vae: AutoencoderKLWan, folder: Path) -> None:
-    """Measures the latents' mean and spread per channel and saves the VAE in fp16."""
+    """Measures the latents' mean per channel and their spread over all channels, and saves the VAE in fp16.
+
+    The spread is one number: channels that hold little stay small, so that flow matching resolves them last.
+    """
     encode = dataset.Encoder(vae)
     samples = []
-    for i in range(60):
-        pixels, _ = dataset.whole_frame(random.Random(f"statistics/{i}"), 9, dataset.FPS)
-        samples.append(encode(pixels).flatten(1))
+    for i in range(15):
+        rng = random.Random(f"statistics/{i}")
+        pixels = [dataset.whole_frame(rng, (5, 8), 9, dataset.FPS)[0] for _ in range(4)]
+        samples.append(encode(torch.stack(pixels)).transpose(0, 1).flatten(1))
     values = torch.cat(samples, dim=1)
-    vae.register_to_config(latents_mean=values.mean(1).tolist(), latents_std=values.std(1).tolist())
-    vae.half().save_pretrained(folder / "vae")
+    spread = values.var(dim=1).mean().sqrt().item()
+    vae.register_to_config(latents_mean=values.mean(1).tolist(), latents_std=[spread] * len(values))
+    save_folder(vae.half(), folder / "vae")
+
+
+def save_folder(part: AutoencoderKLWan | WanTransformer3DModel, path: Path) -> None:
+    """`save_pretrained` that leaves no half-written folder, which would count as finished."""
+    unfinished = path.with_name(path.name + ".unfinished")
+    part.save_pretrained(unfinished)
+    unfinished.rename(path)
 
 
 def embedder(folder: Path) -> Callable[[str], torch.Tensor]:
@@ -76,25 +90,43 @@ def base_model(folder: Path) -> WanTransformer3DModel:
     return WanTransformer3DModel.from_pretrained(folder / "transformer", torch_dtype=torch.float32)
 
 
+def adapter_metadata(out: Path, stage: str) -> dict[str, str]:
+    """What an adapter says of itself: its stage, the base that it fits, and what it was trained for."""
+    metadata = {
+        "stage": stage,
+        "base": model_hash(out, "transformer"),
+        "time_ratio": "4" if stage == "proxy" else "4,1",
+    }
+    if stage == "detail":
+        ratios = ",".join(map(str, sorted(set(dataset.DETAIL_RATIOS))))
+        metadata |= {"ratio": ratios, "windows": json.dumps(WINDOWS), "streams": "both"}
+    return metadata
+
+
 def make(work: Path, out: Path) -> None:
     """Trains what is missing of the model folder `out`; checkpoints, latents and logs go to `work`."""
     if not (out / "text_encoder").exists():
         accuracy = train_text.train(out)
         (work / "text.json").write_text(json.dumps({"accuracy": accuracy}))
     if not (out / "vae").exists():
-        vae = train_vae.train(VAE_CONFIG, work / "vae", VAE_STEPS, lr=3e-3, count=3, size=96, frames=9)
+        vae = train_vae.train(train_vae.build(VAE_CONFIG, seed=0), work / "vae", VAE_STEPS, lr=3e-3)
+        vae = train_vae.compress(vae, LATENT_CHANNELS)
+        vae = train_vae.train(vae, work / "vae-compressed", COMPRESSED_STEPS, lr=2.5e-3, noise=0.25, seed=1)
         finish_vae(vae, out)
     vae = AutoencoderKLWan.from_pretrained(out / "vae", torch_dtype=torch.float32)
     embed = embedder(out)
+    latents = work / f"data-{model_hash(out, 'vae')}"  # latents of another VAE are never taken for this one's
 
     if not (out / "transformer").exists():
         for kind in ("image", "clip"):
-            dataset.build(kind, SAMPLES[kind], work / "data", vae)
+            dataset.build(kind, SAMPLES[kind], latents, vae)
         torch.manual_seed(0)
         model = WanTransformer3DModel(**TRANSFORMER_CONFIG)
-        images, clips = (dataset.load(kind, work / "data") for kind in ("image", "clip"))
-        train.train_clips(model, work / "base", images, clips, embed, BASE_STEPS, lr=3e-3, time_ratio=1)
-        model.half().save_pretrained(out / "transformer")
+        images, clips = (dataset.load(kind, latents) for kind in ("image", "clip"))
+        run = work / f"base-{model_hash(out, 'vae')}"
+        train.train_clips(model, run, images, clips, embed, BASE_STEPS, lr=3e-3, time_ratio=1, tokens=2880)
+        save_folder(model.half(), out / "transformer")
+    base = model_hash(out, "vae", "transformer")
     scheduler = UniPCMultistepScheduler(prediction_type="flow_prediction", use_flow_sigmas=True, flow_shift=3.0)
     tokenizer = AutoTokenizer.from_pretrained(out / "tokenizer")
     encoder = UMT5EncoderModel.from_pretrained(out / "text_encoder")
@@ -102,19 +134,20 @@ def make(work: Path, out: Path) -> None:
     scheduler.save_pretrained(out / "scheduler")
 
     if not (out / "proxy_lora.safetensors").exists():
-        dataset.build("proxy", SAMPLES["proxy"], work / "data", vae)
+        dataset.build("proxy", SAMPLES["proxy"], latents, vae)
         model = base_model(out)
         torch.manual_seed(1)
         model.add_adapter(train.lora_config(LORA_RANK))
-        data = dataset.load("proxy", work / "data")
-        train.train_clips(model, work / "proxy", [], data, embed, PROXY_STEPS, lr=3e-3, time_ratio=4, tokens=2600)
-        train.save_adapter(model, out / "proxy_lora.safetensors", {"stage": "proxy", "time_ratio": "4"})
+        data = dataset.load("proxy", latents)
+        train.train_clips(
+            model, work / f"proxy-{base}", [], data, embed, PROXY_STEPS, lr=3e-3, time_ratio=4, tokens=2600
+        )
+        train.save_adapter(model, out / "proxy_lora.safetensors", adapter_metadata(out, "proxy"))
     if not (out / "detail_lora.safetensors").exists():
-        dataset.build("detail", SAMPLES["detail"], work / "data", vae)
+        dataset.build("detail", SAMPLES["detail"], latents, vae)
         model = base_model(out)
         torch.manual_seed(2)
         model.add_adapter(train.lora_config(LORA_RANK))
-        data = dataset.load("detail", work / "data")
-        train.train_detail(model, model, work / "detail", data, embed, DETAIL_STEPS, 3e-3, WINDOWS, MARGIN)
-        metadata = {"stage": "detail", "windows": json.dumps(WINDOWS), "streams": "both"}
-        train.save_adapter(model, out / "detail_lora.safetensors", metadata)
+        data = dataset.load("detail", latents)
+        train.train_detail(model, model, work / f"detail-{base}", data, embed, DETAIL_STEPS, 3e-3, WINDOWS, MARGIN)
+        train.save_adapter(model, out / "detail_lora.safetensors", adapter_metadata(out, "detail"))

@@ -21,8 +21,9 @@ from .optim import MuonAdamW, learning_rate
 KL_WEIGHT = 1e-6
 
 
-def build(config: dict) -> AutoencoderKLWan:
+def build(config: dict, seed: int = 0) -> AutoencoderKLWan:
     """A VAE with random weights whose middle attention is switched off, which makes tiled coding exact."""
+    torch.manual_seed(seed)
     vae = AutoencoderKLWan(**config)
     for part in (vae.encoder, vae.decoder):
         for attention in part.mid_block.attentions:
@@ -31,6 +32,41 @@ def build(config: dict) -> AutoencoderKLWan:
             attention.proj.weight.zero_()
             attention.proj.bias.zero_()
     return vae
+
+
+@torch.no_grad()
+def compress(vae: AutoencoderKLWan, channels: int) -> AutoencoderKLWan:
+    """The same VAE with fewer latent channels: the principal components of its latents, half whitened.
+
+    Training leaves the latents in a small subspace of their channels, and a diffusion model would have to carry noise
+    in all the others. `quant_conv` and `post_quant_conv` become identities, folded into their neighbours.
+    """
+    old = vae.config.z_dim
+    latents = [vae.encode(batch(-1, i, 6, 96, 9)).latent_dist.mode().transpose(0, 1).flatten(1) for i in range(10)]
+    values = torch.cat(latents, dim=1)
+    variance, axes = torch.linalg.eigh(torch.cov(values))
+    variance, axes, mean = variance.flip(0)[:channels], axes.flip(1)[:, :channels], values.mean(1)
+    scale = variance.pow(-0.25)
+    inward, outward = scale[:, None] * axes.T, axes / scale
+    zeros, ones = [0.0] * channels, [1.0] * channels
+    small = build({**vae.config, "z_dim": channels, "latents_mean": zeros, "latents_std": ones})
+    changed = ("quant_conv.", "post_quant_conv.", "encoder.conv_out.", "decoder.conv_in.")
+    small.load_state_dict({k: v for k, v in vae.state_dict().items() if not k.startswith(changed)}, strict=False)
+    for conv in (small.quant_conv, small.post_quant_conv):
+        conv.weight.copy_(torch.eye(conv.weight.shape[0]).view_as(conv.weight))
+        conv.bias.zero_()
+    to_mean = inward @ vae.quant_conv.weight[:old].flatten(1)
+    out = small.encoder.conv_out
+    out.weight.zero_()
+    out.weight[:channels] = torch.einsum("ij,jcthw->icthw", to_mean, vae.encoder.conv_out.weight)
+    out.bias[:channels] = to_mean @ vae.encoder.conv_out.bias + inward @ (vae.quant_conv.bias[:old] - mean)
+    out.bias[channels:] = math.log(0.1**2)
+    back = vae.post_quant_conv.weight.flatten(1)
+    kernel = vae.decoder.conv_in.weight
+    small.decoder.conv_in.weight.copy_(torch.einsum("dcthw,ci->dithw", kernel, back @ outward))
+    constant = back @ mean + vae.post_quant_conv.bias
+    small.decoder.conv_in.bias.copy_(vae.decoder.conv_in.bias + kernel.sum((2, 3, 4)) @ constant)
+    return small
 
 
 def crop(rng: random.Random, size: int, frames: int, zoom: float | None = None) -> torch.Tensor:
@@ -73,21 +109,29 @@ def evaluate(vae: AutoencoderKLWan, clips: int = 6, size: int = 160) -> dict[str
     result = {}
     for zoom in (1.0, 2.0, 4.0, 8.0, 13.5):
         rng = random.Random(f"held-out/{zoom}")
-        scores = []
-        for _ in range(clips):
-            x = crop(rng, size, 9, zoom)[None]
-            scores.append(psnr(vae.decode(vae.encode(x).latent_dist.mode()).sample, x))
-        result[f"{zoom:g}"] = round(sum(scores) / clips, 2)
+        x = torch.stack([crop(rng, size, 9, zoom) for _ in range(clips)])
+        y = vae.decode(vae.encode(x).latent_dist.mode()).sample
+        result[f"{zoom:g}"] = round(sum(psnr(a, b) for a, b in zip(y, x, strict=True)) / clips, 2)
     result["mean"] = round(sum(result.values()) / len(result), 2)
     return result
 
 
 def train(
-    config: dict, folder: Path, steps: int, lr: float, seed: int = 0, count: int = 4, size: int = 128, frames: int = 9
+    vae: AutoencoderKLWan,
+    folder: Path,
+    steps: int,
+    lr: float,
+    noise: float = 0.0,
+    seed: int = 0,
+    count: int = 3,
+    size: int = 96,
+    frames: int = 9,
 ) -> AutoencoderKLWan:
-    """Trains to `steps`, resuming from `folder` where it holds a checkpoint; logs JSON Lines to `folder/log.jsonl`."""
-    torch.manual_seed(seed)
-    vae = build(config)
+    """Trains `vae` for `steps`, resuming from `folder` where it holds a checkpoint; logs to `folder/log.jsonl`.
+
+    With `noise`, latents are noised by up to that part of their RMS spread before decoding, which makes them smooth and
+    the decoder forgiving of what a diffusion model leaves (Latent Denoising Makes Good Tokenizers, arXiv 2507.15856).
+    """
     named = [(n, p) for n, p in vae.named_parameters() if p.requires_grad]
     optimizer = MuonAdamW(named, lr, adamw_names=("conv_in", "conv_out", "quant_conv"))
     step = load_checkpoint(folder, vae, optimizer)
@@ -96,8 +140,11 @@ def train(
         x = batch(seed, step, count, size, frames)
         posterior = vae.encode(x).latent_dist
         generator = torch.Generator().manual_seed(seed * 1_000_003 + step)
-        noise = torch.randn(posterior.mean.shape, generator=generator)
-        reconstruction = vae._decode(posterior.mean + posterior.std * noise).sample
+        latents = posterior.mean + posterior.std * torch.randn(posterior.mean.shape, generator=generator)
+        strength = noise * torch.rand(count, 1, 1, 1, 1, generator=generator)
+        scale = posterior.mean.detach().var(dim=(0, 2, 3, 4)).mean().sqrt()
+        latents = latents + strength * scale * torch.randn(latents.shape, generator=generator)
+        reconstruction = vae._decode(latents).sample
         error = reconstruction - x
         # L1 keeps edges sharp, L2 is what PSNR counts
         loss = error.abs().mean() * 0.5 + error.square().mean()
@@ -114,7 +161,7 @@ def train(
                 "kl": round(kl.item(), 3),
                 "seconds": round(time.monotonic() - started, 1),
             }
-            if step % 250 == 0 or step == steps:
+            if step % 500 == 0 or step == steps:
                 row["held_out"] = evaluate(vae)
                 save_checkpoint(folder, vae, optimizer, step)
             with (folder / "log.jsonl").open("a") as log:

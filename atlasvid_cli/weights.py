@@ -6,6 +6,7 @@ from pathlib import Path
 
 import torch
 from diffusers import AutoencoderKLWan, UniPCMultistepScheduler, WanTransformer3DModel
+from safetensors import safe_open
 from transformers import AutoTokenizer, PreTrainedTokenizerBase, UMT5EncoderModel
 from transformers.utils.logging import disable_progress_bar
 
@@ -56,8 +57,25 @@ def check_config(folder: Path, preset: Preset) -> None:
             raise InputError(f"{folder} has {name} = {value} and preset {preset.name} says {expected}; use its preset")
 
 
-def load_transformer(folder: Path, lora: str | None = None) -> WanTransformer3DModel:
-    """The transformer, with the adapter `lora` (a file in the folder) merged into this copy of the weights."""
+def check_adapter(folder: Path, lora: str, stage: str) -> None:
+    """Raises InputError for an adapter that says it belongs to another stage or another base."""
+    with safe_open(folder / lora, "pt") as file:
+        metadata = file.metadata() or {}
+    for name, found in (("stage", stage), ("base", model_hash(folder, "transformer"))):
+        if metadata.get(name, found) != found:
+            raise InputError(
+                f"{folder / lora} was trained for {name} {metadata[name]} and this is {name} {found};"
+                f" give the preset's {stage} stage the adapter that was trained for it"
+            )
+
+
+def load_transformer(folder: Path, lora: str | None = None, stage: str = "") -> WanTransformer3DModel:
+    """The transformer, with the adapter `lora` of a stage (a file in the folder) merged into this copy of the weights.
+
+    InputError where the adapter says that it is for another stage or base.
+    """
+    if lora:
+        check_adapter(folder, lora, stage)
     model = WanTransformer3DModel.from_pretrained(folder / "transformer", torch_dtype=torch.float32)
     if lora:
         model.load_lora_adapter(folder / lora, prefix="transformer")

@@ -83,7 +83,7 @@ def random_preset(tmp_path_factory: pytest.TempPathFactory) -> Path:
         ("ffn = 768", "ffn = 32"),
         ("layers = 6", "layers = 2"),
         ("heads = 3", "heads = 2"),
-        ("channels = 32", "channels = 4"),
+        ("channels = 16", "channels = 4"),
         ("base_tokens = 40", "base_tokens = 6"),
         ("steps = 20", "steps = 3"),
         ("steps = 8", "steps = 3"),

@@ -7,7 +7,9 @@ import torch
 from diffusers import WanTransformer3DModel
 
 from atlasvid_cli import train
+from atlasvid_cli.errors import InputError
 from atlasvid_cli.optim import orthogonalise
+from atlasvid_cli.weights import load_transformer
 
 CONFIG = {
     "num_attention_heads": 2,
@@ -108,3 +110,15 @@ def test_orthogonalise_flattens_the_singular_values():
     matrices = torch.randn(3, 20, 8, generator=torch.Generator().manual_seed(0))
     values = torch.linalg.svdvals(orthogonalise(matrices))
     assert values.min() > 0.6 and values.max() < 1.3
+
+
+@pytest.mark.parametrize(("metadata", "said"), [({"stage": "detail"}, "stage"), ({"base": "0" * 16}, "base")])
+def test_an_adapter_of_another_stage_or_base_is_refused(tmp_path, metadata, said):
+    trained = model()
+    trained.save_pretrained(tmp_path / "transformer")
+    trained.add_adapter(train.lora_config(2))
+    train.save_adapter(trained, tmp_path / "own.safetensors", {"stage": "proxy"})
+    load_transformer(tmp_path, "own.safetensors", "proxy")
+    train.save_adapter(trained, tmp_path / "other.safetensors", metadata)
+    with pytest.raises(InputError, match=f"trained for {said}"):
+        load_transformer(tmp_path, "other.safetensors", "proxy")

@@ -1,0 +1,56 @@
+"""The VAE's training: compression keeps what the latents hold, runs resume to the same weights."""
+
+import pytest
+import torch
+
+from atlasvid_cli import train_vae
+
+CONFIG = {
+    "base_dim": 8,
+    "z_dim": 6,
+    "dim_mult": [1, 1, 1],
+    "num_res_blocks": 1,
+    "temperal_downsample": [True, True],
+    "is_residual": True,
+    "in_channels": 48,
+    "out_channels": 48,
+    "patch_size": 4,
+    "scale_factor_temporal": 4,
+    "scale_factor_spatial": 16,
+    "latents_mean": [0.0] * 6,
+    "latents_std": [1.0] * 6,
+}
+
+
+@pytest.mark.parametrize("channels", [6, 4])
+@torch.no_grad()
+def test_compressing_keeps_the_principal_components(channels):
+    vae = train_vae.build(CONFIG)
+    small = train_vae.compress(vae, channels)
+    assert small.config.z_dim == channels
+    old, new = [], []
+    for i in range(10):
+        x = train_vae.batch(-1, i, 6, 96, 9)
+        old.append(vae.encode(x).latent_dist.mode().transpose(0, 1).flatten(1))
+        new.append(small.encode(x).latent_dist.mode().transpose(0, 1).flatten(1))
+    variance = torch.linalg.eigvalsh(torch.cov(torch.cat(old, 1))).flip(0)[:channels]
+    covariance = torch.cov(torch.cat(new, 1))
+    torch.testing.assert_close(covariance.diagonal(), variance.sqrt(), rtol=2e-2, atol=1e-4)
+    assert (covariance - covariance.diagonal().diag()).abs().max() < 1e-2 * covariance.max()
+    if channels == CONFIG["z_dim"]:  # nothing was dropped: away from borders the decoder sees what it saw
+        a = vae.decoder.conv_in(vae.post_quant_conv(vae.encode(x).latent_dist.mode()))
+        b = small.decoder.conv_in(small.post_quant_conv(small.encode(x).latent_dist.mode()))
+        torch.testing.assert_close(b[:, :, 2:, 1:-1, 1:-1], a[:, :, 2:, 1:-1, 1:-1], atol=1e-4, rtol=1e-4)
+
+
+def test_a_resumed_training_ends_with_the_same_weights(tmp_path, monkeypatch):
+    def run(folder, steps):
+        return train_vae.train(train_vae.build(CONFIG), folder, steps, lr=1e-3, noise=0.2, count=1, size=32, frames=5)
+
+    monkeypatch.setattr(train_vae, "evaluate", lambda vae: {})
+    monkeypatch.setattr(train_vae, "learning_rate", lambda step, steps, lr: lr)  # the same whatever the goal
+    whole = run(tmp_path / "whole", 6).state_dict()
+    run(tmp_path / "parts", 3)
+    resumed = run(tmp_path / "parts", 6).state_dict()
+    for name, value in whole.items():
+        torch.testing.assert_close(resumed[name], value, atol=1e-6, rtol=0)
