@@ -153,7 +153,7 @@ def show_plan(plan: "Plan", console: "Console", only: bool) -> bool:
             "TFLOP": f"{r['flops'] / 1e12:.2f}",
             "RAM GiB": f"{r['ram_bytes'] / 2**30:.2f}",
             "disk GiB": f"{r['disk_bytes'] / 2**30:.2f}",
-            "seconds": f"{r['seconds']:.0f}",
+            "sec": f"{r['seconds']:.0f}",
         }
         for r in rows
     ]

@@ -82,9 +82,12 @@ class Console:
         """Prints `rows` on stderr, one column a key of the first."""
         if not rows:
             return
-        table = Table(title=Text(title, "bold"), title_justify="left", box=box.SIMPLE)
-        for key, value in rows[0].items():
-            table.add_column(key, justify="right" if isinstance(value, int | float) else "left", overflow="fold")
+        table = Table(
+            title=Text(title, "bold"), title_justify="left", box=box.SIMPLE, show_edge=False, collapse_padding=True
+        )
+        for key in rows[0]:
+            numeric = all(str(row.get(key, "")).replace(",", "").replace(".", "").isdigit() for row in rows)
+            table.add_column(key, justify="right" if numeric else "left", overflow="fold")
         for row in rows:
             table.add_row(*(Text(str(row.get(key, ""))) for key in rows[0]))
         self._rich.print(table)
