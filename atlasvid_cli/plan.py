@@ -20,7 +20,8 @@ PROGRAM_BYTES = int(0.6 * GIB)  # torch, diffusers and transformers, imported, b
 DECODE_BYTES = 3 * GIB  # activations and caches of the decoder; larger frames are decoded in tiles
 # bytes a pixel and frame of a video file, on the safe side of detailed footage at the quality of `video.CODECS`
 VIDEO_BYTES = {"h264": 0.05, "hevc10": 0.05, "av1": 0.05, "prores": 0.8, "ffv1": 2.0}
-EFFICIENCY = 0.5  # of a big GEMM's rate that denoising reaches on this kind of machine, see docs/LOG.md
+# parts of a big GEMM's rate that denoising, and decoding beside the encoder, reach on two cores, see docs/LOG.md
+EFFICIENCY, DECODE_EFFICIENCY = 0.6, 0.7
 
 
 @dataclass(frozen=True)
@@ -137,7 +138,7 @@ class Plan:
 
     def rows(self) -> list[dict[str, Any]]:
         """One row a stage: tokens, windows, flops, bytes, seconds (a projection from a GEMM timed just now)."""
-        rate = gemm_rate() * EFFICIENCY
+        gemm = gemm_rate()
         rows = []
         for name, stage in self.named_stages()[self.given_proxy :]:
             flops = self.flops(stage)
@@ -152,10 +153,10 @@ class Plan:
                     "flops": flops,
                     "ram_bytes": PROGRAM_BYTES + self.ram_bytes(stage),
                     "disk_bytes": disk * 2,
-                    "seconds": round(flops / rate, 1),
+                    "seconds": round(flops / (gemm * EFFICIENCY), 1),
                 }
             )
-        rows.append(self._decode_row(rate))
+        rows.append(self._decode_row(gemm * DECODE_EFFICIENCY))
         return rows
 
     @property
