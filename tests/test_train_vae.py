@@ -3,20 +3,13 @@
 import pytest
 import torch
 
-from atlasvid_cli import train_vae
+from atlasvid_cli import train_tiny, train_vae
 
-CONFIG = {
+CONFIG = train_tiny.VAE_CONFIG | {
     "base_dim": 8,
-    "z_dim": 6,
+    "decoder_base_dim": 8,
     "dim_mult": [1, 1, 1],
-    "num_res_blocks": 1,
-    "temperal_downsample": [True, True],
-    "is_residual": True,
-    "in_channels": 48,
-    "out_channels": 48,
-    "patch_size": 4,
-    "scale_factor_temporal": 4,
-    "scale_factor_spatial": 16,
+    "z_dim": 6,
     "latents_mean": [0.0] * 6,
     "latents_std": [1.0] * 6,
 }
