@@ -26,7 +26,7 @@ def examine(folder: Path) -> dict:
     """Facts about this machine for output in `folder`: device, versions, backends, codecs, memory, presets."""
     import av
 
-    from .plan import available_ram
+    from .machine import available_ram
 
     device, dtype, why = _device()
     disk = shutil.disk_usage(folder)
