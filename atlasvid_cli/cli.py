@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated, NoReturn
 
 import typer
 
+from . import options as opt
 from .batch import check_writable, keep_foreign, proxy_one, render_one, run_batch, show_plan, with_suffix
 from .errors import ExitCode, UsageError, explain, one_line
 from .parse import check_finite, parse_frames, parse_region, parse_resolution, parse_seconds, parse_shard
@@ -26,59 +27,29 @@ app = typer.Typer(
     rich_markup_mode=None,  # half the time of --help
 )
 
-Res = Annotated[str, typer.Option("--res", help="Size in pixels: 3840x2160, 3840*2160, 4k, 1080p, 720p ...")]
-Seconds = Annotated[str, typer.Option("--seconds", help="Length in seconds; exactly seconds * fps frames are written.")]
-Fps = Annotated[int | None, typer.Option("--fps", min=1, max=120, help="Frames a second [default: the preset's].")]
-Seed = Annotated[int, typer.Option("--seed", min=0, max=2**63 - 1, help="Seed; in a batch each item adds its index.")]
-Steps = Annotated[int | None, typer.Option("--steps", min=1, max=1000, help="Denoising steps [default: the preset's].")]
-Guidance = Annotated[
-    float | None, typer.Option("--guidance-scale", help="Classifier-free guidance of the proxy; 1 turns it off.")
-]
-Shift = Annotated[float | None, typer.Option("--flow-shift", help="Time shift of the proxy's flow-matching schedule.")]
-PresetName = Annotated[str, typer.Option("--preset", help="A preset by name, or the path of a .toml file.")]
-SavedPreset = Annotated[str | None, typer.Option("--preset", help="Preset [default: the one the file names].")]
-ModelPath = Annotated[
-    str | None, typer.Option("--model-path", help="Model folder in diffusers layout instead of the preset's.")
-]
-Chunk = Annotated[int | None, typer.Option("--chunk", min=1, help="Windows computed at a time; bounds memory.")]
-CodecName = Annotated[str, typer.Option("--codec", help="h264 (8 bit), hevc10, av1, prores or ffv1 (10 bit).")]
-Output = Annotated[Path | None, typer.Option("--output", "-o", help="Where the result goes.")]
-RunDir = Annotated[
-    Path | None, typer.Option("--run-dir", help="Where intermediate results go [default: runs/ beside the output].")
-]
-Negative = Annotated[str | None, typer.Option("--negative-prompt", help="What to steer away from.")]
-PromptFile = Annotated[
-    str | None, typer.Option("--prompt-file", help="One prompt a line, or JSON Lines; '-' is stdin.")
-]
-Shard = Annotated[str | None, typer.Option("--shard", help="i/n: every n-th prompt from the i-th on.")]
-Json = Annotated[bool, typer.Option("--json", help="JSON Lines on stdout.")]
-DryRun = Annotated[bool, typer.Option("--dry-run", help="Print the plan and stop; nothing is loaded.")]
-Debug = Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")]
-Prompt = Annotated[str | None, typer.Argument(help="What to show.")]
-
 
 @app.command()
 def render(
-    prompt: Prompt = None,
-    res: Res = "960x540",
-    seconds: Seconds = "4",
-    fps: Fps = None,
-    seed: Seed = 0,
-    steps: Steps = None,
-    guidance_scale: Guidance = None,
-    flow_shift: Shift = None,
-    negative_prompt: Negative = None,
-    preset: PresetName = "tiny",
-    model_path: ModelPath = None,
-    chunk: Chunk = None,
-    codec: CodecName = "h264",
-    output: Output = None,
-    run_dir: RunDir = None,
-    prompt_file: PromptFile = None,
-    shard: Shard = None,
-    as_json: Json = False,
-    dry_run: DryRun = False,
-    debug: Debug = False,
+    prompt: opt.Prompt = None,
+    res: opt.Res = "960x540",
+    seconds: opt.Seconds = "4",
+    fps: opt.Fps = None,
+    seed: opt.Seed = 0,
+    steps: opt.Steps = None,
+    guidance_scale: opt.Guidance = None,
+    flow_shift: opt.Shift = None,
+    negative_prompt: opt.Negative = None,
+    preset: opt.PresetName = "tiny",
+    model_path: opt.ModelPath = None,
+    chunk: opt.Chunk = None,
+    codec: opt.CodecName = "h264",
+    output: opt.Output = None,
+    run_dir: opt.RunDir = None,
+    prompt_file: opt.PromptFile = None,
+    shard: opt.Shard = None,
+    as_json: opt.Json = False,
+    dry_run: opt.DryRun = False,
+    debug: opt.Debug = False,
 ) -> None:
     """Make a video from a prompt (or many, with --prompt-file): proxy, detail, decode."""
     request = _request(res, seconds, fps, seed, steps, guidance_scale, flow_shift, preset, model_path, chunk, codec)
@@ -91,23 +62,23 @@ def render(
 
 @app.command()
 def proxy(
-    prompt: Prompt = None,
-    res: Res = "960x540",
-    seconds: Seconds = "4",
-    fps: Fps = None,
-    seed: Seed = 0,
-    steps: Steps = None,
-    guidance_scale: Guidance = None,
-    flow_shift: Shift = None,
-    negative_prompt: Negative = None,
-    preset: PresetName = "tiny",
-    model_path: ModelPath = None,
-    output: Output = None,
-    prompt_file: PromptFile = None,
-    shard: Shard = None,
-    as_json: Json = False,
-    dry_run: DryRun = False,
-    debug: Debug = False,
+    prompt: opt.Prompt = None,
+    res: opt.Res = "960x540",
+    seconds: opt.Seconds = "4",
+    fps: opt.Fps = None,
+    seed: opt.Seed = 0,
+    steps: opt.Steps = None,
+    guidance_scale: opt.Guidance = None,
+    flow_shift: opt.Shift = None,
+    negative_prompt: opt.Negative = None,
+    preset: opt.PresetName = "tiny",
+    model_path: opt.ModelPath = None,
+    output: opt.Output = None,
+    prompt_file: opt.PromptFile = None,
+    shard: opt.Shard = None,
+    as_json: opt.Json = False,
+    dry_run: opt.DryRun = False,
+    debug: opt.Debug = False,
 ) -> None:
     """Stage 1 only: the proxy of a video of the given size and length, saved as latents for refine."""
     request = _request(res, seconds, fps, seed, steps, guidance_scale, flow_shift, preset, model_path)
@@ -119,7 +90,7 @@ def proxy(
 @app.command()
 def refine(
     latents: Annotated[Path, typer.Argument(help="A proxy, or an earlier result (.safetensors).")],
-    res: Res = "960x540",
+    res: opt.Res = "960x540",
     region: Annotated[
         str | None, typer.Option("--region", help="x,y,w,h in pixels: sample only this part again.")
     ] = None,
@@ -127,17 +98,17 @@ def refine(
         str | None, typer.Option("--frames", help="first:end in frames: sample only these again.")
     ] = None,
     seed: Annotated[int | None, typer.Option("--seed", min=0, help="Seed [default: the proxy's].")] = None,
-    steps: Steps = None,
-    fps: Fps = None,
-    preset: SavedPreset = None,
-    model_path: ModelPath = None,
-    chunk: Chunk = None,
-    codec: CodecName = "h264",
-    output: Output = None,
-    run_dir: RunDir = None,
-    as_json: Json = False,
-    dry_run: DryRun = False,
-    debug: Debug = False,
+    steps: opt.Steps = None,
+    fps: opt.Fps = None,
+    preset: opt.SavedPreset = None,
+    model_path: opt.ModelPath = None,
+    chunk: opt.Chunk = None,
+    codec: opt.CodecName = "h264",
+    output: opt.Output = None,
+    run_dir: opt.RunDir = None,
+    as_json: opt.Json = False,
+    dry_run: opt.DryRun = False,
+    debug: opt.Debug = False,
 ) -> None:
     """Stage 2: climb from a saved proxy (or result) to --res; prompt, length and seed come from the file."""
     width, height = parse_resolution(res)
@@ -192,12 +163,12 @@ def refine(
 @app.command()
 def decode(
     latents: Annotated[Path, typer.Argument(help="Saved latents: detail.safetensors, or a proxy to look at.")],
-    output: Output = None,
-    codec: CodecName = "h264",
-    preset: SavedPreset = None,
-    model_path: ModelPath = None,
-    as_json: Json = False,
-    debug: Debug = False,
+    output: opt.Output = None,
+    codec: opt.CodecName = "h264",
+    preset: opt.SavedPreset = None,
+    model_path: opt.ModelPath = None,
+    as_json: opt.Json = False,
+    debug: opt.Debug = False,
 ) -> None:
     """Saved latents to a video again, say with another codec; no sampling."""
     from . import artefacts, pipeline
@@ -216,16 +187,16 @@ def decode(
 
 @app.command()
 def plan(
-    res: Res = "960x540",
-    seconds: Seconds = "4",
-    fps: Fps = None,
-    steps: Steps = None,
-    guidance_scale: Guidance = None,
-    preset: PresetName = "tiny",
-    chunk: Chunk = None,
-    codec: CodecName = "h264",
-    as_json: Json = False,
-    debug: Debug = False,
+    res: opt.Res = "960x540",
+    seconds: opt.Seconds = "4",
+    fps: opt.Fps = None,
+    steps: opt.Steps = None,
+    guidance_scale: opt.Guidance = None,
+    preset: opt.PresetName = "tiny",
+    chunk: opt.Chunk = None,
+    codec: opt.CodecName = "h264",
+    as_json: opt.Json = False,
+    debug: opt.Debug = False,
 ) -> None:
     """What a render would take: tokens, windows, FLOPs, memory, disk and time. Nothing is loaded."""
     request = _request(res, seconds, fps, 0, steps, guidance_scale, None, preset, None, chunk, codec)
@@ -240,7 +211,7 @@ def plan(
 
 
 @app.command()
-def presets(as_json: Json = False, debug: Debug = False) -> None:
+def presets(as_json: opt.Json = False, debug: opt.Debug = False) -> None:
     """The presets that come with the tool."""
     from .presets import load_preset, preset_names
 
@@ -253,8 +224,8 @@ def presets(as_json: Json = False, debug: Debug = False) -> None:
 @app.command()
 def info(
     file: Annotated[Path, typer.Argument(help="A video, a latents file or a run directory.")],
-    as_json: Json = False,
-    debug: Debug = False,
+    as_json: opt.Json = False,
+    debug: opt.Debug = False,
 ) -> None:
     """What a file was made from."""
     from .info import describe, lines
@@ -264,7 +235,7 @@ def info(
 
 
 @app.command()
-def doctor(as_json: Json = False, debug: Debug = False) -> None:
+def doctor(as_json: opt.Json = False, debug: opt.Debug = False) -> None:
     """The machine as atlasvid sees it: device, versions, codecs, memory and disk, and what each preset can do here."""
     from .doctor import examine
     from .info import lines
@@ -278,7 +249,7 @@ def train(
     what: Annotated[str, typer.Argument(help="What to train: tiny, the embedded model, from nothing.")],
     work: Annotated[Path, typer.Option("--work", help="Checkpoints, latents, logs; resumed from.")] = Path("training"),
     output: Annotated[Path, typer.Option("--output", "-o", help="The model folder.")] = Path("presets/tiny"),
-    debug: Debug = False,
+    debug: opt.Debug = False,
 ) -> None:
     """Train the embedded model from nothing, a few hours on two cores; parts that exist are kept."""
     if what != "tiny":

@@ -23,6 +23,7 @@ SHARD = 20
 # grids in tokens (h, w) of the whole frame, with how often each is drawn
 FRAME_GRIDS = (((5, 8), 6), ((8, 5), 1), ((6, 6), 1), ((4, 9), 1))
 CLIP_FRAMES = 33
+HASTE = 4.0  # the fastest of the base's clips: as in footage, some objects cross a good part of the frame in 2 s
 CLOSE_UPS = 0.15  # of the base's samples, as footage has them
 ENCODED_TOGETHER = {"image": 20, "clip": 4, "proxy": 4, "detail": 2}
 DETAIL_TOKENS = 12
@@ -30,12 +31,14 @@ DETAIL_LATENTS = 9
 DETAIL_RATIOS = (Fraction(4), Fraction(4), Fraction(3), Fraction(2))
 
 
-def whole_frame(rng: random.Random, grid: tuple[int, int], frames: int, fps: int) -> tuple[torch.Tensor, str]:
+def whole_frame(
+    rng: random.Random, grid: tuple[int, int], frames: int, fps: int, haste: float = 1.0
+) -> tuple[torch.Tensor, str]:
     """A clip of a whole scene, (3, frames, H, W), with its caption; an object that would leave starts further back."""
     h, w = grid
     seconds = (frames - 1) / fps
-    horizon = max(seconds, rng.uniform(4.0, 12.0))
-    scene = world.sample_scene(rng, w / h, horizon)
+    horizon = max(seconds, rng.uniform(4.0, 12.0) / haste)
+    scene = world.sample_scene(rng, w / h, horizon, haste=haste)
     start = rng.uniform(0.0, horizon - seconds)
     times = start + torch.arange(frames) / fps
     return world.render(scene, times, h * TOKEN, w * TOKEN), world.caption(scene, rng)
@@ -85,7 +88,7 @@ def sample(
     if kind in ("image", "clip"):
         frames = 1 if kind == "image" else CLIP_FRAMES
         if rng.random() >= CLOSE_UPS:
-            pixels, text = whole_frame(rng, grid, frames, FPS)
+            pixels, text = whole_frame(rng, grid, frames, FPS, haste=HASTE ** rng.random())
             return {"latents": pixels}, {"caption": text}
         h, w = grid
         scene, window, start = close_up(rng, h * TOKEN, (frames - 1) / FPS, h * TOKEN * 1.3)

@@ -169,14 +169,15 @@ def train_clips(
     steps: int,
     lr: float,
     time_ratio: int,
+    tokens: int,
+    stills: tuple[float, float] = (0.0, 0.0),
     shift: float = 3.0,
-    tokens: int = 1920,
     seed: int = 0,
 ) -> None:
-    """Stage 1 training: single frames first (colours, shapes, grounds), clips (motion) more and more often."""
+    """Stage 1 training on clips, and on single `images` at a share of steps going from `stills[0]` to `stills[1]`."""
 
     def loss_at(step: int, rng: random.Random, generator: torch.Generator) -> torch.Tensor:
-        still = images and rng.random() > 0.1 + 0.5 * step / steps
+        still = rng.random() < stills[0] + (stills[1] - stills[0]) * step / steps
         picked = next(batches(images if still else clips, rng, tokens))
         latents = [s["latents"].float() for s in picked]
         if not still and rng.random() < 0.5:  # a causal VAE's prefix is a shorter clip

@@ -19,8 +19,10 @@ from . import dataset, train, train_text, train_vae
 from .text import encode_prompts
 from .weights import model_hash
 
-VAE_STEPS, COMPRESSED_STEPS, BASE_STEPS, PROXY_STEPS, DETAIL_STEPS = 2200, 1400, 1700, 1000, 250
-SAMPLES = {"image": 6000, "clip": 300, "proxy": 400, "detail": 120}
+VAE_STEPS, COMPRESSED_STEPS, PROXY_STEPS, DETAIL_STEPS = 2200, 1400, 4500, 900
+# two cosines, each (steps, share of single images at its start and end): colours, shapes and grounds, then motion
+BASE_CYCLES = ((1700, (0.9, 0.4)), (2200, (0.4, 0.2)))
+SAMPLES = {"image": 6000, "clip": 1000, "proxy": 1200, "detail": 300}
 LATENT_CHANNELS = 16  # what is left of the VAE's first 32
 LORA_RANK = 64
 WINDOWS = ((7, 8, 8), (13, 6, 6))
@@ -123,8 +125,11 @@ def make(work: Path, out: Path) -> None:
         torch.manual_seed(0)
         model = WanTransformer3DModel(**TRANSFORMER_CONFIG)
         images, clips = (dataset.load(kind, latents) for kind in ("image", "clip"))
-        run = work / f"base-{model_hash(out, 'vae')}"
-        train.train_clips(model, run, images, clips, embed, BASE_STEPS, lr=3e-3, time_ratio=1, tokens=2880)
+        for i, (steps, stills) in enumerate(BASE_CYCLES):
+            run = work / f"base-{model_hash(out, 'vae')}" / str(i)
+            train.train_clips(
+                model, run, images, clips, embed, steps, 3e-3, time_ratio=1, tokens=2880, stills=stills, seed=i
+            )
         save_folder(model.half(), out / "transformer")
     base = model_hash(out, "vae", "transformer")
     scheduler = UniPCMultistepScheduler(prediction_type="flow_prediction", use_flow_sigmas=True, flow_shift=3.0)

@@ -77,15 +77,19 @@ def sample_attributes(rng: random.Random, held_out: bool = False) -> tuple[str, 
 
 
 def sample_scene(
-    rng: random.Random, aspect: float, seconds: float, attributes: tuple[str, str, str, str, str] | None = None
+    rng: random.Random,
+    aspect: float,
+    seconds: float,
+    attributes: tuple[str, str, str, str, str] | None = None,
+    haste: float = 1.0,
 ) -> Scene:
-    """A random scene whose object stays inside the frame for `seconds` (at most 12)."""
+    """A random scene whose object stays inside the frame for `seconds`; `haste` times as fast, for 12/haste at most."""
     colour, shape, direction, ground_colour, ground = attributes or sample_attributes(rng)
     size = rng.uniform(0.17, 0.22) * min(1.0, aspect)
     dx, dy = DIRECTIONS[direction]
     extent = aspect if dx else 1.0
     margin = size * 1.05
-    speed = min(rng.uniform(*SPEED) * extent, (extent - 2 * margin) / LONGEST)
+    speed = haste * min(rng.uniform(*SPEED) * extent, (extent - 2 * margin) / LONGEST)
     travel = speed * seconds
     # the centre starts where the whole path fits, on the side that the object moves away from
     slack = extent - 2 * margin - travel

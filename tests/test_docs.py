@@ -1,6 +1,6 @@
 from pathlib import Path
 
-from atlasvid_cli import cli
+from atlasvid_cli import cli, options
 from atlasvid_cli.presets import preset_names
 from atlasvid_cli.video import CODECS
 
@@ -16,7 +16,7 @@ def test_every_command_is_in_the_readme():
 def test_every_codec_and_preset_is_named():
     changelog = (ROOT / "CHANGELOG.md").read_text()
     assert all(c in README + changelog.lower() for c in ("prores", *preset_names()))
-    help_text = cli.CodecName.__metadata__[0].help
+    help_text = options.CodecName.__metadata__[0].help
     assert all(codec in help_text for codec in CODECS)
 
 

@@ -1,0 +1,36 @@
+"""The flags that several commands share; every one with a unit has it in its help."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+Res = Annotated[str, typer.Option("--res", help="Size in pixels: 3840x2160, 3840*2160, 4k, 1080p, 720p ...")]
+Seconds = Annotated[str, typer.Option("--seconds", help="Length in seconds; exactly seconds * fps frames are written.")]
+Fps = Annotated[int | None, typer.Option("--fps", min=1, max=120, help="Frames a second [default: the preset's].")]
+Seed = Annotated[int, typer.Option("--seed", min=0, max=2**63 - 1, help="Seed; in a batch each item adds its index.")]
+Steps = Annotated[int | None, typer.Option("--steps", min=1, max=1000, help="Denoising steps [default: the preset's].")]
+Guidance = Annotated[
+    float | None, typer.Option("--guidance-scale", help="Classifier-free guidance of the proxy; 1 turns it off.")
+]
+Shift = Annotated[float | None, typer.Option("--flow-shift", help="Time shift of the proxy's flow-matching schedule.")]
+PresetName = Annotated[str, typer.Option("--preset", help="A preset by name, or the path of a .toml file.")]
+SavedPreset = Annotated[str | None, typer.Option("--preset", help="Preset [default: the one the file names].")]
+ModelPath = Annotated[
+    str | None, typer.Option("--model-path", help="Model folder in diffusers layout instead of the preset's.")
+]
+Chunk = Annotated[int | None, typer.Option("--chunk", min=1, help="Windows computed at a time; bounds memory.")]
+CodecName = Annotated[str, typer.Option("--codec", help="h264 (8 bit), hevc10, av1, prores or ffv1 (10 bit).")]
+Output = Annotated[Path | None, typer.Option("--output", "-o", help="Where the result goes.")]
+RunDir = Annotated[
+    Path | None, typer.Option("--run-dir", help="Where intermediate results go [default: runs/ beside the output].")
+]
+Negative = Annotated[str | None, typer.Option("--negative-prompt", help="What to steer away from.")]
+PromptFile = Annotated[
+    str | None, typer.Option("--prompt-file", help="One prompt a line, or JSON Lines; '-' is stdin.")
+]
+Shard = Annotated[str | None, typer.Option("--shard", help="i/n: every n-th prompt from the i-th on.")]
+Json = Annotated[bool, typer.Option("--json", help="JSON Lines on stdout.")]
+DryRun = Annotated[bool, typer.Option("--dry-run", help="Print the plan and stop; nothing is loaded.")]
+Debug = Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")]
+Prompt = Annotated[str | None, typer.Argument(help="What to show.")]
