@@ -1,7 +1,13 @@
 """Rotary positions and the one seam to attention kernels (diffusers' dispatcher)."""
 
 import torch
-from diffusers.models.attention_dispatch import dispatch_attention_fn
+from diffusers.models.attention_dispatch import (
+    AttentionBackendName,
+    _check_attention_backend_requirements,
+    dispatch_attention_fn,
+)
+
+from .errors import UsageError
 
 
 def rope_axis(positions: torch.Tensor, dim: int, theta: float = 10000.0) -> torch.Tensor:
@@ -36,8 +42,24 @@ def rotate(x: torch.Tensor, rotation: torch.Tensor) -> torch.Tensor:
     return torch.view_as_real(pairs * rotation).flatten(-2).to(x.dtype)
 
 
+def check_backend(name: str) -> None:
+    """Raises UsageError for an attention backend that diffusers does not know or cannot run here."""
+    try:
+        _check_attention_backend_requirements(AttentionBackendName(name))
+    except ValueError:
+        known = ", ".join(b.value for b in AttentionBackendName if not b.value.startswith("_"))
+        raise UsageError(f"there is no attention backend {name!r}; choose one of {known}") from None
+    except RuntimeError as error:
+        raise UsageError(f"{error} Or leave --attention-backend out to use PyTorch's own.") from None
+
+
 def attend(
     q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, bias: torch.Tensor | None = None, backend: str | None = None
 ) -> torch.Tensor:
-    """Softmax attention of q (n, L, heads, d) on k, v (n, K, heads, d); `bias` (n or 1, 1, 1, K) adds to the logits."""
+    """Softmax attention of q (n, L, heads, d) on k, v (n, K, heads, d); `bias` (n or 1, 1, 1, K) adds to the logits.
+
+    `backend` is a name of diffusers' dispatcher. Few backends take a bias, so attention with one, to the two dozen
+    keys of a prompt, always runs on PyTorch's.
+    """
+    backend = backend if bias is None else "native"
     return dispatch_attention_fn(q, k, v, attn_mask=bias, dropout_p=0.0, is_causal=False, backend=backend)

@@ -64,11 +64,13 @@ def run_batch(
     from .session import Session
     from .store import artefact_hash, lock, run_directory
 
-    session = Session(request.preset, request.model_path)
+    session = Session(request.preset, request.model_path, request.attention_backend)
+    standard = session.preset.negative_prompt
+    negatives = [standard if item.negative_prompt is None else item.negative_prompt for item in items]
+    session.expect([*(item.prompt for item in items), *negatives])
     failed = 0
-    for item in items:
+    for item, negative in zip(items, negatives, strict=True):
         plan = make_plan(dataclasses.replace(request, seed=item.seed))
-        negative = item.negative_prompt if item.negative_prompt is not None else session.preset.negative_prompt
         name = item.output or (f"{item.id}{suffix}" if many else f"{slug(item.prompt)}-{item.seed}{suffix}")
         target = base if output and not many else folder / name
         target = target if target.suffix else target.with_name(target.name + suffix)

@@ -26,17 +26,18 @@ def examine(folder: Path) -> dict:
     """Facts about this machine for output in `folder`: device, versions, backends, codecs, memory, presets."""
     import av
 
-    from .machine import available_ram
+    from .machine import available_ram, available_vram, compute_device
 
-    device, dtype, why = _device()
+    device = compute_device()
     disk = shutil.disk_usage(folder)
     return {
         "atlasvid": __version__,
         "python": platform.python_version(),
         **{name: _version(name) for name in ("torch", "diffusers", "transformers", "av")},
-        "device": device,
-        "dtype": dtype,
-        "dtype_reason": why,
+        "device": device.name,
+        "dtype": device.dtype,
+        "dtype_reason": device.why,
+        "vram_available_bytes": available_vram(),
         "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
         "ram_available_bytes": available_ram(),
         "disk_free_bytes": disk.free,
@@ -44,16 +45,6 @@ def examine(folder: Path) -> dict:
         "codecs": [name for name, encoder in ENCODERS.items() if encoder in av.codecs_available],
         "presets": _verdicts(folder),
     }
-
-
-def _device() -> tuple[str, str, str]:
-    """Device, dtype and the reason for both."""
-    import torch
-
-    if torch.cuda.is_available():
-        return "cpu", "float32", f"{torch.cuda.get_device_name()} is present, but this version computes on the CPU"
-    # Measured on AVX2: bf16 matrix products run at 1 % of the fp32 rate.
-    return "cpu", "float32", "bfloat16 is slower than float32 on CPUs without AMX or AVX512-BF16"
 
 
 def _version(package: str) -> str | None:

@@ -14,6 +14,7 @@ from diffusers import WanTransformer3DModel
 from diffusers.models.transformers.transformer_wan import WanTransformerBlock
 
 from .attention import attend, rope, rotate
+from .offload import compute_device, on_device
 from .shapes import Grid
 from .windows import Shape, Windows, aligned_proxy, block_layout
 
@@ -34,7 +35,10 @@ class TextContext:
 
 @dataclass(frozen=True)
 class ProxyContext:
-    """What the detail stream needs of its proxy: keys (rotated at detail coordinates) and values (tokens, heads, d)."""
+    """What the detail stream needs of its proxy: keys (rotated at detail coordinates) and values (tokens, heads, d).
+
+    They may live in host memory: only what a chunk of windows is aligned with goes to its `device`.
+    """
 
     grid: Grid
     ratio: Fraction
@@ -42,16 +46,17 @@ class ProxyContext:
     margin: tuple[int, int, int]
     keys_values: list[KeyValue]
 
-    def aligned(self, block: int, windows: Windows) -> KeyValue:
-        index = aligned_proxy(windows, self.grid, self.ratio, self.time_ratio, self.margin)
+    def aligned(self, block: int, windows: Windows, device: torch.device) -> KeyValue:
         keys, values = self.keys_values[block]
-        return keys[index], values[index]
+        index = aligned_proxy(windows, self.grid, self.ratio, self.time_ratio, self.margin).to(keys.device)
+        return keys[index].to(device), values[index].to(device)
 
 
 def text_context(model: WanTransformer3DModel, embeddings: list[torch.Tensor], length: int) -> TextContext:
     """Projects prompts, each (tokens, text_dim) without padding, as Wan would after padding each to `length` keys."""
     longest = max(len(e) for e in embeddings)
-    padded = embeddings[0].new_zeros(len(embeddings), longest + 1, embeddings[0].shape[1])
+    projection = model.condition_embedder.text_embedder.linear_1.weight
+    padded = projection.new_zeros(len(embeddings), longest + 1, embeddings[0].shape[1])
     bias = torch.full((len(embeddings), 1, 1, longest + 1), -math.inf, device=padded.device)
     for i, e in enumerate(embeddings):
         padded[i, : len(e)] = e
@@ -60,7 +65,7 @@ def text_context(model: WanTransformer3DModel, embeddings: list[torch.Tensor], l
             bias[i, ..., -1] = math.log(length - len(e))
     hidden = model.condition_embedder.text_embedder(padded)
     keys_values = []
-    for block in model.blocks:
+    for block in on_device(model.blocks, compute_device(model)):
         attn = block.attn2
         keys = attn.norm_k(attn.to_k(hidden)).unflatten(-1, (attn.heads, -1))
         keys_values.append((keys, attn.to_v(hidden).unflatten(-1, (attn.heads, -1))))
@@ -70,8 +75,9 @@ def text_context(model: WanTransformer3DModel, embeddings: list[torch.Tensor], l
 def modulation(model: WanTransformer3DModel, timestep: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """Time embedding (m, D) and the blocks' modulation (m, 6, D) at timesteps (m,) in 0..1000."""
     embedder = model.condition_embedder
-    frequencies = embedder.timesteps_proj(timestep)
+    frequencies = embedder.timesteps_proj(timestep.to(compute_device(model)))
     temb = embedder.time_embedder(frequencies.to(embedder.time_embedder.linear_1.weight.dtype))
+    temb = temb.to(embedder.time_proj.weight.dtype)
     return temb, embedder.time_proj(embedder.act_fn(temb)).unflatten(1, (6, -1))
 
 
@@ -132,7 +138,16 @@ def unpatchify(tokens: torch.Tensor, grid: Grid, patch: int) -> torch.Tensor:
 def embed(model: WanTransformer3DModel, tokens: torch.Tensor) -> torch.Tensor:
     """Patch embedding of tokens (..., C*patch*patch) -> (..., D)."""
     projection = model.patch_embedding
-    return torch.nn.functional.linear(tokens, projection.weight.flatten(1), projection.bias)
+    return torch.nn.functional.linear(tokens.to(projection.weight), projection.weight.flatten(1), projection.bias)
+
+
+def embed_parts(model: WanTransformer3DModel, tokens: torch.Tensor, states: torch.device) -> torch.Tensor:
+    """`embed` of tokens (L, P), a part at a time, into one hidden state (L, D) on `states`."""
+    weight = model.patch_embedding.weight
+    hidden = torch.empty(len(tokens), len(weight), dtype=weight.dtype, device=states)
+    for first in range(0, len(tokens), PART):
+        hidden[first : first + PART] = embed(model, tokens[first : first + PART]).to(states)
+    return hidden
 
 
 def predict(model: WanTransformer3DModel, x: torch.Tensor, temb: torch.Tensor) -> torch.Tensor:
@@ -156,13 +171,14 @@ def clip_forward(
 
     Positions are (time_ratio * t, y, x); time_ratio 1 is Wan's own forward.
     """
+    device = compute_device(model)
     t, h, w = (torch.arange(size)[None] for size in (grid.t, grid.h, grid.w))
-    rotation = rope(t * time_ratio, h, w, model.config.attention_head_dim).to(tokens.device)
+    rotation = rope(t * time_ratio, h, w, model.config.attention_head_dim).to(device)
     temb, modulations = modulation(model, timestep)
     x = embed(model, tokens)
-    for block, keys_values in zip(model.blocks, text.keys_values, strict=True):
+    for block, keys_values in zip(on_device(model.blocks, device), text.keys_values, strict=True):
         x, _, _ = block_forward(block, x, modulations, rotation, keys_values, text.bias, backend=backend)
-    return predict(model, x, temb)
+    return predict(model, x, temb).to(tokens)
 
 
 def proxy_context(
@@ -176,33 +192,37 @@ def proxy_context(
     window: Shape,
     centre: bool = False,
     timestep: float = 0.0,
+    backend: str | None = None,
+    states: torch.device | None = None,
 ) -> ProxyContext:
     """The proxy stream: clean proxy `tokens` (L, P) through all blocks, keeping each block's keys and values.
 
     It attends to itself, in windows no larger than its training grid, and to the text, at timestep 0. For the detail's
     queries its keys are rotated at detail coordinates: a proxy token sits at the middle of what it covers, in time at
-    the end of its group of latents or (`centre`) at its middle.
+    the end of its group of latents or (`centre`) at its middle. `states` is where hidden state, keys and values live.
     """
-    head_dim = model.config.attention_head_dim
-    _, modulations = modulation(model, torch.tensor([timestep], device=tokens.device))
-    x = embed(model, tokens)
+    head_dim, device = model.config.attention_head_dim, compute_device(model)
+    states = states or device
+    _, modulations = modulation(model, torch.tensor([timestep]))
+    x = embed_parts(model, tokens, states)
     t = torch.arange(grid.t, dtype=torch.float64) * time_ratio
     if centre:
         t[1:] -= (time_ratio - 1) / 2
     h, w = (float(ratio) * (torch.arange(size, dtype=torch.float64) + 0.5) - 0.5 for size in (grid.h, grid.w))
-    detail_rotation = rope(t[None], h[None], w[None], head_dim)[0].to(tokens.device)
+    detail_rotation = rope(t[None], h[None], w[None], head_dim)[0].to(states)
     kept: list[KeyValue] = []
-    for i, block in enumerate(model.blocks):
+    for i, block in enumerate(on_device(model.blocks, device)):
         out = torch.empty_like(x)
         keys, values = (torch.empty_like(x).unflatten(-1, (model.config.num_attention_heads, -1)) for _ in range(2))
         for group in block_layout(i, (window,), grid):
             for windows in group.split(max(1, PART // math.prod(group.shape))):
-                index = windows.indices(grid)
+                index = windows.indices(grid).to(states)
                 wt, wh, ww = windows.axes()
-                rotation = rope(wt * time_ratio, wh, ww, head_dim).to(tokens.device)
-                out[index], keys[index], values[index] = block_forward(
-                    block, x[index], modulations, rotation, text.keys_values[i], text.bias
+                rotation = rope(wt * time_ratio, wh, ww, head_dim).to(device)
+                made = block_forward(
+                    block, x[index].to(device), modulations, rotation, text.keys_values[i], text.bias, backend=backend
                 )
+                out[index], keys[index], values[index] = (m.to(states) for m in made)
         kept.append((rotate(keys[None], detail_rotation[None])[0], values))
         x = out
     return ProxyContext(grid, ratio, time_ratio, margin, kept)
@@ -219,35 +239,43 @@ def detail_forward(
     chunk: int,
     origin: Shape = (0, 0, 0),
     backend: str | None = None,
+    states: torch.device | None = None,
     on_block: Callable[[], None] | None = None,
 ) -> torch.Tensor:
-    """Velocity (L, P) of the detail `tokens` (L, P): a block is a map over windows.
+    """Velocity (L, P) of the detail `tokens` (L, P), on their device: a block is a map over windows.
 
-    `origin` places the grid in the whole video when it is only a region of it.
+    `origin` places the grid in the whole video when it is only a region of it. `states` is where the hidden state
+    lives: by default where the model computes.
 
     Windows partition the tokens and read only themselves, the cached proxy and the text, so without gradients each
     chunk of windows is written back in place and the hidden state exists once.
     """
-    head_dim = model.config.attention_head_dim
-    temb, modulations = modulation(model, torch.tensor([timestep], device=tokens.device))
-    hidden = torch.cat([embed(model, part) for part in tokens.split(PART)])
-    for i, block in enumerate(model.blocks):
+    head_dim, device = model.config.attention_head_dim, compute_device(model)
+    states = states or device
+    temb, modulations = modulation(model, torch.tensor([timestep]))
+    hidden = embed_parts(model, tokens, states)
+    for i, block in enumerate(on_device(model.blocks, device)):
         out = torch.empty_like(hidden) if torch.is_grad_enabled() else hidden
         for group in block_layout(i, shapes, grid):
             for windows in group.split(chunk):
-                index = windows.indices(grid)
+                index = windows.indices(grid).to(states)
                 placed = windows.moved(origin)
-                out[index], _, _ = block_forward(
+                made, _, _ = block_forward(
                     block,
-                    hidden[index],
+                    hidden[index].to(device),
                     modulations,
-                    rope(*placed.axes(), head_dim).to(tokens.device),
+                    rope(*placed.axes(), head_dim).to(device),
                     text.keys_values[i],
                     text.bias,
-                    proxy.aligned(i, placed) if proxy else None,
+                    proxy.aligned(i, placed, device) if proxy else None,
                     backend=backend,
                 )
+                out[index] = made.to(states)
         hidden = out
         if on_block:
             on_block()
-    return torch.cat([predict(model, part[None], temb)[0] for part in hidden.split(PART)])
+    velocity = torch.empty_like(tokens)
+    for first in range(0, len(tokens), PART):
+        part = hidden[first : first + PART]
+        velocity[first : first + PART] = predict(model, part[None].to(device), temb)[0].to(tokens)
+    return velocity

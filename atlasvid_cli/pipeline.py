@@ -99,7 +99,7 @@ def make_proxy(
         if not preview.exists():
             decode(session, path, preview, "h264", progress, "preview")
         return path
-    model = session.transformer("proxy")
+    model = session.transformer("proxy", plan.offload)
     contexts = _contexts(session, (prompt, negative_prompt), model, progress)
     store.run_directory(run_dir.parent, run_dir.name)
     state = run_dir / "proxy.state.safetensors"
@@ -117,6 +117,7 @@ def make_proxy(
             resume,
             lambda step, tensors: store.save_state(state, step, tensors, metadata["key"]),
             advance,
+            backend=session.backend,
         )
     store.save_tensors(path, {"latents": latents}, metadata)
     state.unlink(missing_ok=True)
@@ -163,7 +164,7 @@ def decode(
 
         def finished() -> Iterator[torch.Tensor]:
             index = 0
-            tile = vae_tile(session.folder, latents.shape[2], latents.shape[3])
+            tile = vae_tile(session.preset, latents.shape[2], latents.shape[3])
             for chunk in decode_stream(vae, latents, tile, spool=latents_path.parent):
                 if scale > 1:
                     chunk = F.avg_pool2d(chunk[..., : height * scale, : width * scale], scale)
@@ -209,7 +210,7 @@ def _refine_level(
     run_dir: Path,
     progress: Console,
 ) -> torch.Tensor:
-    model, proxy_model = session.detail_models()
+    model, proxy_model = session.detail_models(plan.offload)
     used = (metadata["prompt"], metadata["negative_prompt"])[: stage.passes]
     texts = _contexts(session, used, model, progress)
     proxy_texts = texts if proxy_model is model else _contexts(session, used, proxy_model, progress)
@@ -234,6 +235,8 @@ def _refine_level(
             resume,
             lambda step, tensors: store.save_state(state, step, tensors, metadata["key"]),
             advance,
+            session.backend,
+            torch.device("cpu") if plan.offload == "host" else None,
         )
 
 

@@ -1,20 +1,23 @@
 """Preset + flags -> numbers: grids, windows, steps, FLOPs, bytes, seconds. Stages take a `Plan` and never see flags."""
 
 import dataclasses
-import json
+import math
 from dataclasses import dataclass
 from fractions import Fraction
+from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from . import shapes
-from .errors import InputError, ResourceError, UsageError
-from .machine import available_ram, disk_of, gemm_rate
+from .errors import ResourceError, UsageError
+from .machine import available_ram, available_vram, compute_device, disk_of, gemm_rate
+from .memory import OFFLOADS, Memory, Offload, detail_memory, proxy_memory
 from .presets import Preset, load_preset
 from .shapes import Grid
 
 GIB = 1 << 30
 PROGRAM_BYTES = int(0.6 * GIB)  # torch, diffusers and transformers, imported, before any weight
+PROGRAM_VRAM = GIB  # the CUDA context and what its allocator cannot reuse
 DECODE_BYTES = 3 * GIB  # activations and caches of the decoder; larger frames are decoded in tiles
 # bytes a pixel and frame of a video file, on the safe side of detailed footage at the quality of `video.CODECS`
 VIDEO_BYTES = {"h264": 0.05, "hevc10": 0.05, "av1": 0.05, "prores": 0.8, "ffv1": 2.0}
@@ -40,6 +43,8 @@ class Request:
     region: tuple[int, int, int, int] | None = None
     frames: tuple[int, int] | None = None
     model_path: str | None = None
+    offload: Literal["auto"] | Offload = "auto"
+    attention_backend: str | None = None
 
 
 @dataclass(frozen=True)
@@ -119,27 +124,39 @@ class Plan:
             count *= -(-size // length)
         return count
 
-    def ram_bytes(self, stage: Stage) -> int:
-        """Memory a stage needs beside the program: weights, hidden state, latents, proxy keys and values, a chunk."""
-        size, geometry = self.preset.transformer, self.preset.geometry
-        weights = 4 * size.layers * (8 * size.dim**2 + 2 * size.dim * size.ffn) + 8 * size.dim**2 * 4
-        latent = stage.grid.tokens * size.channels * geometry.patch**2 * 4
-        hidden = stage.grid.tokens * size.dim * 4
+    def memory(self, stage: Stage, offload: Offload) -> Memory:
+        """What a stage needs beside the program."""
         if stage is self.proxy:
-            return weights + latent * 8 + stage.grid.tokens * (size.ffn + 8 * size.dim) * 4 * 2
-        below = self._below(stage)
-        kept = 2 * size.layers * below.tokens * size.dim * 4 * stage.passes
-        window = max(w[0] * w[1] * w[2] for w in self.preset.detail.windows)
-        chunk = self.chunk * window * (2 * size.ffn + 12 * size.dim) * 4
-        copies = 3 + stage.passes + (3 if self.is_region else 0)  # of a region also its noise and what surrounds it
-        return weights + hidden * 2 + latent * copies + kept + chunk
+            return proxy_memory(self.preset, stage.grid.tokens, offload, compute_device())
+        return detail_memory(
+            self.preset,
+            stage.grid,
+            self._below(stage).tokens,
+            self.chunk,
+            stage.passes,
+            3 + stage.passes + (3 if self.is_region else 0),  # of a region also its noise and what surrounds it
+            offload,
+            compute_device(),
+        )
+
+    @cached_property
+    def offload(self) -> Offload:
+        """The way to offload that was asked for, or else the least that fits the compute device."""
+        if self.request.offload != "auto":
+            return self.request.offload
+        on_cpu, free = compute_device().kind == "cpu", available_vram()
+        for offload in OFFLOADS[:-1]:
+            needed = max(self.memory(stage, offload).device for _, stage in self._own_stages())
+            if on_cpu or needed + PROGRAM_VRAM <= free:
+                return offload
+        return OFFLOADS[-1]
 
     def rows(self) -> list[dict[str, Any]]:
         """One row a stage: tokens, windows, flops, bytes, seconds (a projection from a GEMM timed just now)."""
         gemm = gemm_rate()
         rows = []
-        for name, stage in self.named_stages()[self.given_proxy :]:
-            flops = self.flops(stage)
+        for name, stage in self._own_stages():
+            flops, memory = self.flops(stage), self.memory(stage, self.offload)
             disk = stage.grid.tokens * self.preset.transformer.channels * self.preset.geometry.patch**2 * 4
             rows.append(
                 {
@@ -149,7 +166,8 @@ class Plan:
                     "windows": self.windows(stage),
                     "steps": stage.steps,
                     "flops": flops,
-                    "ram_bytes": PROGRAM_BYTES + self.ram_bytes(stage),
+                    "ram_bytes": PROGRAM_BYTES + memory.host,
+                    "vram_bytes": memory.device and PROGRAM_VRAM + memory.device,
                     "disk_bytes": disk * 2,
                     "seconds": round(flops / (gemm * EFFICIENCY), 1),
                 }
@@ -170,6 +188,10 @@ class Plan:
             "codec": self.request.codec,
         }
 
+    def _own_stages(self) -> list[tuple[str, Stage]]:
+        """The stages that this job samples."""
+        return self.named_stages()[self.given_proxy :]
+
     def named_stages(self) -> list[tuple[str, Stage]]:
         names = ["proxy", *(f"detail {i + 1}/{len(self.levels)}" for i in range(len(self.levels)))]
         return list(zip(names, (self.proxy, *self.levels), strict=True))
@@ -185,6 +207,12 @@ class Plan:
         `run_dir` takes the latents; without it they lie beside the video.
         """
         rows = self.rows()
+        tightest = max(rows, key=lambda r: r["vram_bytes"])
+        if tightest["vram_bytes"] > available_vram():
+            raise ResourceError(
+                f"the {tightest['stage']} stage needs {tightest['vram_bytes'] / GIB:.1f} GiB of GPU memory and"
+                f" {available_vram() / GIB:.1f} GiB are free; choose --offload host, a smaller --chunk or --seconds"
+            )
         worst = max(rows, key=lambda r: r["ram_bytes"])
         available = available_ram()
         if worst["ram_bytes"] > available:
@@ -221,6 +249,9 @@ class Plan:
         total = 0.0
         for window in detail.windows:
             own = [min(a, b) for a, b in zip(window, dataclasses.astuple(stage.grid), strict=True)]
+            if not detail.proxy_attention:
+                total += math.prod(own)
+                continue
             proxy = [
                 own[0] / stage.time_ratio + 1 + 2 * detail.margin[0],
                 own[1] / stage.ratio + 1 + 2 * detail.margin[1],
@@ -232,10 +263,10 @@ class Plan:
     def _decode_row(self, rate: float) -> dict[str, Any]:
         from .decode import decode_bytes, decode_flops, spool_bytes
 
-        folder = Path(self.request.model_path) if self.request.model_path else self.preset.folder
-        config = vae_config(folder)
+        config = dataclasses.asdict(self.preset.vae)
         h, w = self.target.h * self.preset.geometry.patch, self.target.w * self.preset.geometry.patch
-        tile = vae_tile(folder, h, w)
+        tile = vae_tile(self.preset, h, w)
+        decoder, on_gpu = int(1.35 * decode_bytes(config, h, w, tile)), compute_device().kind == "cuda"
         flops = decode_flops(config, h, w) * self.target.t
         latents = self.target.tokens * self.preset.transformer.channels * self.preset.geometry.patch**2 * 4
         return {
@@ -248,8 +279,9 @@ class Plan:
             # measured: the allocator keeps a third more than the tensors, and the encoder about 35 frames of 4:2:0
             "ram_bytes": PROGRAM_BYTES
             + latents
-            + int(1.35 * decode_bytes(config, h, w, tile))
+            + (0 if on_gpu else decoder)
             + int(35 * 1.5 * self.request.width * self.request.height),
+            "vram_bytes": PROGRAM_VRAM + decoder if on_gpu else 0,
             "disk_bytes": (spool_bytes(config, self.target.t, h, w) if tile else 0) + self.video_bytes,
             "seconds": round(flops / rate, 1),
         }
@@ -275,7 +307,7 @@ def make_plan(request: Request, proxy: Grid | None = None, proxy_fps: Fraction |
                 f"latents at {proxy_fps} fps cannot guide a video at {fps} fps; use --fps {proxy_fps * time_ratio}"
             )
         time_ratio = int(fps / proxy_fps)
-    base = shapes.base_grid(target, preset.proxy.base_tokens, detail.max_ratio, time_ratio)
+    base = shapes.base_grid(target, preset.proxy.base_tokens, detail.max_ratio, time_ratio, detail.ratio_steps)
     if proxy is not None:
         if proxy.t < base.t:
             raise UsageError(f"the proxy is shorter than {float(request.seconds):g} s; make a longer one")
@@ -290,7 +322,7 @@ def make_plan(request: Request, proxy: Grid | None = None, proxy_fps: Fraction |
         request.flow_shift or preset.proxy.flow_shift,
     )
     levels = []
-    for i, (grid, ratio) in enumerate(shapes.climb(base, target, detail.max_ratio)):
+    for i, (grid, ratio) in enumerate(shapes.climb(base, target, detail.max_ratio, detail.ratio_steps)):
         level = detail.first if i == 0 else detail.upper
         levels.append(
             Stage(
@@ -306,20 +338,11 @@ def make_plan(request: Request, proxy: Grid | None = None, proxy_fps: Fraction |
     return Plan(request, preset, fps, written, scale, stage_1, tuple(levels), proxy is not None)
 
 
-def vae_config(folder: Path) -> dict[str, Any]:
-    """The config of a model folder's VAE, read without loading the VAE. Raises InputError."""
-    path = folder / "vae" / "config.json"
-    try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        raise InputError(f"{path} cannot be read: give a diffusers model folder with --model-path") from None
-
-
-def vae_tile(folder: Path, h: int, w: int) -> int | None:
+def vae_tile(preset: Preset, h: int, w: int) -> int | None:
     """The tile side in latents that decoding h x w latents fits in `DECODE_BYTES` with; None for whole frames."""
     from .decode import choose_tile
 
-    return choose_tile(vae_config(folder), h, w, DECODE_BYTES)
+    return choose_tile(dataclasses.asdict(preset.vae), h, w, DECODE_BYTES)
 
 
 def _plain(value: Any) -> Any:

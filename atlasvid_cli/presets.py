@@ -25,6 +25,22 @@ class Transformer:
     heads: int
     channels: int
     text_length: int
+    text_dim: int
+
+
+@dataclass(frozen=True)
+class Vae:
+    """`AutoencoderKLWan`'s own config, as far as planning needs it; the loaded weights must agree."""
+
+    base_dim: int
+    z_dim: int
+    dim_mult: tuple[int, ...]
+    num_res_blocks: int
+    temperal_downsample: tuple[bool, ...]  # diffusers' spelling
+    is_residual: bool
+    out_channels: int
+    decoder_base_dim: int | None = None
+    patch_size: int | None = None
 
 
 @dataclass(frozen=True)
@@ -50,10 +66,16 @@ class Level:
 
 @dataclass(frozen=True)
 class Detail:
-    """Stage 2: windows in tokens (t, h, w), ratios r_s, and the sampling of its levels."""
+    """Stage 2: windows in tokens (t, h, w), ratios r_s, and the sampling of its levels.
+
+    Ratios are multiples of 1/`ratio_steps` where the grids allow. Without `proxy_attention` (training-free) windows see
+    only themselves, and what they show comes from the level below by way of the noise that they start from.
+    """
 
     min_ratio: float
-    max_ratio: int
+    max_ratio: float
+    ratio_steps: int
+    proxy_attention: bool
     windows: tuple[Shape, ...]
     margin: Shape
     proxy_window: Shape
@@ -68,7 +90,7 @@ class Detail:
 
 @dataclass(frozen=True)
 class Preset:
-    """Everything a preset file says; `folder` is where its model lies."""
+    """Everything a preset file says. `model` is a folder beside the file, or a hub id with its pinned `revision`."""
 
     name: str
     folder: Path
@@ -78,8 +100,10 @@ class Preset:
     negative_prompt: str
     geometry: Geometry
     transformer: Transformer
+    vae: Vae
     proxy: Proxy
     detail: Detail
+    revision: str | None = None
 
 
 def presets_folder() -> Path:

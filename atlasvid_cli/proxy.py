@@ -26,6 +26,7 @@ def sample_proxy(
     save: SaveState | None = None,
     on_step: Callable[[], None] | None = None,
     latents: torch.Tensor | None = None,
+    backend: str | None = None,
 ) -> torch.Tensor:
     """Latents (C, T, H, W) fp32 of the proxy. With time_ratio 1 and given `latents` this is WanPipeline's own loop."""
     grid = stage.grid
@@ -45,9 +46,9 @@ def sample_proxy(
         tokens = patchify(latents, patch)[None]
         t = timestep[None]
         with torch.no_grad():
-            velocity = clip_forward(model, tokens, grid, t, prompt, stage.time_ratio)
+            velocity = clip_forward(model, tokens, grid, t, prompt, stage.time_ratio, backend)
             if stage.guidance_scale > 1:
-                base = clip_forward(model, tokens, grid, t, negative, stage.time_ratio)
+                base = clip_forward(model, tokens, grid, t, negative, stage.time_ratio, backend)
                 velocity = base + stage.guidance_scale * (velocity - base)
         velocity = unpatchify(velocity[0], grid, patch)
         latents = scheduler.step(velocity[None], timestep, latents[None], return_dict=False)[0][0]

@@ -69,21 +69,25 @@ def sample_detail(
     resume: tuple[int, dict[str, torch.Tensor]] | None = None,
     save: SaveState | None = None,
     on_block: Callable[[], None] | None = None,
+    backend: str | None = None,
+    states: torch.device | None = None,
 ) -> torch.Tensor:
     """Latents (C, T, H, W) fp32 of a detail level above the latents `below`.
 
     `texts` holds the prompt, and with guidance the negative prompt, for (detail model, proxy model). Euler steps in
     place on the tokens: beside them live one hidden state, a velocity (two with guidance) and the proxy's keys and
-    values. With `region`, its surroundings follow the finished video: at sigma they are (1-sigma) x0 + sigma noise.
+    values, on `states` (by default where the model computes). With `region`, its surroundings follow the finished
+    video: at sigma they are (1-sigma) x0 + sigma noise.
     """
     grid = stage.grid
     below = crop_to_stage(below, stage, patch)
     _, pt, ph, pw = below.shape
-    proxies: list[ProxyContext] = []
+    proxies: list[ProxyContext | None] = []
     with torch.no_grad():
         for _, proxy_text in texts:
-            proxies.append(
-                proxy_context(
+            context = None
+            if detail.proxy_attention:
+                context = proxy_context(
                     proxy_model,
                     patchify(below, patch),
                     Grid(pt, ph // patch, pw // patch),
@@ -93,8 +97,10 @@ def sample_detail(
                     detail.margin,
                     detail.proxy_window,
                     detail.proxy_centre,
+                    backend=backend,
+                    states=states,
                 )
-            )
+            proxies.append(context)
 
     origin, end = (0, 0, 0), (grid.t, grid.h, grid.w)
     if region:
@@ -143,7 +149,9 @@ def sample_detail(
                     detail.windows,
                     chunk,
                     origin,
-                    on_block=on_block,
+                    backend,
+                    states,
+                    on_block,
                 )
                 # the second pass is the negative prompt's
                 velocity = out if velocity is None else out.lerp_(velocity, stage.guidance_scale)

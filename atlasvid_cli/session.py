@@ -1,59 +1,99 @@
 """The model of a preset, loaded part by part."""
 
+import gc
+from collections.abc import Iterable
 from typing import Any
 
 import torch
 
+from .attention import check_backend
 from .console import Console
+from .machine import available_vram, compute_device
+from .memory import Offload
+from .offload import place
 from .presets import load_preset
 from .text import encode_prompts, unknown_words
 from .weights import check_config, load_text, load_transformer, load_vae, model_folder, model_hash
 
 
 class Session:
-    """The model of a preset, loaded part by part when first needed and kept for the batch."""
+    """The model of a preset, loaded part by part when first needed and kept for the batch where it fits.
 
-    def __init__(self, preset: str, model_path: str | None = None):
+    The text encoder encodes the whole batch and is let go. On a GPU one part is in its memory at a time.
+    """
+
+    def __init__(self, preset: str, model_path: str | None = None, backend: str | None = None):
         self.preset = load_preset(preset)
+        self.backend = backend
+        if backend:
+            check_backend(backend)
         self.folder = model_folder(self.preset, model_path)
         check_config(self.folder, self.preset)
+        self.device = torch.device(compute_device().kind)
+        self.dtype = getattr(torch, compute_device().dtype)
         self._parts: dict[str, Any] = {}
+        self._hashes: dict[str, str] = {}
+        self._embeddings: dict[str, torch.Tensor] = {}
+        self._expected: list[str] = []
 
     def hash(self, stage: str) -> str:
         """Identity of the weights that make a stage's latents."""
-        lora = self.preset.proxy.lora if stage == "proxy" else self.preset.detail.lora
-        key = f"hash {stage}"
+        if stage not in self._hashes:
+            self._hashes[stage] = model_hash(self.folder, "transformer", "text_encoder", self._lora(stage))
+        return self._hashes[stage]
+
+    def transformer(self, stage: str, offload: Offload) -> Any:
+        """The model with the adapter of stage `proxy` or `detail`, on the compute device as far as `offload` says."""
+        lora = self._lora(stage)
+        key = f"transformer {lora or 'base'} {offload}"
         if key not in self._parts:
-            self._parts[key] = model_hash(self.folder, "transformer", "text_encoder", lora)
+            self._make_room("transformer")
+            self._parts[key] = place(load_transformer(self.folder, lora, stage, self.dtype), self.device, offload)
         return self._parts[key]
 
-    def transformer(self, stage: str) -> Any:
-        """The model with the adapter of stage `proxy` or `detail`."""
-        lora = self.preset.proxy.lora if stage == "proxy" else self.preset.detail.lora
-        key = f"transformer {stage}"
-        if key not in self._parts:
-            for other in [k for k in self._parts if k.startswith("transformer ")]:
-                del self._parts[other]  # one stage's weights at a time
-            self._parts[key] = load_transformer(self.folder, lora, stage)
-        return self._parts[key]
-
-    def detail_models(self) -> tuple[Any, Any]:
-        """(detail stream, proxy stream): one model where the adapter acts on both."""
-        proxy_stream = self.transformer("detail")
-        if self.preset.detail.streams == "both":
+    def detail_models(self, offload: Offload) -> tuple[Any, Any]:
+        """(detail stream, proxy stream): one model where the adapter acts on both, or where there is none."""
+        proxy_stream = self.transformer("detail", offload)
+        if self.preset.detail.streams == "both" or self.preset.detail.lora is None:
             return proxy_stream, proxy_stream
-        bare = load_transformer(self.folder)
+        bare = place(load_transformer(self.folder, dtype=self.dtype), self.device, offload)
         return bare, proxy_stream
 
     def vae(self) -> Any:
         if "vae" not in self._parts:
-            self._parts["vae"] = load_vae(self.folder)
+            self._make_room("vae")
+            self._parts["vae"] = load_vae(self.folder).to(self.device)
         return self._parts["vae"]
 
+    def expect(self, prompts: Iterable[str]) -> None:
+        """Prompts that `embeddings` will be asked for later, so that one loading of the text encoder serves all."""
+        self._expected += [p for p in prompts if p not in self._expected]
+
     def embeddings(self, prompts: tuple[str, ...], console: Console) -> list[torch.Tensor]:
-        if "text" not in self._parts:
-            self._parts["text"] = load_text(self.folder)
-        tokenizer, encoder = self._parts["text"]
+        """Embeddings (tokens, text_dim) fp32 of prompts, which are encoded together with those that are expected."""
+        if any(p not in self._embeddings for p in prompts):
+            self._encode([p for p in dict.fromkeys((*prompts, *self._expected)) if p not in self._embeddings], console)
+        return [self._embeddings[p] for p in prompts]
+
+    def _encode(self, prompts: list[str], console: Console) -> None:
+        self._make_room("text")
+        tokenizer, encoder = load_text(self.folder, self.dtype)
         for word in dict.fromkeys(w for p in prompts for w in unknown_words(p, tokenizer)):
             console.warn(f"the model of preset {self.preset.name} does not know the word {word!r} and ignores it")
-        return encode_prompts(list(prompts), tokenizer, encoder, self.preset.transformer.text_length)
+        size = sum(p.nbytes for p in encoder.parameters())
+        on_gpu = self.device.type == "cuda" and size * 1.2 < available_vram()
+        encoder = encoder.to(self.device) if on_gpu else encoder.float()  # few CPUs compute in bfloat16
+        made = encode_prompts(prompts, tokenizer, encoder, self.preset.transformer.text_length)
+        self._embeddings |= {p: e.cpu() for p, e in zip(prompts, made, strict=True)}
+
+    def _lora(self, stage: str) -> str | None:
+        return self.preset.proxy.lora if stage == "proxy" else self.preset.detail.lora
+
+    def _make_room(self, part: str) -> None:
+        """Lets go of what `part` replaces, and on a GPU of everything: 4K leaves no room for two models."""
+        for key in list(self._parts):
+            if self.device.type == "cuda" or key.startswith(part):
+                del self._parts[key]
+        if self.device.type == "cuda":
+            gc.collect()
+            torch.cuda.empty_cache()

@@ -68,25 +68,25 @@ def proxy_latent(t: int, time_ratio: int) -> int:
     return -(-t // time_ratio)
 
 
-def base_grid(target: Grid, base_tokens: int, max_ratio: int, time_ratio: int) -> Grid:
+def base_grid(target: Grid, base_tokens: int, max_ratio: float, time_ratio: int, ratio_steps: int = 2) -> Grid:
     """The grid of the global proxy of `target`: about `base_tokens` tokens a latent frame, whatever the target's size.
 
-    The target is divided by one ratio, in halves, for as many levels as keep the ratio within `max_ratio`.
+    The target is divided by one ratio, in 1/`ratio_steps`, for as many levels as keep the ratio within `max_ratio`.
     """
     reach = max(1.0, math.sqrt(target.h * target.w / base_tokens))
     count = max(1, math.ceil(math.log(reach, max_ratio) - 1e-9))
-    ratio = _round_up(reach ** (1 / count), 2)
+    ratio = _round_up(reach ** (1 / count), ratio_steps)
     return proxy_grid(target, ratio**count, time_ratio)
 
 
-def climb(proxy: Grid, target: Grid, max_ratio: int) -> list[tuple[Grid, Fraction]]:
+def climb(proxy: Grid, target: Grid, max_ratio: float, ratio_steps: int = 2) -> list[tuple[Grid, Fraction]]:
     """The detail levels [(grid, ratio to the level below)] from `proxy` to `target`: fewest levels, one ratio.
 
-    The ratio is rounded up to halves where that crops at most a fifteenth of the proxy away, else to sixteenths.
+    The ratio is rounded up to 1/`ratio_steps` where that crops at most a fifteenth of the proxy away, else to 1/16.
     """
     reach = max(1.0, target.h / proxy.h, target.w / proxy.w)
     count = max(1, math.ceil(math.log(reach, max_ratio) - 1e-9))
-    ratio = _round_up(reach ** (1 / count), 2)
+    ratio = _round_up(reach ** (1 / count), ratio_steps)
     if reach < float(ratio) ** count * 14 / 15:
         ratio = _round_up(reach ** (1 / count), 16)
     while True:

@@ -1,27 +1,65 @@
-"""Loads the parts of a diffusers model folder, in fp32, each alone; adapters are merged into their own copy."""
+"""Loads the parts of a diffusers model folder, each alone; adapters are merged into their own copy of the weights."""
 
+import dataclasses
 import hashlib
 import json
+import re
+from functools import cache, partial
 from pathlib import Path
+from typing import Any
 
 import torch
 from diffusers import AutoencoderKLWan, UniPCMultistepScheduler, WanTransformer3DModel
-from safetensors import safe_open
+from huggingface_hub import snapshot_download
+from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OfflineModeIsEnabled
+from safetensors import SafetensorError, safe_open
 from transformers import AutoTokenizer, PreTrainedTokenizerBase, UMT5EncoderModel
 from transformers.utils.logging import disable_progress_bar
 
-from .errors import InputError
+from .errors import InputError, one_line
 from .presets import Preset
 
 disable_progress_bar()  # ours are the only bars on stderr
 
 
 def model_folder(preset: Preset, model_path: str | None) -> Path:
-    """The folder that holds the weights; raises InputError where it is not a diffusers folder."""
-    folder = Path(model_path) if model_path else preset.folder
-    if not (folder / "model_index.json").is_file():
-        raise InputError(f"{folder} is not a diffusers model folder (no model_index.json); give one with --model-path")
-    return folder
+    """The diffusers folder with the weights: a local one, or a snapshot of a hub repository (`id` or `id@revision`).
+
+    A snapshot that is in the hub's cache is used without asking the network. Raises InputError where there is none.
+    """
+    named = model_path or preset.model
+    folder = Path(named) if model_path else preset.folder
+    if folder.is_dir():
+        if not (folder / "model_index.json").is_file():
+            raise InputError(
+                f"{folder} is not a diffusers model folder (no model_index.json); give another --model-path"
+            )
+        return folder
+    if not re.fullmatch(r"[\w.-]+/[\w.-]+(@[\w.-]+)?", named):
+        raise InputError(f"{folder} does not exist; give --model-path a diffusers folder or a hub id")
+    name, _, revision = named.partition("@")
+    revision = revision or (preset.revision if name == preset.model else None) or "main"
+    fetch = partial(snapshot_download, name, revision=revision, allow_patterns=["*.json", "*.safetensors", "*.model"])
+    try:
+        return Path(fetch(local_files_only=True))
+    except (HFValidationError, LocalEntryNotFoundError):
+        pass
+    try:
+        return Path(fetch())
+    except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OfflineModeIsEnabled, OSError):
+        raise InputError(
+            f"the weights {name} (revision {revision}) are not in the hub cache and cannot be fetched; run"
+            f" `hf download {name} --revision {revision}` where there is a network, or give a folder by --model-path"
+        ) from None
+
+
+@cache
+def _file_digest(path: Path, size: int, modified: int) -> str:
+    """sha256 of a file. The hub's cache names large files by it, so that gigabytes need not be read."""
+    if re.fullmatch(r"[0-9a-f]{64}", path.name):
+        return path.name
+    with path.open("rb") as data:
+        return hashlib.file_digest(data, "sha256").hexdigest()
 
 
 def model_hash(folder: Path, *names: str | None) -> str:
@@ -33,28 +71,46 @@ def model_hash(folder: Path, *names: str | None) -> str:
         for file in files:
             if not file.is_file():
                 raise InputError(f"{file} does not exist: mend the preset's lora, or give another --model-path")
-            with file.open("rb") as data:
-                digest.update(hashlib.file_digest(data, "sha256").digest())
+            real = file.resolve()
+            digest.update(bytes.fromhex(_file_digest(real, real.stat().st_size, real.stat().st_mtime_ns)))
     return digest.hexdigest()[:16]
 
 
 def check_config(folder: Path, preset: Preset) -> None:
-    """Raises InputError where the transformer in `folder` is not the one that the preset plans with."""
+    """Raises InputError where the transformer or VAE in `folder` is not the one that the preset plans with."""
+    config = _config(folder, "transformer")
+    heads = config.get("num_attention_heads", 0)
+    found = {
+        "dim": heads * config.get("attention_head_dim", 0),
+        "ffn": config.get("ffn_dim"),
+        "layers": config.get("num_layers"),
+        "heads": heads,
+        "channels": config.get("in_channels"),
+        "text_dim": config.get("text_dim"),
+    }
+    _check_same("transformer", found, preset.transformer, folder, preset)
+    config = _config(folder, "vae")
+    defaults = {"is_residual": False, "out_channels": 3, "patch_size": None}
+    found = {f.name: config.get(f.name, defaults.get(f.name)) for f in dataclasses.fields(preset.vae)}
+    found["decoder_base_dim"] = found["decoder_base_dim"] or found["base_dim"]
+    wanted = dataclasses.replace(preset.vae, decoder_base_dim=preset.vae.decoder_base_dim or preset.vae.base_dim)
+    _check_same("vae", found, wanted, folder, preset)
+
+
+def _config(folder: Path, part: str) -> dict[str, Any]:
     try:
-        config = json.loads((folder / "transformer" / "config.json").read_text(encoding="utf-8"))
-        found = {
-            "dim": config["num_attention_heads"] * config["attention_head_dim"],
-            "ffn": config["ffn_dim"],
-            "layers": config["num_layers"],
-            "heads": config["num_attention_heads"],
-            "channels": config["in_channels"],
-        }
-    except (OSError, ValueError, KeyError):
-        raise InputError(f"{folder} holds no readable transformer/config.json; give a diffusers model folder") from None
+        return json.loads((folder / part / "config.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        raise InputError(f"{folder} holds no readable {part}/config.json; give a diffusers model folder") from None
+
+
+def _check_same(part: str, found: dict[str, Any], wanted: Any, folder: Path, preset: Preset) -> None:
     for name, value in found.items():
-        if value != getattr(preset.transformer, name):
-            expected = getattr(preset.transformer, name)
-            raise InputError(f"{folder} has {name} = {value} and preset {preset.name} says {expected}; use its preset")
+        expected = getattr(wanted, name)
+        if (tuple(value) if isinstance(value, list) else value) != expected:
+            raise InputError(
+                f"the {part} in {folder} has {name} = {value} and preset {preset.name} says {expected}; use its preset"
+            )
 
 
 def check_adapter(folder: Path, lora: str, stage: str) -> None:
@@ -69,30 +125,49 @@ def check_adapter(folder: Path, lora: str, stage: str) -> None:
             )
 
 
-def load_transformer(folder: Path, lora: str | None = None, stage: str = "") -> WanTransformer3DModel:
+def load_transformer(
+    folder: Path, lora: str | None = None, stage: str = "", dtype: torch.dtype = torch.float32
+) -> WanTransformer3DModel:
     """The transformer, with the adapter `lora` of a stage (a file in the folder) merged into this copy of the weights.
 
-    InputError where the adapter says that it is for another stage or base.
+    InputError where the adapter says that it is for another stage or base, or where weights are missing or unknown.
     """
     if lora:
         check_adapter(folder, lora, stage)
-    model = WanTransformer3DModel.from_pretrained(folder / "transformer", torch_dtype=torch.float32)
+    model = _load(WanTransformer3DModel, folder, "transformer", dtype)
     if lora:
         model.load_lora_adapter(folder / lora, prefix="transformer")
         model.fuse_lora()
         model.unload_lora()
-    return model.eval().requires_grad_(False)
+    return model
 
 
 def load_vae(folder: Path) -> AutoencoderKLWan:
-    vae = AutoencoderKLWan.from_pretrained(folder / "vae", torch_dtype=torch.float32)
-    return vae.eval().requires_grad_(False)
+    """The VAE, always in fp32: what it loses in bfloat16 shows in gradients."""
+    return _load(AutoencoderKLWan, folder, "vae", torch.float32)
 
 
-def load_text(folder: Path) -> tuple[PreTrainedTokenizerBase, UMT5EncoderModel]:
-    encoder = UMT5EncoderModel.from_pretrained(folder / "text_encoder", torch_dtype=torch.float32)
+def load_text(folder: Path, dtype: torch.dtype = torch.float32) -> tuple[PreTrainedTokenizerBase, UMT5EncoderModel]:
+    encoder = UMT5EncoderModel.from_pretrained(folder / "text_encoder", torch_dtype=dtype)
     return AutoTokenizer.from_pretrained(folder / "tokenizer"), encoder.eval().requires_grad_(False)
 
 
 def load_scheduler(folder: Path, flow_shift: float) -> UniPCMultistepScheduler:
     return UniPCMultistepScheduler.from_pretrained(folder / "scheduler", flow_shift=flow_shift)
+
+
+def _load(kind: Any, folder: Path, part: str, dtype: torch.dtype) -> Any:
+    """A part of a diffusers folder, from safetensors alone; diffusers itself only warns of keys that do not match."""
+    try:
+        model, found = kind.from_pretrained(
+            folder / part, torch_dtype=dtype, use_safetensors=True, output_loading_info=True
+        )
+    except (OSError, ValueError, SafetensorError) as error:
+        raise InputError(f"the {part} in {folder} cannot be read ({one_line(str(error))}); fetch it again") from None
+    for what in ("missing_keys", "unexpected_keys", "mismatched_keys"):
+        if keys := sorted(str(k) for k in found[what]):
+            shown = ", ".join(keys[:3]) + (f" and {len(keys) - 3} more" if len(keys) > 3 else "")
+            raise InputError(
+                f"the {part} in {folder} has {what.replace('_', ' ')}: {shown}; fetch it again, or use its preset"
+            )
+    return model.eval().requires_grad_(False)

@@ -1,0 +1,81 @@
+"""Bytes that a sampling stage needs, from shapes alone, for each way to offload (DESIGN §4).
+
+Latents are fp32 in host memory; weights, hidden state, keys and values have the device's dtype, and norms compute in
+fp32.
+"""
+
+from dataclasses import dataclass
+from typing import Literal
+
+from .machine import Device
+from .presets import Preset
+from .shapes import Grid
+
+# Where weights and states live, from fastest to smallest. none: all on the compute device; block: the blocks' weights
+# in host memory; host: hidden state and the proxy's keys and values there too.
+Offload = Literal["none", "block", "host"]
+OFFLOADS: tuple[Offload, ...] = ("none", "block", "host")
+
+
+@dataclass(frozen=True)
+class Memory:
+    """Bytes of the GPU's memory (0 where the CPU computes) and of host memory."""
+
+    device: int
+    host: int
+
+
+def proxy_memory(preset: Preset, tokens: int, offload: Offload, device: Device) -> Memory:
+    """Stage 1: under full attention every token is in the block at once, so its states are never offloaded."""
+    latents = 8 * tokens * _patch_values(preset) * 4  # the sample and a multistep scheduler's history
+    return _placed(preset, device, offload, states=0, working=tokens * _block_bytes(preset, device), latents=latents)
+
+
+def detail_memory(
+    preset: Preset,
+    grid: Grid,
+    proxy_tokens: int,
+    chunk: int,
+    passes: int,
+    latent_copies: int,
+    offload: Offload,
+    device: Device,
+) -> Memory:
+    """A detail level of `grid`, `chunk` windows at a time, above `proxy_tokens` tokens."""
+    size, detail = preset.transformer, preset.detail
+    a_token = size.dim * device.bytes_per_value
+    kept = 2 * size.layers * proxy_tokens * a_token * passes if detail.proxy_attention else 0
+    window = max(min(grid.t, t) * min(grid.h, h) * min(grid.w, w) for t, h, w in detail.windows)
+    return _placed(
+        preset,
+        device,
+        offload,
+        states=grid.tokens * a_token + kept,
+        working=chunk * window * _block_bytes(preset, device),
+        latents=latent_copies * grid.tokens * _patch_values(preset) * 4,
+    )
+
+
+def _placed(preset: Preset, device: Device, offload: Offload, states: int, working: int, latents: int) -> Memory:
+    size, width = preset.transformer, device.bytes_per_value
+    block = (8 * size.dim**2 + 2 * size.dim * size.ffn) * width
+    rest = size.dim * (8 * size.dim + size.text_dim + 2 * _patch_values(preset)) * width
+    blocks = size.layers * block
+    if device.kind == "cpu":
+        return Memory(0, blocks + rest + states + working + latents)
+    if offload == "none":
+        return Memory(blocks + rest + states + working, latents)
+    loaded = 2 * block  # the one that computes and the one on its way
+    if offload == "block":
+        return Memory(loaded + rest + states + working, blocks + latents)
+    return Memory(loaded + rest + working, blocks + states + latents)
+
+
+def _patch_values(preset: Preset) -> int:
+    return preset.transformer.channels * preset.geometry.patch**2
+
+
+def _block_bytes(preset: Preset, device: Device) -> int:
+    """Activations of a block, a token: the widened feed-forward layer twice, a dozen hidden states, some in fp32."""
+    size, width = preset.transformer, device.bytes_per_value
+    return 2 * size.ffn * width + 6 * size.dim * (width + 4)
