@@ -5,7 +5,7 @@ A file's `key` is the hash of all that decides its values: plan, prompts, weight
 
 from fractions import Fraction
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 
@@ -14,7 +14,6 @@ from .errors import InputError
 from .plan import Plan, Stage
 from .refine import Region
 from .session import Session
-from .weights import model_hash
 
 FORMAT = "atlasvid-latents/1"
 
@@ -25,7 +24,7 @@ def job_hash(session: Session, plan: Plan, prompt: str, negative_prompt: str) ->
         {
             **plan.key(),
             "prompts": [prompt, negative_prompt],
-            "models": [session.hash("proxy"), session.hash("detail"), model_hash(session.folder, "vae")],
+            "models": [session.hash("proxy"), session.hash("detail"), session.vae_hash],
             "codec": plan.request.codec,
         }
     )
@@ -44,14 +43,19 @@ def result_key(session: Session, plan: Plan, proxy_path: Path, run_dir: Path) ->
     return metadata["key"]
 
 
-def read_latents(path: Path, session: Session) -> tuple[torch.Tensor, dict[str, str]]:
-    """Latents (C, T, H, W) fp32 of a file of ours and its metadata; refuses those of another model."""
+def read_latents(
+    path: Path, session: Session, bound_to: Literal["model", "vae"] = "model"
+) -> tuple[torch.Tensor, dict[str, str]]:
+    """Latents (C, T, H, W) fp32 of a file of ours and its metadata; refuses those of another model.
+
+    To be decoded they need only be of the same VAE.
+    """
     tensors, metadata = store.open_tensors(
         path, {"latents": ("F32", (session.preset.transformer.channels, None, None, None))}
     )
     store.check_artefact(metadata, {"format": FORMAT, "preset": session.preset.name}, path)
-    expected = session.hash(metadata["kind"])
-    store.check_artefact(metadata, {"model": expected}, path)
+    expected = session.vae_hash if bound_to == "vae" else session.hash(metadata["kind"])
+    store.check_artefact(metadata, {bound_to: expected}, path)
     return tensors["latents"], metadata
 
 
@@ -87,6 +91,8 @@ def stage_metadata(
         "version": __version__,
         "preset": session.preset.name,
         "model": model,
+        "vae": session.vae_hash,
+        "attention": session.backend or "native",
         "prompt": prompt,
         "negative_prompt": negative,
         "seed": str(plan.request.seed),

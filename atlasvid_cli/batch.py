@@ -64,7 +64,7 @@ def run_batch(
     from .session import Session
     from .store import artefact_hash, lock, run_directory
 
-    session = Session(request.preset, request.model_path, request.attention_backend)
+    session = Session(request.preset, request.model_path, request.attention_backend, request.loras, request.strict)
     standard = session.preset.negative_prompt
     negatives = [standard if item.negative_prompt is None else item.negative_prompt for item in items]
     session.expect([*(item.prompt for item in items), *negatives])
@@ -139,28 +139,40 @@ def check_writable(target: Path) -> None:
         raise ResourceError(f"{target.parent} cannot be written ({error.strerror}); choose another --output") from None
 
 
+def short(flops: float) -> str:
+    """FLOPs with a metric prefix, in three digits: 15.2 T."""
+    for prefix in ("G", "T", "P"):
+        flops, unit = flops / (1e9 if prefix == "G" else 1e3), prefix
+        if flops < 1000:
+            break
+    return f"{flops:.3g} {unit}" if flops < 1000 else f"{flops:,.0f} {unit}"
+
+
 def show_plan(plan: "Plan", console: "Console", only: bool) -> bool:
     """With `only` (--dry-run) prints the plan as a table and returns True."""
     if not only:
         return False
+    from .console import duration
+
     rows = plan.rows()
     total = sum(r["seconds"] for r in rows)
+    on_gpu = any(r["vram_bytes"] for r in rows)
     shown = [
         {
             "stage": r["stage"],
             "grid": r["grid"],
             "tokens": f"{r['tokens']:,}",
-            "windows": f"{r['windows']:,}",
             "steps": r["steps"],
-            "TFLOP": f"{r['flops'] / 1e12:.2f}",
+            "FLOP": short(r["flops"]),
+            **({"VRAM GiB": f"{r['vram_bytes'] / 2**30:.2f}"} if on_gpu else {}),
             "RAM GiB": f"{r['ram_bytes'] / 2**30:.2f}",
             "disk GiB": f"{r['disk_bytes'] / 2**30:.2f}",
-            "sec": f"{r['seconds']:.0f}",
+            "time": duration(r["seconds"]),
         }
         for r in rows
     ]
     summary = plan.summary
     title = f"{summary['size']} x {summary['seconds']:g} s, {summary['frames']} frames, preset {summary['preset']}"
-    console.table(f"{title}: about {total / 60:.1f} min", shown)
+    console.table(f"{title}: about {duration(total)}", shown)
     console.emit({**plan.to_json(), "rows": rows}, re.sub(r"\s+", " ", title)) if console.json_lines else None
     return True

@@ -5,14 +5,14 @@ import signal
 import sys
 import traceback
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, NoReturn
+from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 
 import typer
 
 from . import options as opt
 from .batch import check_writable, keep_foreign, proxy_one, render_one, run_batch, show_plan, with_suffix
 from .errors import ExitCode, UsageError, explain, one_line
-from .parse import check_finite, parse_frames, parse_region, parse_resolution, parse_seconds, parse_shard
+from .parse import check_finite, parse_frames, parse_lora, parse_region, parse_resolution, parse_seconds, parse_shard
 from .prompts import Item, read_prompts, select, single, slug
 
 if TYPE_CHECKING:
@@ -41,6 +41,10 @@ def render(
     negative_prompt: opt.Negative = None,
     preset: opt.PresetName = "tiny",
     model_path: opt.ModelPath = None,
+    lora: opt.Loras = None,
+    strict: opt.Strict = False,
+    attention_backend: opt.Backend = None,
+    offload: opt.OffloadMode = None,
     chunk: opt.Chunk = None,
     codec: opt.CodecName = "h264",
     output: opt.Output = None,
@@ -52,7 +56,23 @@ def render(
     debug: opt.Debug = False,
 ) -> None:
     """Make a video from a prompt (or many, with --prompt-file): proxy, detail, decode."""
-    request = _request(res, seconds, fps, seed, steps, guidance_scale, flow_shift, preset, model_path, chunk, codec)
+    request = _request(
+        res,
+        seconds,
+        preset,
+        lora,
+        fps=fps,
+        seed=seed,
+        steps=steps,
+        guidance_scale=guidance_scale,
+        flow_shift=flow_shift,
+        chunk=chunk,
+        codec=codec,
+        model_path=model_path,
+        offload=offload,
+        attention_backend=attention_backend,
+        strict=strict,
+    )
     console = _console(as_json)
     items = _items(prompt, prompt_file, shard, negative_prompt, seed)
     if prompt_file and run_dir:
@@ -73,6 +93,10 @@ def proxy(
     negative_prompt: opt.Negative = None,
     preset: opt.PresetName = "tiny",
     model_path: opt.ModelPath = None,
+    lora: opt.Loras = None,
+    strict: opt.Strict = False,
+    attention_backend: opt.Backend = None,
+    offload: opt.OffloadMode = None,
     output: opt.Output = None,
     prompt_file: opt.PromptFile = None,
     shard: opt.Shard = None,
@@ -81,7 +105,21 @@ def proxy(
     debug: opt.Debug = False,
 ) -> None:
     """Stage 1 only: the proxy of a video of the given size and length, saved as latents for refine."""
-    request = _request(res, seconds, fps, seed, steps, guidance_scale, flow_shift, preset, model_path)
+    request = _request(
+        res,
+        seconds,
+        preset,
+        lora,
+        fps=fps,
+        seed=seed,
+        steps=steps,
+        guidance_scale=guidance_scale,
+        flow_shift=flow_shift,
+        model_path=model_path,
+        offload=offload,
+        attention_backend=attention_backend,
+        strict=strict,
+    )
     console = _console(as_json)
     items = _items(prompt, prompt_file, shard, negative_prompt, seed)
     run_batch(items, request, output, None, console, bool(prompt_file), dry_run, proxy_one, ".safetensors")
@@ -102,6 +140,10 @@ def refine(
     fps: opt.Fps = None,
     preset: opt.SavedPreset = None,
     model_path: opt.ModelPath = None,
+    lora: opt.Loras = None,
+    strict: opt.Strict = False,
+    attention_backend: opt.Backend = None,
+    offload: opt.OffloadMode = None,
     chunk: opt.Chunk = None,
     codec: opt.CodecName = "h264",
     output: opt.Output = None,
@@ -131,6 +173,10 @@ def refine(
         region=box,
         frames=span,
         model_path=model_path,
+        offload=offload,
+        attention_backend=attention_backend,
+        loras=tuple(map(parse_lora, lora or ())),
+        strict=strict,
         preset=preset or known["preset"],
         seconds=known["seconds"],
         fps=fps or known["fps"],
@@ -141,7 +187,7 @@ def refine(
     target = with_suffix(output or latents.with_name(f"{latents.stem}-{width}x{height}{own_seed}{part}"), codec)
     check_target(target, codec, width, height)
     make_plan(request)  # usage errors first
-    session = Session(request.preset, model_path)
+    session = Session(request.preset, model_path, attention_backend, request.loras, strict)
     plan = pipeline.plan_from_proxy(latents, request, session)
     if span and span[1] > plan.frames:
         raise UsageError(f"--frames {frames} ends after the video's {plan.frames} frames; end it there")
@@ -194,12 +240,23 @@ def plan(
     guidance_scale: opt.Guidance = None,
     preset: opt.PresetName = "tiny",
     chunk: opt.Chunk = None,
+    offload: opt.OffloadMode = None,
     codec: opt.CodecName = "h264",
     as_json: opt.Json = False,
     debug: opt.Debug = False,
 ) -> None:
     """What a render would take: tokens, windows, FLOPs, memory, disk and time. Nothing is loaded."""
-    request = _request(res, seconds, fps, 0, steps, guidance_scale, None, preset, None, chunk, codec)
+    request = _request(
+        res,
+        seconds,
+        preset,
+        fps=fps,
+        steps=steps,
+        guidance_scale=guidance_scale,
+        chunk=chunk,
+        codec=codec,
+        offload=offload,
+    )
     from .plan import make_plan
 
     resolved = make_plan(request)
@@ -296,44 +353,17 @@ def _console(json_lines: bool) -> "Console":
     return Console(json_lines=json_lines)
 
 
-def _request(
-    res: str,
-    seconds: str,
-    fps: int | None,
-    seed: int,
-    steps: int | None,
-    guidance_scale: float | None,
-    flow_shift: float | None,
-    preset: str,
-    model_path: str | None,
-    chunk: int | None = None,
-    codec: str = "h264",
-) -> "Request":
+def _request(res: str, seconds: str, preset: str, loras: list[str] | None = None, **fields: Any) -> "Request":
+    """A Request from flags; `fields` are those of its fields that need no parsing."""
     width, height = parse_resolution(res)
     length = parse_seconds(seconds)
-    check_finite("--guidance-scale", guidance_scale, 0)
-    check_finite("--flow-shift", flow_shift, 0)
+    check_finite("--guidance-scale", fields.get("guidance_scale"), 0)
+    check_finite("--flow-shift", fields.get("flow_shift"), 0)
     from .plan import Request
     from .video import suffix_for
 
-    suffix_for(codec)  # an unknown codec is said before anything else
-
-    return Request(
-        preset,
-        width,
-        height,
-        length,
-        fps,
-        seed,
-        steps,
-        guidance_scale,
-        flow_shift,
-        chunk,
-        codec,
-        None,
-        None,
-        model_path,
-    )
+    suffix_for(fields.get("codec", "h264"))  # an unknown codec is said before anything else
+    return Request(preset, width, height, length, loras=tuple(map(parse_lora, loras or ())), **fields)
 
 
 def _items(

@@ -20,13 +20,15 @@ PLAIN_INTERVAL_S = 10.0
 
 
 def duration(seconds: float) -> str:
-    """Seconds as "42 s", "3 min 05 s" or "2 h 05 min"."""
+    """Seconds as "42 s", "3 min 05 s", "2 h 05 min" or "12 days"."""
     whole = max(0, round(seconds))
     if whole < 60:
         return f"{whole} s"
     if whole < 3600:
         return f"{whole // 60} min {whole % 60:02} s"
-    return f"{whole // 3600} h {whole % 3600 // 60:02} min"
+    if whole < 48 * 3600:
+        return f"{whole // 3600} h {whole % 3600 // 60:02} min"
+    return f"{whole // 86400:,} days"
 
 
 def remaining(elapsed_s: float, done: float, total: float) -> str:
@@ -69,6 +71,10 @@ class Console:
             # an open file; SystemExit, so that a batch's `except Exception` does not go on.
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
             raise SystemExit(ExitCode.RENDER) from None
+
+    def note(self, text: str) -> None:
+        """Prints a line on stderr, above any bars."""
+        self._say(one_line(text))
 
     def warn(self, text: str) -> None:
         """Prints a warning on stderr, above any bars."""

@@ -5,6 +5,8 @@ from typing import Annotated
 
 import typer
 
+from .memory import Offload
+
 Res = Annotated[str, typer.Option("--res", help="Size in pixels: 3840x2160, 3840*2160, 4k, 1080p, 720p ...")]
 Seconds = Annotated[str, typer.Option("--seconds", help="Length in seconds; exactly seconds * fps frames are written.")]
 Fps = Annotated[int | None, typer.Option("--fps", min=1, max=120, help="Frames a second [default: the preset's].")]
@@ -18,6 +20,19 @@ PresetName = Annotated[str, typer.Option("--preset", help="A preset by name, or 
 SavedPreset = Annotated[str | None, typer.Option("--preset", help="Preset [default: the one the file names].")]
 ModelPath = Annotated[
     str | None, typer.Option("--model-path", help="Model folder in diffusers layout instead of the preset's.")
+]
+Loras = Annotated[
+    list[str] | None,
+    typer.Option("--lora", metavar="PATH[:WEIGHT]", help="A LoRA for both stages; repeat for several."),
+]
+Strict = Annotated[bool, typer.Option("--strict", help="Refuse a LoRA of which any key fits no layer.")]
+Backend = Annotated[
+    str | None,
+    typer.Option("--attention-backend", help="flash, _flash_3_hub, sage, xformers ... [default: PyTorch's]."),
+]
+OffloadMode = Annotated[
+    Offload | None,
+    typer.Option("--offload", help="What leaves GPU memory: none, block (weights), host (all) [default: what fits]."),
 ]
 Chunk = Annotated[int | None, typer.Option("--chunk", min=1, help="Windows computed at a time; bounds memory.")]
 CodecName = Annotated[str, typer.Option("--codec", help="h264 (8 bit), hevc10, av1, prores or ffv1 (10 bit).")]

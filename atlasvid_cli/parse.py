@@ -2,7 +2,9 @@
 
 import math
 import re
+from dataclasses import dataclass
 from fractions import Fraction
+from pathlib import Path
 
 from .errors import UsageError
 
@@ -20,6 +22,24 @@ RESOLUTIONS = {
 MIN_SIDE_PX = 16
 MAX_SIDE_PX = 16384
 MAX_SECONDS = 600
+
+
+@dataclass(frozen=True)
+class Lora:
+    """A LoRA file and the weight that it is merged with."""
+
+    path: Path
+    weight: float = 1.0
+
+
+def parse_lora(text: str) -> Lora:
+    """ "style.safetensors" or "style.safetensors:0.8"."""
+    path, colon, weight = text.rpartition(":")
+    if not colon or not re.fullmatch(r"-?\d*\.?\d+", weight, re.ASCII):
+        path, weight = text, "1"
+    if not Path(path).is_file():
+        raise UsageError(f"--lora {text!r} names no file: give a path, or a path and a weight (style.safetensors:0.8)")
+    return Lora(Path(path), float(weight))
 
 
 def parse_resolution(text: str) -> tuple[int, int]:

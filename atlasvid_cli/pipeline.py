@@ -99,7 +99,7 @@ def make_proxy(
         if not preview.exists():
             decode(session, path, preview, "h264", progress, "preview")
         return path
-    model = session.transformer("proxy", plan.offload)
+    model = session.transformer("proxy", plan.offload, progress)
     contexts = _contexts(session, (prompt, negative_prompt), model, progress)
     store.run_directory(run_dir.parent, run_dir.name)
     state = run_dir / "proxy.state.safetensors"
@@ -153,7 +153,7 @@ def decode(
     session: Session, latents_path: Path, output: Path, codec: str, progress: Console, stage: str = "decode"
 ) -> Path:
     """Saved latents -> video file and a contact sheet beside it, streamed; no sampling."""
-    latents, metadata = read_latents(latents_path, session)
+    latents, metadata = read_latents(latents_path, session, "vae")
     output = output if output.suffix else output.with_suffix(suffix_for(codec))
     vae = session.vae()
     width, height, scale = int(metadata["width"]), int(metadata["height"]), int(metadata["scale"])
@@ -210,7 +210,7 @@ def _refine_level(
     run_dir: Path,
     progress: Console,
 ) -> torch.Tensor:
-    model, proxy_model = session.detail_models(plan.offload)
+    model, proxy_model = session.detail_models(plan.offload, progress)
     used = (metadata["prompt"], metadata["negative_prompt"])[: stage.passes]
     texts = _contexts(session, used, model, progress)
     proxy_texts = texts if proxy_model is model else _contexts(session, used, proxy_model, progress)

@@ -6,19 +6,19 @@ from dataclasses import dataclass
 from fractions import Fraction
 from functools import cached_property
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 from . import shapes
 from .errors import ResourceError, UsageError
 from .machine import available_ram, available_vram, compute_device, disk_of, gemm_rate
 from .memory import OFFLOADS, Memory, Offload, detail_memory, proxy_memory
+from .parse import Lora
 from .presets import Preset, load_preset
 from .shapes import Grid
 
 GIB = 1 << 30
 PROGRAM_BYTES = int(0.6 * GIB)  # torch, diffusers and transformers, imported, before any weight
 PROGRAM_VRAM = GIB  # the CUDA context and what its allocator cannot reuse
-DECODE_BYTES = 3 * GIB  # activations and caches of the decoder; larger frames are decoded in tiles
 # bytes a pixel and frame of a video file, on the safe side of detailed footage at the quality of `video.CODECS`
 VIDEO_BYTES = {"h264": 0.05, "hevc10": 0.05, "av1": 0.05, "prores": 0.8, "ffv1": 2.0}
 # parts of a big GEMM's rate that denoising, and decoding beside the encoder, reach on two cores, see docs/LOG.md
@@ -43,8 +43,10 @@ class Request:
     region: tuple[int, int, int, int] | None = None
     frames: tuple[int, int] | None = None
     model_path: str | None = None
-    offload: Literal["auto"] | Offload = "auto"
+    offload: Offload | None = None
     attention_backend: str | None = None
+    loras: tuple[Lora, ...] = ()
+    strict: bool = False
 
 
 @dataclass(frozen=True)
@@ -142,7 +144,7 @@ class Plan:
     @cached_property
     def offload(self) -> Offload:
         """The way to offload that was asked for, or else the least that fits the compute device."""
-        if self.request.offload != "auto":
+        if self.request.offload:
             return self.request.offload
         on_cpu, free = compute_device().kind == "cpu", available_vram()
         for offload in OFFLOADS[:-1]:
@@ -339,10 +341,10 @@ def make_plan(request: Request, proxy: Grid | None = None, proxy_fps: Fraction |
 
 
 def vae_tile(preset: Preset, h: int, w: int) -> int | None:
-    """The tile side in latents that decoding h x w latents fits in `DECODE_BYTES` with; None for whole frames."""
+    """The tile side in latents with which decoding h x w latents fits in `decode_gib`; None for whole frames."""
     from .decode import choose_tile
 
-    return choose_tile(dataclasses.asdict(preset.vae), h, w, DECODE_BYTES)
+    return choose_tile(dataclasses.asdict(preset.vae), h, w, int(preset.decode_gib * GIB))
 
 
 def _plain(value: Any) -> Any:

@@ -97,6 +97,7 @@ class Preset:
     description: str
     model: str
     fps: int
+    decode_gib: float
     negative_prompt: str
     geometry: Geometry
     transformer: Transformer

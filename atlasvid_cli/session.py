@@ -1,19 +1,31 @@
 """The model of a preset, loaded part by part."""
 
 import gc
+import hashlib
 from collections.abc import Iterable
+from pathlib import Path
 from typing import Any
 
 import torch
 
 from .attention import check_backend
 from .console import Console
+from .lora import check_lora, merge_lora
 from .machine import available_vram, compute_device
 from .memory import Offload
 from .offload import place
+from .parse import Lora
 from .presets import load_preset
 from .text import encode_prompts, unknown_words
 from .weights import check_config, load_text, load_transformer, load_vae, model_folder, model_hash
+
+# What a stage costs without an adapter of its own, as stock weights have none.
+UNTRAINED = {
+    "proxy": "preset {preset} has no proxy adapter: beyond the length that its model was trained on, motion may repeat"
+    " or stand still",
+    "detail": "preset {preset} has no detail adapter: detail follows the proxy only through what it starts from, so"
+    " fine structure may drift or repeat",
+}
 
 
 class Session:
@@ -22,42 +34,71 @@ class Session:
     The text encoder encodes the whole batch and is let go. On a GPU one part is in its memory at a time.
     """
 
-    def __init__(self, preset: str, model_path: str | None = None, backend: str | None = None):
+    def __init__(
+        self,
+        preset: str,
+        model_path: str | None = None,
+        backend: str | None = None,
+        loras: tuple[Lora, ...] = (),
+        strict: bool = False,
+    ):
         self.preset = load_preset(preset)
-        self.backend = backend
+        self.backend, self.loras, self.strict = backend, loras, strict
         if backend:
             check_backend(backend)
+        for lora in loras:
+            check_lora(lora.path)
         self.folder = model_folder(self.preset, model_path)
         check_config(self.folder, self.preset)
         self.device = torch.device(compute_device().kind)
         self.dtype = getattr(torch, compute_device().dtype)
         self._parts: dict[str, Any] = {}
         self._hashes: dict[str, str] = {}
+        self._warned: set[str] = set()
         self._embeddings: dict[str, torch.Tensor] = {}
         self._expected: list[str] = []
 
     def hash(self, stage: str) -> str:
         """Identity of the weights that make a stage's latents."""
         if stage not in self._hashes:
-            self._hashes[stage] = model_hash(self.folder, "transformer", "text_encoder", self._lora(stage))
+            self._hashes[stage] = model_hash(self.folder, "transformer", "text_encoder", self._adapter(stage))
+            for lora in self.loras:
+                made = f"{self._hashes[stage]} {model_hash(Path(), str(lora.path.absolute()))} {lora.weight}"
+                self._hashes[stage] = hashlib.sha256(made.encode()).hexdigest()[:16]
         return self._hashes[stage]
 
-    def transformer(self, stage: str, offload: Offload) -> Any:
+    @property
+    def vae_hash(self) -> str:
+        """Identity of the weights that decode latents."""
+        if "vae" not in self._hashes:
+            self._hashes["vae"] = model_hash(self.folder, "vae")
+        return self._hashes["vae"]
+
+    def transformer(self, stage: str, offload: Offload, console: Console) -> Any:
         """The model with the adapter of stage `proxy` or `detail`, on the compute device as far as `offload` says."""
-        lora = self._lora(stage)
-        key = f"transformer {lora or 'base'} {offload}"
+        adapter = self._adapter(stage)
+        key = f"transformer {adapter or 'base'} {offload}"
         if key not in self._parts:
             self._make_room("transformer")
-            self._parts[key] = place(load_transformer(self.folder, lora, stage, self.dtype), self.device, offload)
+            self._parts[key] = self._load(adapter, stage, offload, console)
+        if adapter is None and stage not in self._warned:
+            self._warned.add(stage)
+            console.warn(UNTRAINED[stage].format(preset=self.preset.name))
         return self._parts[key]
 
-    def detail_models(self, offload: Offload) -> tuple[Any, Any]:
+    def detail_models(self, offload: Offload, console: Console) -> tuple[Any, Any]:
         """(detail stream, proxy stream): one model where the adapter acts on both, or where there is none."""
-        proxy_stream = self.transformer("detail", offload)
+        proxy_stream = self.transformer("detail", offload, console)
         if self.preset.detail.streams == "both" or self.preset.detail.lora is None:
             return proxy_stream, proxy_stream
-        bare = place(load_transformer(self.folder, dtype=self.dtype), self.device, offload)
-        return bare, proxy_stream
+        return self._load(None, "detail", offload, console), proxy_stream
+
+    def _load(self, adapter: str | None, stage: str, offload: Offload, console: Console) -> Any:
+        model = load_transformer(self.folder, adapter, stage, self.dtype)
+        for lora in self.loras:
+            matched = merge_lora(model, lora, self.strict, console.warn)
+            console.note(f"{lora.path}: {matched} layers changed in the {stage} stage")
+        return place(model, self.device, offload)
 
     def vae(self) -> Any:
         if "vae" not in self._parts:
@@ -86,7 +127,7 @@ class Session:
         made = encode_prompts(prompts, tokenizer, encoder, self.preset.transformer.text_length)
         self._embeddings |= {p: e.cpu() for p, e in zip(prompts, made, strict=True)}
 
-    def _lora(self, stage: str) -> str | None:
+    def _adapter(self, stage: str) -> str | None:
         return self.preset.proxy.lora if stage == "proxy" else self.preset.detail.lora
 
     def _make_room(self, part: str) -> None:

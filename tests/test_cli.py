@@ -14,14 +14,17 @@ from atlasvid_cli import cli
 
 RENDER = ["--res", "256x192", "--seconds", "0.5"]
 OPTIONS = {
-    "render": "--chunk --codec --debug --dry-run --flow-shift --fps --guidance-scale --json --model-path"
+    "render": "--attention-backend --lora --offload --strict"
+    " --chunk --codec --debug --dry-run --flow-shift --fps --guidance-scale --json --model-path"
     " --negative-prompt --output --preset --prompt-file --res --run-dir --seconds --seed --shard --steps",
-    "proxy": "--debug --dry-run --flow-shift --fps --guidance-scale --json --model-path --negative-prompt --output"
+    "proxy": "--attention-backend --lora --offload --strict"
+    " --debug --dry-run --flow-shift --fps --guidance-scale --json --model-path --negative-prompt --output"
     " --preset --prompt-file --res --seconds --seed --shard --steps",
-    "refine": "--chunk --codec --debug --dry-run --fps --frames --json --model-path --output --preset --region --res"
+    "refine": "--attention-backend --lora --offload --strict"
+    " --chunk --codec --debug --dry-run --fps --frames --json --model-path --output --preset --region --res"
     " --run-dir --seed --steps",
     "decode": "--codec --debug --json --model-path --output --preset",
-    "plan": "--chunk --codec --debug --fps --guidance-scale --json --preset --res --seconds --steps",
+    "plan": "--offload --chunk --codec --debug --fps --guidance-scale --json --preset --res --seconds --steps",
     "train": "--debug --output --work",
     "presets": "--debug --json",
     "info": "--debug --json",

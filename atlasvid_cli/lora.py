@@ -1,0 +1,135 @@
+"""LoRAs that users bring, merged into the weights, in the key layouts that are about.
+
+diffusers (`transformer.blocks.0.attn1.to_q.lora_A.weight`), peft (`base_model.model.` before it), ComfyUI and Kijai
+(`diffusion_model.blocks.0.self_attn.q.lora_down.weight`), musubi (`lora_unet_blocks_0_self_attn_q.lora_down.weight`).
+diffusers' own loader wants full sets of keys and drops those that it does not know; here every key is accounted for.
+"""
+
+import math
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from diffusers import WanTransformer3DModel
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import load_file
+
+from .errors import InputError
+from .parse import Lora
+
+PREFIXES = ("base_model.model.", "model.diffusion_model.", "diffusion_model.", "transformer.", "lora_unet_")
+# What a key says of its layer: the two factors of a low-rank change, its scale, or the whole change of weight or bias.
+ROLES = {
+    ".lora_A.weight": "down",
+    ".lora_A.default.weight": "down",
+    ".lora_down.weight": "down",
+    ".lora_B.weight": "up",
+    ".lora_B.default.weight": "up",
+    ".lora_up.weight": "up",
+    ".alpha": "alpha",
+    ".diff": "weight",
+    ".diff_b": "bias",
+}
+# diffusers' names of Wan's layers -> those of the original checkpoints
+ORIGINAL = (
+    ("attn1", "self_attn"),
+    ("attn2", "cross_attn"),
+    ("to_out.0", "o"),
+    ("to_q", "q"),
+    ("to_k", "k"),
+    ("to_v", "v"),
+    ("ffn.net.0.proj", "ffn.0"),
+    ("ffn.net.2", "ffn.2"),
+    ("condition_embedder.time_embedder.linear_1", "time_embedding.0"),
+    ("condition_embedder.time_embedder.linear_2", "time_embedding.2"),
+    ("condition_embedder.text_embedder.linear_1", "text_embedding.0"),
+    ("condition_embedder.text_embedder.linear_2", "text_embedding.2"),
+    ("condition_embedder.time_proj", "time_projection.1"),
+    ("proj_out", "head.head"),
+)
+
+
+def check_lora(path: Path) -> None:
+    """Raises InputError, from the header alone, for a file that is no LoRA in safetensors."""
+    try:
+        with safe_open(path, "pt") as file:
+            keys = list(file.keys())
+    except (OSError, SafetensorError):
+        raise InputError(f"{path} cannot be read as safetensors; give --lora a .safetensors file") from None
+    if not any(k.endswith(tuple(ROLES)) for k in keys):
+        raise InputError(f"{path} holds no LoRA (no lora_A, lora_down or diff keys); give --lora another file")
+
+
+def merge_lora(model: WanTransformer3DModel, lora: Lora, strict: bool, warn: Callable[[str], None]) -> int:
+    """Adds `weight * alpha / rank * up @ down` to each layer that the file names; returns how many layers matched.
+
+    Keys without a layer of theirs are named in a warning, or with `strict` in an InputError, as is a file of which
+    nothing matches, or one whose shapes are of another model.
+    """
+    layers = layers_by_name(model)
+    changes: dict[str, dict[str, torch.Tensor]] = {}
+    unmatched = []
+    for key, tensor in load_file(lora.path).items():
+        name, role = _split(key)
+        if role and name in layers:
+            changes.setdefault(name, {})[role] = tensor
+        else:
+            unmatched.append(key)
+    if unmatched:
+        message = f"{lora.path}: {len(unmatched)} keys fit no layer ({_some(unmatched)})"
+        if strict or not changes:
+            raise InputError(f"{message}; give a LoRA that was made for this model")
+        warn(f"{message} and are left out")
+    for name, change in changes.items():
+        _apply(layers[name], change, lora, name)
+    return len(changes)
+
+
+def layers_by_name(model: WanTransformer3DModel) -> dict[str, Any]:
+    """Every layer with a weight, by each name that LoRA files use for it."""
+    layers: dict[str, Any] = {}
+    for name, module in model.named_modules():
+        if isinstance(getattr(module, "weight", None), torch.nn.Parameter):
+            original = name
+            for ours, theirs in ORIGINAL:
+                original = original.replace(ours, theirs)
+            for spelling in (name, original):
+                layers[spelling] = layers[spelling.replace(".", "_")] = module
+    return layers
+
+
+def _split(key: str) -> tuple[str, str | None]:
+    """A key's layer, without the layout's prefixes, and its role."""
+    ending = next((e for e in sorted(ROLES, key=len, reverse=True) if key.endswith(e)), None)
+    if ending is None:
+        return key, None
+    name = key.removesuffix(ending)
+    for prefix in PREFIXES:
+        name = name.removeprefix(prefix)
+    return name, ROLES[ending]
+
+
+@torch.no_grad()
+def _apply(layer: Any, change: dict[str, torch.Tensor], lora: Lora, name: str) -> None:
+    def add(parameter: torch.Tensor | None, delta: torch.Tensor) -> None:
+        if parameter is None or delta.numel() != parameter.numel():
+            raise InputError(f"{lora.path} does not fit layer {name}; give a LoRA that was made for this model")
+        parameter.copy_(parameter.float() + lora.weight * delta.float().view_as(parameter))
+
+    if ("down" in change) != ("up" in change):
+        raise InputError(f"{lora.path} has half a LoRA for layer {name}; fetch the file again")
+    if "down" in change:
+        down, up = change["down"].float().flatten(1), change["up"].float().flatten(1)
+        scale = change["alpha"].item() / len(down) if "alpha" in change else 1.0
+        if up.shape[1] != len(down) or not math.isfinite(scale):
+            raise InputError(f"{lora.path} has factors that do not fit each other for layer {name}; fetch it again")
+        add(layer.weight, scale * up @ down)
+    if "weight" in change:
+        add(layer.weight, change["weight"])
+    if "bias" in change:
+        add(layer.bias, change["bias"])
+
+
+def _some(names: Sequence[str]) -> str:
+    return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")

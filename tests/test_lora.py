@@ -1,0 +1,125 @@
+"""LoRAs merge to the same weights whatever layout their keys have, and no key is lost in silence."""
+
+import pytest
+import torch
+from safetensors.torch import save_file
+
+from atlasvid_cli.errors import InputError
+from atlasvid_cli.lora import check_lora, merge_lora
+from atlasvid_cli.parse import Lora
+
+RANK, ALPHA = 3, 1.5
+# a self-attention, a cross-attention and a feed-forward layer, by diffusers' and by the original names
+LAYERS = {
+    "blocks.0.attn1.to_q": "blocks.0.self_attn.q",
+    "blocks.1.attn2.to_out.0": "blocks.1.cross_attn.o",
+    "blocks.2.ffn.net.0.proj": "blocks.2.ffn.0",
+    "condition_embedder.time_proj": "time_projection.1",
+}
+LAYOUTS = {
+    "diffusers": lambda ours, theirs: (f"transformer.{ours}", "lora_A", "lora_B"),
+    "peft": lambda ours, theirs: (f"base_model.model.{ours}", "lora_A", "lora_B"),
+    "comfyui": lambda ours, theirs: (f"diffusion_model.{theirs}", "lora_down", "lora_up"),
+    "musubi": lambda ours, theirs: ("lora_unet_" + theirs.replace(".", "_"), "lora_down", "lora_up"),
+}
+
+
+def fresh(transformer):
+    model = type(transformer).from_config(transformer.config)
+    model.load_state_dict(transformer.state_dict())
+    return model
+
+
+def factors(model):
+    generator = torch.Generator().manual_seed(0)
+    made = {}
+    for name in LAYERS:
+        out, into = model.get_submodule(name).weight.shape
+        made[name] = torch.randn(RANK, into, generator=generator), torch.randn(out, RANK, generator=generator)
+    return made
+
+
+def write(path, model, layout, alpha=True, **more):
+    tensors = dict(more)
+    for name, (down, up) in factors(model).items():
+        key, a, b = LAYOUTS[layout](name, LAYERS[name])
+        tensors |= {f"{key}.{a}.weight": down, f"{key}.{b}.weight": up}
+        if alpha:
+            tensors[f"{key}.alpha"] = torch.tensor(ALPHA)
+    save_file({k: v.contiguous() for k, v in tensors.items()}, path)
+    return path
+
+
+def no_warning(text):
+    raise AssertionError(text)
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_every_layout_changes_the_same_weights(transformer, tmp_path, layout):
+    model = fresh(transformer)
+    path = write(tmp_path / "a.safetensors", model, layout)
+    assert merge_lora(model, Lora(path, 0.5), strict=True, warn=no_warning) == len(LAYERS)
+    before, after = transformer.state_dict(), model.state_dict()
+    for name, (down, up) in factors(transformer).items():
+        before[f"{name}.weight"] = before[f"{name}.weight"] + 0.5 * ALPHA / RANK * up @ down
+    for name, value in before.items():
+        torch.testing.assert_close(after[name], value, atol=1e-5, rtol=0)
+
+
+def test_the_diffusers_layout_equals_peft_fused(transformer, tmp_path):
+    ours, theirs = fresh(transformer), fresh(transformer)
+    path = write(tmp_path / "a.safetensors", ours, "diffusers", alpha=False)
+    merge_lora(ours, Lora(path), strict=True, warn=no_warning)
+    theirs.load_lora_adapter(path, prefix="transformer")
+    theirs.fuse_lora()
+    theirs.unload_lora()
+    for name, value in theirs.state_dict().items():
+        torch.testing.assert_close(ours.state_dict()[name], value, atol=1e-5, rtol=0)
+
+
+def test_whole_changes_of_weight_and_bias_are_added(transformer, tmp_path):
+    model = fresh(transformer)
+    layer = model.blocks[1].attn1.to_k
+    weight, bias = torch.randn_like(layer.weight), torch.randn_like(layer.bias)
+    path = tmp_path / "a.safetensors"
+    save_file({"diffusion_model.blocks.1.self_attn.k.diff": weight, "blocks.1.self_attn.k.diff_b": bias}, path)
+    assert merge_lora(model, Lora(path), strict=True, warn=no_warning) == 1
+    torch.testing.assert_close(layer.weight, transformer.blocks[1].attn1.to_k.weight + weight)
+    torch.testing.assert_close(layer.bias, transformer.blocks[1].attn1.to_k.bias + bias)
+
+
+def test_keys_that_fit_nothing_are_named_and_fatal_when_strict(transformer, tmp_path):
+    path = write(tmp_path / "a.safetensors", transformer, "comfyui", img_emb=torch.zeros(1))
+    said = []
+    assert merge_lora(fresh(transformer), Lora(path), strict=False, warn=said.append) == len(LAYERS)
+    assert "img_emb" in said[0]
+    with pytest.raises(InputError, match="img_emb"):
+        merge_lora(fresh(transformer), Lora(path), strict=True, warn=no_warning)
+
+
+def test_a_lora_of_another_model_is_refused_and_changes_nothing_of_another_layer(transformer, tmp_path):
+    path = tmp_path / "a.safetensors"
+    name = "transformer.blocks.0.attn1.to_q"
+    save_file({f"{name}.lora_A.weight": torch.zeros(2, 7), f"{name}.lora_B.weight": torch.zeros(9, 2)}, path)
+    with pytest.raises(InputError, match="does not fit"):
+        merge_lora(fresh(transformer), Lora(path), strict=False, warn=no_warning)
+    save_file({"transformer.blocks.99.attn1.to_q.lora_A.weight": torch.zeros(2, 7)}, path)
+    with pytest.raises(InputError, match="fit no layer"):
+        merge_lora(fresh(transformer), Lora(path), strict=False, warn=no_warning)
+
+
+def test_half_a_lora_is_refused(transformer, tmp_path):
+    path = tmp_path / "a.safetensors"
+    save_file({"transformer.blocks.0.attn1.to_q.lora_A.weight": torch.zeros(2, 48)}, path)
+    with pytest.raises(InputError, match="half a LoRA"):
+        merge_lora(fresh(transformer), Lora(path), strict=False, warn=no_warning)
+
+
+def test_what_is_no_lora_is_refused_from_its_header(tmp_path):
+    path = tmp_path / "a.safetensors"
+    path.write_bytes(b"\x80\x04pickle")
+    with pytest.raises(InputError, match="safetensors"):
+        check_lora(path)
+    save_file({"weight": torch.zeros(1)}, path)
+    with pytest.raises(InputError, match="no LoRA"):
+        check_lora(path)

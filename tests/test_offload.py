@@ -1,0 +1,55 @@
+"""Where weights live must not change what is computed. Copies to another device need one: `pytest -m gpu`."""
+
+import pytest
+import torch
+
+from atlasvid_cli.model import detail_forward, text_context
+from atlasvid_cli.offload import on_device, place
+from atlasvid_cli.shapes import Grid
+
+GRID, SHAPES = Grid(3, 6, 7), ((3, 4, 4), (2, 3, 7))
+
+
+def test_blocks_that_are_there_already_are_not_moved(transformer):
+    before = [p.data_ptr() for p in transformer.parameters()]
+    seen = list(on_device(transformer.blocks, torch.device("cpu")))
+    assert [id(b) for b in seen] == [id(b) for b in transformer.blocks]
+    assert [p.data_ptr() for p in transformer.parameters()] == before
+
+
+def test_blocks_come_to_the_device_for_their_turn_and_return(transformer, monkeypatch):
+    """A second CPU device stands for a GPU: torch tells `cpu` from `cpu:0`."""
+    model = type(transformer).from_config(transformer.config)
+    home = [p.data_ptr() for p in model.blocks.parameters()]
+    moved = []
+    copy = torch.Tensor.to
+
+    def to(tensor, device, **options):
+        moved.append(device)
+        return copy(tensor, device, **options).clone()
+
+    monkeypatch.setattr(torch.Tensor, "to", to)
+    for i, block in enumerate(on_device(model.blocks, torch.device("cpu:0"))):
+        there = [p.data_ptr() for p in block.parameters()]
+        assert not set(there) & set(home)
+        others = [p.data_ptr() for j, b in enumerate(model.blocks) if j != i for p in b.parameters()]
+        assert set(others) < set(home)
+    assert [p.data_ptr() for p in model.blocks.parameters()] == home
+    assert len(moved) == len(home)  # each weight once a forward
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("offload", ["none", "block", "host"])
+def test_offload_computes_the_same_on_a_gpu(transformer, prompt, offload):
+    tokens = torch.randn(GRID.tokens, 16, generator=torch.Generator().manual_seed(4))
+
+    def forward(model, states=None):
+        text = text_context(model, [prompt], 512)
+        return detail_forward(model, tokens, GRID, 500, text, None, SHAPES, 2, states=states)
+
+    expected = forward(transformer)
+    model = type(transformer).from_config(transformer.config)
+    model.load_state_dict(transformer.state_dict())
+    place(model.eval().requires_grad_(False), torch.device("cuda"), offload)
+    out = forward(model, torch.device("cpu") if offload == "host" else None)
+    torch.testing.assert_close(out, expected, atol=1e-4, rtol=0)
