@@ -98,3 +98,50 @@ def random_preset(tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = root / "random.toml"
     path.write_text(text)
     return path
+
+
+@pytest.fixture(scope="session")
+def stock_preset(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Stock weights in the layout of Wan2.1's (its VAE's structure, sharded, no adapters), seen training-free."""
+    root = tmp_path_factory.mktemp("stock")
+    torch.manual_seed(8)
+    vae = AutoencoderKLWan(
+        base_dim=8,
+        z_dim=4,
+        dim_mult=[1, 1, 1, 1],
+        num_res_blocks=1,
+        temperal_downsample=[False, True, True],
+        latents_mean=[0.1] * 4,
+        latents_std=[1.2] * 4,
+    )
+    tokenizer = build_tokenizer()
+    encoder = UMT5EncoderModel(
+        UMT5Config(vocab_size=len(tokenizer), d_model=16, d_kv=8, d_ff=16, num_layers=1, num_heads=2)
+    )
+    config = {"num_attention_heads": 2, "attention_head_dim": 12, "in_channels": 4, "out_channels": 4, "text_dim": 16}
+    model = WanTransformer3DModel(**config, freq_dim=16, ffn_dim=32, num_layers=2)
+    scheduler = UniPCMultistepScheduler(prediction_type="flow_prediction", use_flow_sigmas=True, flow_shift=3.0)
+    WanPipeline(tokenizer, encoder, vae, scheduler, model).save_pretrained(root / "stock", max_shard_size="20KB")
+    text = (presets_folder() / "wan2.1-1.3b.toml").read_text()
+    for old, new in (
+        ('model = "Wan-AI/Wan2.1-T2V-1.3B-Diffusers"', 'model = "stock"'),
+        ("dim = 1536", "dim = 24"),
+        ("ffn = 8960", "ffn = 32"),
+        ("layers = 30", "layers = 2"),
+        ("heads = 12", "heads = 2"),
+        ("channels = 16", "channels = 4"),
+        ("text_dim = 4096", "text_dim = 16"),
+        ("base_dim = 96", "base_dim = 8"),
+        ("z_dim = 16", "z_dim = 4"),
+        ("dim_mult = [1, 2, 4, 4]", "dim_mult = [1, 1, 1, 1]"),
+        ("num_res_blocks = 2", "num_res_blocks = 1"),
+        ("base_tokens = 1560", "base_tokens = 12"),
+        ("steps = 50", "steps = 2"),
+        ("steps = 35", "steps = 2"),
+        ("windows = [[21, 30, 52]]", "windows = [[3, 3, 4]]"),
+    ):
+        assert old in text, old
+        text = text.replace(old, new)
+    path = root / "stock.toml"
+    path.write_text(text)
+    return path

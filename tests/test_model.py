@@ -4,6 +4,7 @@ from fractions import Fraction
 
 import pytest
 import torch
+from diffusers import WanTransformer3DModel
 
 from atlasvid_cli.model import (
     clip_forward,
@@ -45,6 +46,44 @@ def test_clip_equals_diffusers(transformer, latents, text, padded):
     expected = transformer(latents[None], torch.tensor([700]), padded, return_dict=False)[0][0]
     out = clip_forward(transformer, patchify(latents, 2)[None], GRID, torch.tensor([700]), text)
     torch.testing.assert_close(unpatchify(out[0], GRID, 2), expected, atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize(
+    ("heads", "ffn", "channels"), [(12, 8960, 16), (24, 14336, 48)], ids=["wan2.1-1.3b", "wan2.2-5b"]
+)
+def test_the_published_blocks_equal_diffusers(heads, ffn, channels):
+    """One block of exactly the published size, whole and as a single window."""
+    torch.manual_seed(0)
+    model = WanTransformer3DModel(
+        num_attention_heads=heads, ffn_dim=ffn, in_channels=channels, out_channels=channels, num_layers=1
+    )
+    model.eval().requires_grad_(False)
+    grid = Grid(2, 3, 4)
+    latents, prompt = torch.randn(channels, 2, 6, 8), torch.randn(5, 4096)
+    padded = torch.cat((prompt, torch.zeros(507, 4096)))[None]
+    expected = model(latents[None], torch.tensor([600]), padded, return_dict=False)[0][0]
+    text, tokens = text_context(model, [prompt], 512), patchify(latents, 2)
+    whole = clip_forward(model, tokens[None], grid, torch.tensor([600]), text)[0]
+    single = detail_forward(model, tokens, grid, 600, text, None, WHOLE, 1)
+    for out in (whole, single):
+        torch.testing.assert_close(unpatchify(out, grid, 2), expected, atol=1e-5, rtol=0)
+
+
+def test_bfloat16_equals_diffusers_in_bfloat16(transformer, latents, prompt, padded):
+    model = WanTransformer3DModel.from_config(transformer.config)
+    model.load_state_dict(transformer.state_dict())
+    model.to(torch.bfloat16).eval()
+    for name, parameter in model.named_parameters():  # as from_pretrained does
+        if any(part in name.split(".") for part in model._keep_in_fp32_modules):
+            parameter.data = parameter.data.float()
+    latents, padded = latents.bfloat16(), padded.bfloat16()
+    with torch.no_grad():
+        expected = model(latents[None], torch.tensor([400]), padded, return_dict=False)[0][0].float()
+        text, tokens = text_context(model, [prompt], 512), patchify(latents, 2).float()
+        out = detail_forward(model, tokens, GRID, 400, text, None, WHOLE, 1)
+    assert out.dtype == torch.float32
+    error = (unpatchify(out, GRID, 2) - expected).norm() / expected.norm()
+    assert error < 0.02
 
 
 def test_batched_clips_with_prompts_of_different_lengths_equal_diffusers(transformer, latents, prompt):

@@ -1,0 +1,85 @@
+"""A session loads each part once, for the whole batch, and says what stock weights cost."""
+
+from fractions import Fraction
+
+import pytest
+import torch
+from safetensors.torch import save_file
+
+from atlasvid_cli import pipeline, session
+from atlasvid_cli.console import Console
+from atlasvid_cli.errors import InputError, UsageError
+from atlasvid_cli.parse import Lora
+from atlasvid_cli.plan import Request, make_plan
+from atlasvid_cli.session import Session
+from atlasvid_cli.video import probe
+
+
+@pytest.fixture
+def console():
+    return Console(interactive=False)
+
+
+def test_stock_weights_render_training_free_and_say_what_it_costs(stock_preset, console, tmp_path, capsys):
+    ours = Session(str(stock_preset))
+    plan = make_plan(Request(str(stock_preset), 240, 128, Fraction(1), seed=3))
+    assert [s.time_ratio for s in (plan.proxy, *plan.levels)] == [1] * (1 + len(plan.levels))
+    pipeline.render(ours, plan, "a red ball", "", tmp_path / "run", tmp_path / "a.mp4", console)
+    found = probe(tmp_path / "a.mp4")
+    assert (found["width"], found["height"], found["frames"]) == (240, 128, 16)
+    said = capsys.readouterr().err
+    assert said.count("no proxy adapter") == said.count("no detail adapter") == 1
+
+
+def test_training_free_detail_starts_from_the_proxy(stock_preset, console, tmp_path):
+    """Windows do not see the proxy, so all that the detail can have of it is where it starts."""
+    ours = Session(str(stock_preset))
+    results = []
+    for seed in (3, 4):
+        plan = make_plan(Request(str(stock_preset), 240, 128, Fraction(1), seed=seed))
+        run = tmp_path / str(seed)
+        proxy = pipeline.make_proxy(ours, plan, "a red ball", "", run, console)
+        same_noise = make_plan(Request(str(stock_preset), 240, 128, Fraction(1), seed=9))
+        results.append(pipeline.refine(ours, same_noise, proxy, run, console).read_bytes())
+    assert results[0] != results[1]
+
+
+def test_the_text_encoder_is_loaded_once_for_a_batch(stock_preset, console, monkeypatch):
+    ours, loaded, load = Session(str(stock_preset)), [], session.load_text
+    monkeypatch.setattr(session, "load_text", lambda *a: loaded.append(a) or load(*a))
+    ours.expect(["a red ball", "a blue star", ""])
+    first = ours.embeddings(("a blue star", ""), console)
+    assert len(loaded) == 1 and len(first) == 2
+    ours.embeddings(("a red ball", ""), console)
+    assert len(loaded) == 1
+    ours.embeddings(("a green ring",), console)
+    assert len(loaded) == 2
+
+
+def test_a_lora_changes_the_identity_of_the_latents(stock_preset, console, tmp_path):
+    bare = Session(str(stock_preset))
+    model = bare.transformer("proxy", "none", console)
+    path = _small_lora(tmp_path / "a.safetensors", model)
+    loras = [Session(str(stock_preset), loras=(Lora(path, w),)) for w in (1.0, 0.5)]
+    hashes = {s.hash("proxy") for s in (bare, *loras)}
+    assert len(hashes) == 3
+    changed = loras[0].transformer("proxy", "none", console)
+    assert not changed.blocks[0].attn1.to_q.weight.equal(model.blocks[0].attn1.to_q.weight)
+
+
+def _small_lora(path, model):
+    out, into = model.blocks[0].attn1.to_q.weight.shape
+    name = "transformer.blocks.0.attn1.to_q"
+    save_file({f"{name}.lora_A.weight": torch.ones(1, into), f"{name}.lora_B.weight": torch.ones(out, 1)}, path)
+    return path
+
+
+def test_what_cannot_run_is_refused_before_weights_load(stock_preset, tmp_path):
+    with pytest.raises(UsageError, match="no attention backend"):
+        Session(str(stock_preset), backend="warp")
+    with pytest.raises(UsageError, match="--attention-backend"):
+        Session(str(stock_preset), backend="flash")
+    broken = tmp_path / "a.safetensors"
+    broken.write_bytes(b"no")
+    with pytest.raises(InputError, match="safetensors"):
+        Session(str(stock_preset), loras=(Lora(broken),))

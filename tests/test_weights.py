@@ -1,0 +1,138 @@
+"""Weights are found, checked and refused before anything is computed."""
+
+import json
+import shutil
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from atlasvid_cli.errors import InputError
+from atlasvid_cli.presets import load_preset, preset_names
+from atlasvid_cli.weights import check_config, load_transformer, model_folder, model_hash
+
+
+@pytest.fixture
+def stock(stock_preset, tmp_path):
+    """A copy of the stock preset's folder that a test may damage."""
+    return shutil.copytree(stock_preset.with_suffix(""), tmp_path / "model")
+
+
+def shards(folder):
+    return sorted((folder / "transformer").glob("*.safetensors"))
+
+
+def test_sharded_weights_load_whole(stock):
+    assert len(shards(stock)) > 1
+    saved = {k: v for file in shards(stock) for k, v in load_file(file).items()}
+    loaded = load_transformer(stock).state_dict()
+    assert loaded.keys() == saved.keys()
+    assert all(torch.equal(loaded[k], saved[k]) for k in saved)
+
+
+def test_the_dtype_is_the_asked_one_but_for_what_wan_keeps_in_fp32(stock):
+    model = load_transformer(stock, dtype=torch.bfloat16)
+    assert model.blocks[0].attn1.to_q.weight.dtype == torch.bfloat16
+    assert model.blocks[0].scale_shift_table.dtype == torch.float32
+
+
+def damage(folder, change):
+    """Rewrites one shard and the index that belongs to it."""
+    file = shards(folder)[0]
+    tensors = load_file(file)
+    change(tensors)
+    save_file(tensors, file)
+    index = next((folder / "transformer").glob("*.index.json"))
+    table = json.loads(index.read_text())
+    table["weight_map"] = {k: f.name for f in shards(folder) for k in load_file(f)}
+    index.write_text(json.dumps(table))
+
+
+def test_missing_weights_are_named(stock):
+    lost = sorted(load_file(shards(stock)[0]))[0]
+    damage(stock, lambda tensors: tensors.pop(lost))
+    with pytest.raises(InputError, match=f"missing keys: {lost}"):
+        load_transformer(stock)
+
+
+def test_unknown_weights_are_named(stock):
+    damage(stock, lambda tensors: tensors.update({"blocks.0.attn9.weight": torch.zeros(1)}))
+    with pytest.raises(InputError, match=r"unexpected keys: blocks\.0\.attn9\.weight"):
+        load_transformer(stock)
+
+
+def test_cut_off_weights_are_refused(stock):
+    file = shards(stock)[0]
+    file.write_bytes(file.read_bytes()[:-100])
+    with pytest.raises(InputError, match="cannot be read"):
+        load_transformer(stock)
+
+
+def test_pickled_weights_are_never_loaded(stock):
+    for file in shards(stock):
+        torch.save(load_file(file), file.with_name("diffusion_pytorch_model.bin"))
+        file.unlink()
+    next((stock / "transformer").glob("*.index.json")).unlink()
+    with pytest.raises(InputError, match="cannot be read"):
+        load_transformer(stock)
+
+
+@pytest.mark.parametrize(("part", "field", "value"), [("transformer", "ffn_dim", 64), ("vae", "base_dim", 96)])
+def test_a_model_of_another_size_is_refused_by_what_differs(stock, stock_preset, part, field, value):
+    path = stock / part / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {field: value}))
+    with pytest.raises(InputError, match=f"the {part} in .* = {value}"):
+        check_config(stock, load_preset(str(stock_preset)))
+
+
+def test_a_local_folder_is_taken_as_it_is(stock_preset, tmp_path):
+    preset = load_preset(str(stock_preset))
+    assert model_folder(preset, None) == stock_preset.with_suffix("")
+    with pytest.raises(InputError, match=r"model_index\.json"):
+        model_folder(preset, str(tmp_path))
+    with pytest.raises(InputError, match="does not exist"):
+        model_folder(preset, str(tmp_path / "nowhere"))
+
+
+def test_hub_weights_are_sought_at_the_pinned_revision_and_in_the_cache_first(monkeypatch, tmp_path):
+    asked = []
+
+    def fetch(name, revision, allow_patterns, local_files_only=False):
+        from huggingface_hub.errors import LocalEntryNotFoundError
+
+        asked.append((name, revision, local_files_only))
+        if local_files_only:
+            raise LocalEntryNotFoundError("not there")
+        return str(tmp_path)
+
+    monkeypatch.setattr("atlasvid_cli.weights.snapshot_download", fetch)
+    preset = load_preset("wan2.1-1.3b")
+    assert model_folder(preset, None) == tmp_path
+    assert asked == [(preset.model, preset.revision, True), (preset.model, preset.revision, False)]
+    assert model_folder(preset, "someone/else@v2") == tmp_path
+    assert asked[-1] == ("someone/else", "v2", False)
+
+
+def test_without_a_network_the_remedy_is_said(monkeypatch, tmp_path):
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
+    with pytest.raises(InputError, match="hf download Wan-AI/Wan"):
+        model_folder(load_preset("wan2.1-1.3b"), None)
+
+
+def test_the_hash_follows_the_bytes_and_the_hubs_names_stand_for_them(stock, tmp_path):
+    before = model_hash(stock, "transformer")
+    blob = tmp_path / ("0" * 64)
+    shards(stock)[0].rename(blob)
+    (stock / "transformer" / "a.safetensors").symlink_to(blob)
+    assert model_hash(stock, "transformer") != before  # named by the hub, so not read
+
+
+@pytest.mark.parametrize("name", preset_names())
+def test_every_shipped_preset_states_sizes_that_fit_together(name):
+    preset = load_preset(name)
+    assert preset.transformer.dim % preset.transformer.heads == 0
+    assert preset.vae.z_dim == preset.transformer.channels
+    levels = len(preset.vae.dim_mult) - 1
+    assert preset.geometry.spatial == 2**levels * (preset.vae.patch_size or 1)
+    assert preset.geometry.temporal == 2 ** sum(preset.vae.temperal_downsample)
