@@ -237,6 +237,7 @@ def detail_forward(
     proxy: ProxyContext | None,
     shapes: tuple[Shape, ...],
     chunk: int,
+    phase: int = 0,
     origin: Shape = (0, 0, 0),
     backend: str | None = None,
     states: torch.device | None = None,
@@ -244,8 +245,8 @@ def detail_forward(
 ) -> torch.Tensor:
     """Velocity (L, P) of the detail `tokens` (L, P), on their device: a block is a map over windows.
 
-    `origin` places the grid in the whole video when it is only a region of it. `states` is where the hidden state
-    lives: by default where the model computes.
+    `phase` is where the blocks' cycle of window layouts begins, `origin` places the grid in the whole video when it is
+    only a region of it, `states` is where the hidden state lives (by default where the model computes).
 
     Windows partition the tokens and read only themselves, the cached proxy and the text, so without gradients each
     chunk of windows is written back in place and the hidden state exists once.
@@ -256,7 +257,7 @@ def detail_forward(
     hidden = embed_parts(model, tokens, states)
     for i, block in enumerate(on_device(model.blocks, device)):
         out = torch.empty_like(hidden) if torch.is_grad_enabled() else hidden
-        for group in block_layout(i, shapes, grid):
+        for group in block_layout(i, shapes, grid, phase):
             for windows in group.split(chunk):
                 index = windows.indices(grid).to(states)
                 placed = windows.moved(origin)

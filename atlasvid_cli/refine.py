@@ -148,6 +148,7 @@ def sample_detail(
                     proxy,
                     detail.windows,
                     chunk,
+                    i,
                     origin,
                     backend,
                     states,

@@ -105,6 +105,7 @@ def detail_loss(
         context,
         shapes,
         chunk=64,
+        phase=rng.randrange(2 * len(shapes)),
     )
     return (out - (noise - clean)).square().mean()
 

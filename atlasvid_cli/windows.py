@@ -71,9 +71,14 @@ def layout(grid: Grid, shape: Shape, shifted: bool) -> list[Windows]:
     return [Windows(s, torch.tensor(starts)) for s, starts in groups.items()]
 
 
-def block_layout(block: int, shapes: tuple[Shape, ...], grid: Grid) -> list[Windows]:
-    """The layout of a block: shapes cycle, and each shape is used plain, then shifted by half."""
-    return layout(grid, shapes[block // 2 % len(shapes)], shifted=block % 2 == 1)
+def block_layout(block: int, shapes: tuple[Shape, ...], grid: Grid, phase: int = 0) -> list[Windows]:
+    """The layout of a block: shapes cycle, and each shape is used plain, then shifted by half.
+
+    `phase` is where the cycle begins. Sampling begins one layout further at every step, so that no border stays in the
+    same block: what one step leaves there, the next one attends across.
+    """
+    turn = block + phase
+    return layout(grid, shapes[turn // 2 % len(shapes)], shifted=turn % 2 == 1)
 
 
 def window(x: torch.Tensor, grid: Grid, windows: list[Windows]) -> list[torch.Tensor]:

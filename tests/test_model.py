@@ -118,7 +118,7 @@ def test_window_order_does_not_matter(transformer, latents, text, monkeypatch):
     tokens = patchify(latents, 2)
     expected = detail_forward(transformer, tokens, GRID, 500, text, proxy, SHAPES, 3)
 
-    def backwards(block, shapes, grid):
+    def backwards(block, shapes, grid, phase):
         groups = layout(grid, shapes[block // 2 % len(shapes)], block % 2 == 1)
         return [type(g)(g.shape, g.starts.flip(0)) for g in reversed(groups)]
 

@@ -42,6 +42,14 @@ def test_blocks_cycle_through_the_shapes_plain_then_shifted():
     assert first[0] == (4, 4, 4) and first[2] == (2, 8, 8) and first[4] == first[0]
 
 
+def test_a_phase_begins_the_cycle_later_so_that_no_border_stays_in_its_block():
+    grid, shapes = Grid(4, 8, 8), ((4, 4, 4), (2, 8, 8))
+    for phase in range(5):
+        moved, plain = block_layout(1, shapes, grid, phase), block_layout(1 + phase, shapes, grid)
+        assert [w.shape for w in moved] == [w.shape for w in plain]
+        assert all(torch.equal(a.starts, b.starts) for a, b in zip(moved, plain, strict=True))
+
+
 @settings(max_examples=50)
 @given(sizes, st.sampled_from([Fraction(4), Fraction(3), Fraction(5, 2), Fraction(15, 4)]), st.sampled_from([1, 4]))
 def test_the_aligned_proxy_covers_the_window(shape, ratio, time_ratio):
