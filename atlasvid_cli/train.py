@@ -26,7 +26,7 @@ from .shapes import Grid
 TEXT_LENGTH = 512
 PATCH = 2
 PROXY_DROP, TEXT_DROP = 0.05, 0.1  # DESIGN §4, so that guidance can act on either
-PROXY_NOISE = 0.15  # the largest sigma that the proxy is noised with, so that an imperfect one still guides
+PROXY_NOISE = 0.25  # the largest sigma that the proxy is noised with, so that an imperfect one still guides
 LORA_TARGETS = ["to_q", "to_k", "to_v", "to_out.0", "ffn.net.0.proj", "ffn.net.2"]
 
 Embed = Callable[[str], torch.Tensor]

@@ -5,11 +5,15 @@ from pathlib import Path
 import pytest
 import torch
 from diffusers import AutoencoderKLWan, UniPCMultistepScheduler, WanPipeline, WanTransformer3DModel
+from hypothesis import settings
 from transformers import UMT5Config, UMT5EncoderModel
 
 from atlasvid_cli.presets import presets_folder
 from atlasvid_cli.train import lora_config, save_adapter
 from atlasvid_cli.train_text import build_tokenizer
+
+settings.register_profile("atlasvid", deadline=None)  # a busy machine is no failure
+settings.load_profile("atlasvid")
 
 
 @pytest.fixture(scope="session")
