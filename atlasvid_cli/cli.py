@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, NoReturn
 import typer
 
 from . import options as opt
-from .batch import check_writable, keep_foreign, proxy_one, render_one, run_batch, show_plan, with_suffix
+from .batch import check_writable, keep_foreign, proxy_one, render_one, run_batch, show_plan, with_clip, with_suffix
 from .errors import ExitCode, UsageError, explain, one_line
 from .parse import check_finite, parse_frames, parse_region, parse_resolution, parse_seconds, parse_shard
 from .prompts import Item, read_prompts, select, single, slug
@@ -32,7 +32,7 @@ app = typer.Typer(
 def render(
     prompt: opt.Prompt = None,
     res: opt.Res = "960x540",
-    seconds: opt.Seconds = "4",
+    seconds: opt.ClipSeconds = None,
     fps: opt.Fps = None,
     seed: opt.Seed = 0,
     steps: opt.Steps = None,
@@ -45,6 +45,7 @@ def render(
     codec: opt.CodecName = "h264",
     output: opt.Output = None,
     run_dir: opt.RunDir = None,
+    from_video: opt.FromVideo = None,
     prompt_file: opt.PromptFile = None,
     shard: opt.Shard = None,
     as_json: opt.Json = False,
@@ -54,7 +55,8 @@ def render(
     """Make a video from a prompt (or many, with --prompt-file): proxy, detail, decode."""
     request = _request(res, seconds, fps, seed, steps, guidance_scale, flow_shift, preset, model_path, chunk, codec)
     console = _console(as_json)
-    items = _items(prompt, prompt_file, shard, negative_prompt, seed)
+    request = with_clip(request, from_video, seconds, prompt_file, console)
+    items = _items(prompt, prompt_file, shard, negative_prompt, seed, from_video)
     if prompt_file and run_dir:
         raise UsageError("--run-dir names one run: leave it out with --prompt-file")
     run_batch(items, request, output, run_dir, console, bool(prompt_file), dry_run, render_one, ".mp4")
@@ -64,7 +66,7 @@ def render(
 def proxy(
     prompt: opt.Prompt = None,
     res: opt.Res = "960x540",
-    seconds: opt.Seconds = "4",
+    seconds: opt.ClipSeconds = None,
     fps: opt.Fps = None,
     seed: opt.Seed = 0,
     steps: opt.Steps = None,
@@ -74,6 +76,7 @@ def proxy(
     preset: opt.PresetName = "tiny",
     model_path: opt.ModelPath = None,
     output: opt.Output = None,
+    from_video: opt.FromVideo = None,
     prompt_file: opt.PromptFile = None,
     shard: opt.Shard = None,
     as_json: opt.Json = False,
@@ -83,7 +86,8 @@ def proxy(
     """Stage 1 only: the proxy of a video of the given size and length, saved as latents for refine."""
     request = _request(res, seconds, fps, seed, steps, guidance_scale, flow_shift, preset, model_path)
     console = _console(as_json)
-    items = _items(prompt, prompt_file, shard, negative_prompt, seed)
+    request = with_clip(request, from_video, seconds, prompt_file, console)
+    items = _items(prompt, prompt_file, shard, negative_prompt, seed, from_video)
     run_batch(items, request, output, None, console, bool(prompt_file), dry_run, proxy_one, ".safetensors")
 
 
@@ -298,7 +302,7 @@ def _console(json_lines: bool) -> "Console":
 
 def _request(
     res: str,
-    seconds: str,
+    seconds: str | None,
     fps: int | None,
     seed: int,
     steps: int | None,
@@ -310,7 +314,7 @@ def _request(
     codec: str = "h264",
 ) -> "Request":
     width, height = parse_resolution(res)
-    length = parse_seconds(seconds)
+    length = parse_seconds(seconds or "4")
     check_finite("--guidance-scale", guidance_scale, 0)
     check_finite("--flow-shift", flow_shift, 0)
     from .plan import Request
@@ -337,8 +341,16 @@ def _request(
 
 
 def _items(
-    prompt: str | None, prompt_file: str | None, shard: str | None, negative: str | None, seed: int
+    prompt: str | None,
+    prompt_file: str | None,
+    shard: str | None,
+    negative: str | None,
+    seed: int,
+    clip: Path | None = None,
 ) -> list[Item]:
+    if clip is not None:
+        name = slug(clip.stem)
+        return [Item(name, (prompt or "").strip(), negative, seed, f"{name}-{seed}")]
     if (prompt is None) == (prompt_file is None):
         raise UsageError('give either a prompt, as in atlasvid render "a red ball moving right", or --prompt-file')
     if prompt_file is None:

@@ -2,16 +2,20 @@
 
 import dataclasses
 import json
+import math
 from dataclasses import dataclass
 from fractions import Fraction
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from . import shapes
 from .errors import InputError, ResourceError, UsageError
 from .machine import available_ram, disk_of, gemm_rate
 from .presets import Preset, load_preset
 from .shapes import Grid
+
+if TYPE_CHECKING:
+    from .footage import Clip
 
 GIB = 1 << 30
 PROGRAM_BYTES = int(0.6 * GIB)  # torch, diffusers and transformers, imported, before any weight
@@ -24,7 +28,7 @@ EFFICIENCY, DECODE_EFFICIENCY = 0.6, 0.7
 
 @dataclass(frozen=True)
 class Request:
-    """What the user asked for. Sizes in pixels; `region` (x, y, w, h) in pixels, `frames` (first, end)."""
+    """What the user asked for. Sizes in pixels; `region` (x, y, w, h), `frames` (first, end), `clip` as the proxy."""
 
     preset: str
     width: int
@@ -40,6 +44,7 @@ class Request:
     region: tuple[int, int, int, int] | None = None
     frames: tuple[int, int] | None = None
     model_path: str | None = None
+    clip: "Clip | None" = None
 
 
 @dataclass(frozen=True)
@@ -84,6 +89,17 @@ class Plan:
         return self.request.region is not None or self.request.frames is not None
 
     @property
+    def proxy_fps(self) -> Fraction:
+        return Fraction(self.fps, self.proxy.time_ratio)
+
+    @property
+    def proxy_size(self) -> tuple[int, int]:
+        """Width and height in pixels of what the video shows of its proxy."""
+        ratio = math.prod((level.ratio for level in self.levels), start=Fraction(1, self.scale))
+        size = self.request.width, self.request.height
+        return shapes.shown_size(size, ratio, self.proxy.grid, self.preset.geometry)
+
+    @property
     def target(self) -> Grid:
         return self.levels[-1].grid
 
@@ -92,6 +108,9 @@ class Plan:
         if stage is None:
             stages = () if self.given_proxy else (self.proxy,)
             return {"stages": [self.key(s) for s in (*stages, *self.levels)]}
+        if stage is self.proxy and (clip := self.request.clip):
+            shown = {"grid": _plain(stage.grid), "size": list(self.proxy_size), "fps": str(self.proxy_fps)}
+            return {"preset": self.preset.name, "seed": self.request.seed, "clip": clip.sha256, **shown}
         fields = {"preset": self.preset.name, "seed": self.request.seed, "stage": _plain(stage)}
         if stage is not self.proxy:
             detail = self.preset.detail
@@ -138,7 +157,7 @@ class Plan:
         """One row a stage: tokens, windows, flops, bytes, seconds (a projection from a GEMM timed just now)."""
         gemm = gemm_rate()
         rows = []
-        for name, stage in self.named_stages()[self.given_proxy :]:
+        for name, stage in self.named_stages()[self.given_proxy or self.request.clip is not None :]:
             flops = self.flops(stage)
             disk = stage.grid.tokens * self.preset.transformer.channels * self.preset.geometry.patch**2 * 4
             rows.append(
@@ -205,11 +224,8 @@ class Plan:
                 )
 
     def to_json(self) -> dict[str, Any]:
-        return {
-            "summary": self.summary,
-            "request": _plain(self.request),
-            "stages": [{"stage": n, **_plain(s)} for n, s in self.named_stages()],
-        }
+        stages = [{"stage": name, **_plain(stage)} for name, stage in self.named_stages()]
+        return {"summary": self.summary, "request": _plain(self.request), "stages": stages}
 
     def _below(self, stage: Stage) -> Grid:
         index = self.levels.index(stage)
