@@ -98,7 +98,7 @@ def stage_metadata(
         "seed": str(plan.request.seed),
         "seconds": str(plan.request.seconds),
         "target_fps": str(plan.fps),
-        "fps": str(Fraction(plan.fps, stage.time_ratio if kind == "proxy" else 1)),
+        "fps": str(plan.proxy_fps if kind == "proxy" else Fraction(plan.fps)),
         "frames": str(plan.frames if last else (grid.t - 1) * geometry.temporal + 1),
         "width": str(plan.request.width if last else grid.w * pixels),
         "height": str(plan.request.height if last else grid.h * pixels),

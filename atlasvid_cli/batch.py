@@ -6,7 +6,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from .errors import AtlasError, UsageError, explain
+from .errors import AtlasError, InputError, UsageError, explain
+from .parse import MAX_SECONDS
 from .prompts import Item, slug
 
 if TYPE_CHECKING:
@@ -124,6 +125,30 @@ def proxy_one(
     elif artefacts.describe(target) != artefacts.describe(made):
         raise UsageError(f"{target} exists and was made from something else; choose another --output")
     return {"proxy": str(target), "preview": str(run / "proxy.mp4"), "run_dir": str(run)}
+
+
+def with_clip(
+    request: "Request", path: Path | None, seconds: str | None, prompt_file: str | None, console: "Console"
+) -> "Request":
+    """The request with the clip of --from-video, which decides the length where `seconds` was not given."""
+    if path is None:
+        return request
+    sampling = {"steps": request.steps, "guidance-scale": request.guidance_scale, "flow-shift": request.flow_shift}
+    for option, value in {"prompt-file": prompt_file, **sampling}.items():
+        if value is not None:
+            raise UsageError(f"--{option} cannot be used with --from-video; leave one of the two out")
+    from .footage import open_clip
+
+    clip = open_clip(path)
+    length = request.seconds if seconds else clip.seconds
+    if length > MAX_SECONDS:
+        raise UsageError(f"{path} lasts {float(length):.0f} s; give --seconds, at most {MAX_SECONDS}")
+    if length > clip.seconds:
+        lasts = f"{path} lasts {float(clip.seconds):g} s and not {float(length):g} s"
+        raise InputError(f"{lasts}; give fewer --seconds, or leave it out to take the whole clip")
+    if clip.is_hdr:
+        console.warn(f"{path} is HDR and is taken as it is, so its colours come out pale; convert it to SDR first")
+    return dataclasses.replace(request, clip=clip, seconds=length)
 
 
 def check_writable(target: Path) -> None:

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 import typer
 
 from . import options as opt
-from .batch import check_writable, keep_foreign, proxy_one, render_one, run_batch, show_plan, with_suffix
+from .batch import check_writable, keep_foreign, proxy_one, render_one, run_batch, show_plan, with_clip, with_suffix
 from .errors import ExitCode, UsageError, explain, one_line
 from .parse import check_finite, parse_frames, parse_lora, parse_region, parse_resolution, parse_seconds, parse_shard
 from .prompts import Item, read_prompts, select, single, slug
@@ -32,7 +32,7 @@ app = typer.Typer(
 def render(
     prompt: opt.Prompt = None,
     res: opt.Res = "960x540",
-    seconds: opt.Seconds = "4",
+    seconds: opt.ClipSeconds = None,
     fps: opt.Fps = None,
     seed: opt.Seed = 0,
     steps: opt.Steps = None,
@@ -49,6 +49,7 @@ def render(
     codec: opt.CodecName = "h264",
     output: opt.Output = None,
     run_dir: opt.RunDir = None,
+    from_video: opt.FromVideo = None,
     prompt_file: opt.PromptFile = None,
     shard: opt.Shard = None,
     as_json: opt.Json = False,
@@ -74,7 +75,8 @@ def render(
         strict=strict,
     )
     console = _console(as_json)
-    items = _items(prompt, prompt_file, shard, negative_prompt, seed)
+    request = with_clip(request, from_video, seconds, prompt_file, console)
+    items = _items(prompt, prompt_file, shard, negative_prompt, seed, from_video)
     if prompt_file and run_dir:
         raise UsageError("--run-dir names one run: leave it out with --prompt-file")
     run_batch(items, request, output, run_dir, console, bool(prompt_file), dry_run, render_one, ".mp4")
@@ -84,7 +86,7 @@ def render(
 def proxy(
     prompt: opt.Prompt = None,
     res: opt.Res = "960x540",
-    seconds: opt.Seconds = "4",
+    seconds: opt.ClipSeconds = None,
     fps: opt.Fps = None,
     seed: opt.Seed = 0,
     steps: opt.Steps = None,
@@ -98,6 +100,7 @@ def proxy(
     attention_backend: opt.Backend = None,
     offload: opt.OffloadMode = None,
     output: opt.Output = None,
+    from_video: opt.FromVideo = None,
     prompt_file: opt.PromptFile = None,
     shard: opt.Shard = None,
     as_json: opt.Json = False,
@@ -121,7 +124,8 @@ def proxy(
         strict=strict,
     )
     console = _console(as_json)
-    items = _items(prompt, prompt_file, shard, negative_prompt, seed)
+    request = with_clip(request, from_video, seconds, prompt_file, console)
+    items = _items(prompt, prompt_file, shard, negative_prompt, seed, from_video)
     run_batch(items, request, output, None, console, bool(prompt_file), dry_run, proxy_one, ".safetensors")
 
 
@@ -353,10 +357,10 @@ def _console(json_lines: bool) -> "Console":
     return Console(json_lines=json_lines)
 
 
-def _request(res: str, seconds: str, preset: str, loras: list[str] | None = None, **fields: Any) -> "Request":
+def _request(res: str, seconds: str | None, preset: str, loras: list[str] | None = None, **fields: Any) -> "Request":
     """A Request from flags; `fields` are those of its fields that need no parsing."""
     width, height = parse_resolution(res)
-    length = parse_seconds(seconds)
+    length = parse_seconds(seconds or "4")
     check_finite("--guidance-scale", fields.get("guidance_scale"), 0)
     check_finite("--flow-shift", fields.get("flow_shift"), 0)
     from .plan import Request
@@ -367,8 +371,16 @@ def _request(res: str, seconds: str, preset: str, loras: list[str] | None = None
 
 
 def _items(
-    prompt: str | None, prompt_file: str | None, shard: str | None, negative: str | None, seed: int
+    prompt: str | None,
+    prompt_file: str | None,
+    shard: str | None,
+    negative: str | None,
+    seed: int,
+    clip: Path | None = None,
 ) -> list[Item]:
+    if clip is not None:
+        name = slug(clip.stem)
+        return [Item(name, (prompt or "").strip(), negative, seed, f"{name}-{seed}")]
     if (prompt is None) == (prompt_file is None):
         raise UsageError('give either a prompt, as in atlasvid render "a red ball moving right", or --prompt-file')
     if prompt_file is None:

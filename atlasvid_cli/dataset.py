@@ -16,6 +16,7 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 
 from . import world
+from .encode import encode_clips
 
 FPS = 16
 TOKEN = 32  # pixels
@@ -62,22 +63,6 @@ def close_up(rng: random.Random, pixels: int, seconds: float, lowest: float) -> 
     return scene, (x, y, shown), start
 
 
-class Encoder:
-    """Normalised latents (n, C, T, h, w) of pixels (n, 3, frames, H, W) in -1..1.
-
-    Several clips at a time: PyTorch's conv3d takes its slow path on CPU at batch 1.
-    """
-
-    def __init__(self, vae: AutoencoderKLWan):
-        self.vae = vae
-        self.mean = torch.tensor(vae.config.latents_mean).view(-1, 1, 1, 1)
-        self.std = torch.tensor(vae.config.latents_std).view(-1, 1, 1, 1)
-
-    @torch.no_grad()
-    def __call__(self, pixels: torch.Tensor) -> torch.Tensor:
-        return (self.vae.encode(pixels).latent_dist.mode() - self.mean) / self.std
-
-
 def sample(
     kind: str, rng: random.Random, grid: tuple[int, int], ratio: Fraction
 ) -> tuple[dict[str, torch.Tensor], dict]:
@@ -115,7 +100,6 @@ def build(kind: str, count: int, folder: Path, vae: AutoencoderKLWan, seed: int 
     The samples of a shard have one shape, so that they are encoded together.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    encode = Encoder(vae)
     for first in range(0, count, SHARD):
         path = folder / f"{kind}-{first // SHARD:04d}.safetensors"
         if path.exists():
@@ -131,7 +115,7 @@ def build(kind: str, count: int, folder: Path, vae: AutoencoderKLWan, seed: int 
             made = [sample(kind, random.Random(f"{seed}/{kind}/{i}"), grid, ratio) for i in group]
             infos += [info for _, info in made]
             for name in made[0][0]:
-                latents = encode(torch.stack([pixels[name] for pixels, _ in made]))
+                latents = encode_clips(vae, torch.stack([pixels[name] for pixels, _ in made]))
                 tensors |= {f"{i - first}.{name}": x.half().clone() for i, x in zip(group, latents, strict=True)}
         temporary = path.with_suffix(".tmp")
         save_file(tensors, temporary, {"samples": json.dumps(infos)})

@@ -9,6 +9,15 @@ from .memory import Offload
 
 Res = Annotated[str, typer.Option("--res", help="Size in pixels: 3840x2160, 3840*2160, 4k, 1080p, 720p ...")]
 Seconds = Annotated[str, typer.Option("--seconds", help="Length in seconds; exactly seconds * fps frames are written.")]
+ClipSeconds = Annotated[
+    str | None, typer.Option("--seconds", help="Length in seconds [default: 4, or the whole clip's with --from-video].")
+]
+FromVideo = Annotated[
+    Path | None,
+    typer.Option(
+        "--from-video", help="A clip to encode as the proxy, cropped around its centre to the aspect of --res."
+    ),
+]
 Fps = Annotated[int | None, typer.Option("--fps", min=1, max=120, help="Frames a second [default: the preset's].")]
 Seed = Annotated[int, typer.Option("--seed", min=0, max=2**63 - 1, help="Seed; in a batch each item adds its index.")]
 Steps = Annotated[int | None, typer.Option("--steps", min=1, max=1000, help="Denoising steps [default: the preset's].")]
@@ -48,4 +57,4 @@ Shard = Annotated[str | None, typer.Option("--shard", help="i/n: every n-th prom
 Json = Annotated[bool, typer.Option("--json", help="JSON Lines on stdout.")]
 DryRun = Annotated[bool, typer.Option("--dry-run", help="Print the plan and stop; nothing is loaded.")]
 Debug = Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")]
-Prompt = Annotated[str | None, typer.Argument(help="What to show.")]
+Prompt = Annotated[str | None, typer.Argument(help="What to show; may be left out with --from-video.")]

@@ -27,6 +27,8 @@ from .artefacts import (
 )
 from .console import Console
 from .decode import decode_stream
+from .encode import encode_stream
+from .footage import Clip, read_clip
 from .model import TextContext, text_context
 from .plan import Plan, Request, Stage, make_plan, vae_tile
 from .proxy import sample_proxy
@@ -34,7 +36,7 @@ from .refine import Region, sample_detail
 from .session import Session
 from .shapes import Grid
 from .video import contact_sheet, suffix_for, write_png, write_video
-from .weights import load_scheduler
+from .weights import load_scheduler, model_hash
 
 SHEET_FRAMES = 12
 
@@ -88,25 +90,58 @@ def publish(made: Path, target: Path) -> None:
 def make_proxy(
     session: Session, plan: Plan, prompt: str, negative_prompt: str, run_dir: Path, progress: Console
 ) -> Path:
-    """Stage 1 -> run_dir/proxy.safetensors; kept as it is where the same plan, prompt and weights made it.
+    """Stage 1 -> run_dir/proxy.safetensors, sampled, or encoded from the request's clip; kept as it is where the same
+    plan, prompt, weights and clip made it.
 
     proxy.mp4 and its contact sheet show what will happen before the detail is paid for.
     """
     path, preview = run_dir / "proxy.safetensors", run_dir / "proxy.mp4"
-    stage = plan.proxy
-    metadata = stage_metadata(session, plan, stage, "proxy", prompt, negative_prompt)
+    clip = plan.request.clip
+    vae = model_hash(session.folder, "vae") if clip else ""
+    metadata = stage_metadata(session, plan, plan.proxy, "proxy", prompt, negative_prompt, vae)
+    metadata |= {"clip": clip.path.name} if clip else {}
     if is_current(path, metadata):
         if not preview.exists():
             decode(session, path, preview, "h264", progress, "preview")
         return path
-    model = session.transformer("proxy", plan.offload, progress)
-    contexts = _contexts(session, (prompt, negative_prompt), model, progress)
     store.run_directory(run_dir.parent, run_dir.name)
     state = run_dir / "proxy.state.safetensors"
-    resume = _resume(state, metadata["key"], progress)
+    if clip:
+        latents = encode_proxy(session, plan, clip, progress)
+    else:
+        latents = _sample_proxy(session, plan, (prompt, negative_prompt), state, metadata["key"], progress)
+    store.save_tensors(path, {"latents": latents}, metadata)
+    state.unlink(missing_ok=True)
+    decode(session, path, preview, "h264", progress, "preview")
+    return path
+
+
+def encode_proxy(session: Session, plan: Plan, clip: Clip, progress: Console) -> torch.Tensor:
+    """Latents (C, T, H, W) fp32 of `clip` as the proxy of a plan: cropped and scaled to the part that the video shows,
+    at the proxy's frame rate."""
+    geometry, grid = session.preset.geometry, plan.proxy.grid
+    size = grid.w * geometry.token_pixels, grid.h * geometry.token_pixels
+    count = (grid.t - 1) * geometry.temporal + 1
+    with progress.stage("encode", count) as advance:
+
+        def read() -> Iterator[torch.Tensor]:
+            for frame in read_clip(clip, plan.proxy_fps, count, plan.proxy_size, size):
+                yield frame
+                advance()
+
+        return encode_stream(session.vae(), read())
+
+
+def _sample_proxy(
+    session: Session, plan: Plan, prompts: tuple[str, str], state: Path, key: str, progress: Console
+) -> torch.Tensor:
+    stage = plan.proxy
+    model = session.transformer("proxy", plan.offload, progress)
+    contexts = _contexts(session, prompts, model, progress)
+    resume = _resume(state, key, progress)
     with progress.stage("proxy", stage.steps) as advance:
         advance(resume[0] if resume else 0)
-        latents = sample_proxy(
+        return sample_proxy(
             model,
             load_scheduler(session.folder, stage.flow_shift),
             stage,
@@ -115,14 +150,10 @@ def make_proxy(
             contexts[0],
             contexts[1],
             resume,
-            lambda step, tensors: store.save_state(state, step, tensors, metadata["key"]),
+            lambda step, tensors: store.save_state(state, step, tensors, key),
             advance,
             backend=session.backend,
         )
-    store.save_tensors(path, {"latents": latents}, metadata)
-    state.unlink(missing_ok=True)
-    decode(session, path, preview, "h264", progress, "preview")
-    return path
 
 
 def refine(session: Session, plan: Plan, proxy_path: Path, run_dir: Path, progress: Console) -> Path:

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from fractions import Fraction
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from . import shapes
 from .errors import ResourceError, UsageError
@@ -15,6 +15,9 @@ from .memory import OFFLOADS, Memory, Offload, detail_memory, proxy_memory
 from .parse import Lora
 from .presets import Preset, load_preset
 from .shapes import Grid
+
+if TYPE_CHECKING:
+    from .footage import Clip
 
 GIB = 1 << 30
 PROGRAM_BYTES = int(0.6 * GIB)  # torch, diffusers and transformers, imported, before any weight
@@ -27,7 +30,7 @@ EFFICIENCY, DECODE_EFFICIENCY = 0.6, 0.7
 
 @dataclass(frozen=True)
 class Request:
-    """What the user asked for. Sizes in pixels; `region` (x, y, w, h) in pixels, `frames` (first, end)."""
+    """What the user asked for. Sizes in pixels; `region` (x, y, w, h), `frames` (first, end), `clip` as the proxy."""
 
     preset: str
     width: int
@@ -47,6 +50,7 @@ class Request:
     attention_backend: str | None = None
     loras: tuple[Lora, ...] = ()
     strict: bool = False
+    clip: "Clip | None" = None
 
 
 @dataclass(frozen=True)
@@ -91,6 +95,17 @@ class Plan:
         return self.request.region is not None or self.request.frames is not None
 
     @property
+    def proxy_fps(self) -> Fraction:
+        return Fraction(self.fps, self.proxy.time_ratio)
+
+    @property
+    def proxy_size(self) -> tuple[int, int]:
+        """Width and height in pixels of what the video shows of its proxy."""
+        ratio = math.prod((level.ratio for level in self.levels), start=Fraction(1, self.scale))
+        size = self.request.width, self.request.height
+        return shapes.shown_size(size, ratio, self.proxy.grid, self.preset.geometry)
+
+    @property
     def target(self) -> Grid:
         return self.levels[-1].grid
 
@@ -99,6 +114,9 @@ class Plan:
         if stage is None:
             stages = () if self.given_proxy else (self.proxy,)
             return {"stages": [self.key(s) for s in (*stages, *self.levels)]}
+        if stage is self.proxy and (clip := self.request.clip):
+            shown = {"grid": _plain(stage.grid), "size": list(self.proxy_size), "fps": str(self.proxy_fps)}
+            return {"preset": self.preset.name, "seed": self.request.seed, "clip": clip.sha256, **shown}
         fields = {"preset": self.preset.name, "seed": self.request.seed, "stage": _plain(stage)}
         if stage is not self.proxy:
             detail = self.preset.detail
@@ -192,7 +210,7 @@ class Plan:
 
     def _own_stages(self) -> list[tuple[str, Stage]]:
         """The stages that this job samples."""
-        return self.named_stages()[self.given_proxy :]
+        return self.named_stages()[self.given_proxy or self.request.clip is not None :]
 
     def named_stages(self) -> list[tuple[str, Stage]]:
         names = ["proxy", *(f"detail {i + 1}/{len(self.levels)}" for i in range(len(self.levels)))]
@@ -235,11 +253,8 @@ class Plan:
                 )
 
     def to_json(self) -> dict[str, Any]:
-        return {
-            "summary": self.summary,
-            "request": _plain(self.request),
-            "stages": [{"stage": n, **_plain(s)} for n, s in self.named_stages()],
-        }
+        stages = [{"stage": name, **_plain(stage)} for name, stage in self.named_stages()]
+        return {"summary": self.summary, "request": _plain(self.request), "stages": stages}
 
     def _below(self, stage: Stage) -> Grid:
         index = self.levels.index(stage)

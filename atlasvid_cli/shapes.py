@@ -79,6 +79,14 @@ def base_grid(target: Grid, base_tokens: int, max_ratio: float, time_ratio: int,
     return proxy_grid(target, ratio**count, time_ratio)
 
 
+def shown_size(size: tuple[int, int], ratio: Fraction, proxy: Grid, geometry: Geometry) -> tuple[int, int]:
+    """Pixels (width, height) of a proxy that a video of `size`, `ratio` times larger, shows: its top left part, without
+    what rounding up to tokens added."""
+    limits = proxy.w * geometry.token_pixels, proxy.h * geometry.token_pixels
+    width, height = (min(max(1, round(side / ratio)), limit) for side, limit in zip(size, limits, strict=True))
+    return width, height
+
+
 def climb(proxy: Grid, target: Grid, max_ratio: float, ratio_steps: int = 2) -> list[tuple[Grid, Fraction]]:
     """The detail levels [(grid, ratio to the level below)] from `proxy` to `target`: fewest levels, one ratio.
 

@@ -16,6 +16,7 @@ from diffusers import AutoencoderKLWan, UniPCMultistepScheduler, WanPipeline, Wa
 from transformers import AutoTokenizer, UMT5EncoderModel
 
 from . import dataset, train, train_text, train_vae
+from .encode import encode_clips
 from .text import encode_prompts
 from .weights import model_hash
 
@@ -62,12 +63,11 @@ def finish_vae(vae: AutoencoderKLWan, folder: Path) -> None:
 
     The spread is one number: channels that hold little stay small, so that flow matching resolves them last.
     """
-    encode = dataset.Encoder(vae)
     samples = []
     for i in range(15):
         rng = random.Random(f"statistics/{i}")
         pixels = [dataset.whole_frame(rng, (5, 8), 9, dataset.FPS)[0] for _ in range(4)]
-        samples.append(encode(torch.stack(pixels)).transpose(0, 1).flatten(1))
+        samples.append(encode_clips(vae, torch.stack(pixels)).transpose(0, 1).flatten(1))
     values = torch.cat(samples, dim=1)
     spread = values.var(dim=1).mean().sqrt().item()
     vae.register_to_config(latents_mean=values.mean(1).tolist(), latents_std=[spread] * len(values))

@@ -65,7 +65,7 @@ CODECS = {
 }
 
 BT709 = 1  # the code of its primaries, transfer and matrix in every container, and of its matrix in swscale
-LIMITED = 1
+LIMITED, FULL = 1, 2
 RED, BLUE = 0.2126, 0.0722
 
 # swscale's bilinear, with chroma interpolated and rounded exactly: its default is 12 dB worse
@@ -252,15 +252,18 @@ def _replacing(path: Path) -> Iterator[Path]:
 
 
 @contextmanager
-def _opened(path: Path) -> Iterator[tuple[Any, Any]]:
-    """The container and first video stream of `path`; `InputError` when there is none."""
+def opened(path: Path) -> Iterator[tuple[Any, Any]]:
+    """The container and best video stream of `path`; `InputError` when there is none, or while it is read."""
     try:
-        with av.open(str(path)) as container:
-            if not container.streams.video:
-                raise InputError(f"'{path}' holds no video.")
-            yield container, container.streams.video[0]
+        with av.open(str(path), metadata_errors="replace") as container:  # old files name things in Latin-1
+            stream = container.streams.best("video")
+            if stream is None:
+                raise InputError(f"'{path}' holds no video: give a file that does.")
+            yield container, stream
     except av.error.FFmpegError as error:
-        raise InputError(f"'{path}' cannot be read as a video: {one_line(error.strerror)}.") from error
+        raise InputError(
+            f"'{path}' cannot be read as a video ({one_line(error.strerror)}): check the file, or save it again."
+        ) from error
 
 
 def probe(path: Path) -> dict[str, Any]:
@@ -269,7 +272,7 @@ def probe(path: Path) -> dict[str, Any]:
     Keys: width, height, fps, frames, seconds, codec, pix_fmt, color_primaries, color_trc, color_space, color_range
     and metadata (keys in lower case: Matroska keeps no case).
     """
-    with _opened(path) as (container, stream):
+    with opened(path) as (container, stream):
         context = stream.codec_context
         names = {BT709: "bt709"}
         metadata = {key.lower(): value for key, value in container.metadata.items()}
@@ -294,18 +297,33 @@ def probe(path: Path) -> dict[str, Any]:
 
 
 def read_frames(path: Path) -> Iterator[np.ndarray]:
-    """Frames (H, W, 3) uint8 RGB, converted as the file's tags say; BT.709 limited range where it has none."""
-    with _opened(path) as (container, stream):
+    """Frames (H, W, 3) uint8 RGB, converted as the file's tags say."""
+    with opened(path) as (container, stream):
         for frame in container.decode(stream):
-            matrix = {5: 5, 6: 5, 7: 7, 9: 9}.get(int(frame.colorspace), BT709)  # swscale's codes: 601, 240M, 2020
-            full = int(frame.color_range) == 2
-            yield frame.reformat(
-                format="rgb24",
-                src_colorspace=matrix,
-                src_color_range=2 if full else 1,
-                dst_color_range=2,
-                interpolation=SWSCALE_FLAGS,
-            ).to_ndarray()
+            yield rgb(frame)
+
+
+def rgb(frame: Any) -> np.ndarray:
+    """A decoded frame of any pixel format as (H, W, 3) uint8 RGB, transparent pixels on black.
+
+    Matrix and range are those that the frame is tagged with; untagged ones are guessed as players do: BT.601 below
+    720p and BT.709 from there, limited unless the format says full.
+    """
+    layout, tagged = frame.format, int(frame.colorspace)
+    has_alpha = layout.has_palette or any(c.is_alpha for c in layout.components)
+    options: dict[str, Any] = {"format": "rgba" if has_alpha else "rgb24", "interpolation": SWSCALE_FLAGS}
+    if not layout.is_rgb and not layout.has_palette:
+        # swscale's codes: BT.709, FCC, BT.601, 240M, BT.2020
+        guess = BT709 if frame.width >= 1280 or frame.height >= 720 else 5
+        options["src_colorspace"] = {1: BT709, 4: 4, 5: 5, 6: 5, 7: 7, 9: 9, 10: 9}.get(tagged, guess)
+        is_full = int(frame.color_range) == FULL or layout.name.startswith("yuvj")
+        options |= {"src_color_range": FULL if is_full else LIMITED, "dst_color_range": FULL}
+    image = frame.reformat(**options).to_ndarray()
+    if has_alpha:
+        image = (image[..., :3].astype(np.uint16) * image[..., 3:] // 255).astype(np.uint8)
+    if len(layout.components) < 3 and int(frame.color_range) == LIMITED:  # swscale takes all gray for full
+        image = ((image.clip(16, 235) - 16.0) * (255 / 219)).round().astype(np.uint8)
+    return image
 
 
 def contact_sheet(frames: list["torch.Tensor"], columns: int) -> "torch.Tensor":

@@ -3,22 +3,26 @@
 import hashlib
 import json
 import os
+import random
 import signal
 import subprocess
 import sys
 import time
 
 import pytest
+import torch
 
 from atlasvid_cli import cli
+from atlasvid_cli.video import probe, write_video
+from atlasvid_cli.world import render, sample_scene
 
 RENDER = ["--res", "256x192", "--seconds", "0.5"]
 OPTIONS = {
     "render": "--attention-backend --lora --offload --strict"
-    " --chunk --codec --debug --dry-run --flow-shift --fps --guidance-scale --json --model-path"
+    " --chunk --codec --debug --dry-run --flow-shift --fps --from-video --guidance-scale --json --model-path"
     " --negative-prompt --output --preset --prompt-file --res --run-dir --seconds --seed --shard --steps",
     "proxy": "--attention-backend --lora --offload --strict"
-    " --debug --dry-run --flow-shift --fps --guidance-scale --json --model-path --negative-prompt --output"
+    " --debug --dry-run --flow-shift --fps --from-video --guidance-scale --json --model-path --negative-prompt --output"
     " --preset --prompt-file --res --seconds --seed --shard --steps",
     "refine": "--attention-backend --lora --offload --strict"
     " --chunk --codec --debug --dry-run --fps --frames --json --model-path --output --preset --region --res"
@@ -47,6 +51,13 @@ def run(monkeypatch, capsys, tmp_path):
     before = signal.getsignal(signal.SIGTERM)
     yield run
     signal.signal(signal.SIGTERM, before)
+
+
+def world(path, fps, count):
+    """A clip of the embedded world, 320x180."""
+    scene = sample_scene(random.Random(0), 16 / 9, 3.0)
+    frames = (render(scene, torch.arange(count) / fps, 180, 320).transpose(0, 1) + 1) / 2
+    write_video(path, iter(frames.split(4)), width=320, height=180, fps=fps, frame_count=count)
 
 
 def digest(path):
@@ -86,6 +97,10 @@ def test_the_command_line_imports_nothing_heavy():
         (["render", "x", "--prompt-file", "-"], 2, "either a prompt"),
         (["render", "--prompt-file", "absent.txt"], 3, "absent.txt"),
         (["render", "x", "--model-path", "absent"], 3, "absent"),
+        (["proxy", "--from-video", "absent.mp4"], 3, "absent.mp4"),
+        (["render", "x", "--from-video", "absent.mp4"], 3, "absent.mp4"),
+        (["proxy", "--from-video", "absent.mp4", "--prompt-file", "-"], 2, "--prompt-file"),
+        (["proxy", "--from-video", "absent.mp4", "--steps", "3"], 2, "--steps"),
         (["refine", "absent.safetensors"], 3, "absent.safetensors"),
         (["info", "absent"], 3, "absent"),
         (["train", "wan"], 2, "train tiny"),
@@ -182,6 +197,38 @@ def test_proxy_then_refine_then_region_then_decode(run, random_preset, tmp_path)
     assert json.loads(run("info", "again.mkv", "--json")[1])["codec"] == "ffv1"
     code, _, err = run(*refine, "--res", "448x256", "--frames", "4:400")
     assert code == 2 and "--frames" in err
+
+
+def test_a_clip_becomes_the_proxy_and_gives_its_length(run, random_preset, tmp_path):
+    world(tmp_path / "My clip.mp4", 20, 30)
+    arguments = ["proxy", "--from-video", "My clip.mp4", "--res", "256x192", "--preset", random_preset]
+    code, out, err = run(*arguments)
+    assert code == 0 and out.strip() == str(tmp_path / "my-clip-0.safetensors"), err
+    known = json.loads(run("info", "my-clip-0.safetensors", "--json")[1])["metadata"]
+    assert (known["prompt"], known["seconds"], known["fps"]) == ("", "3/2", "4")
+    code, out, _ = run("refine", "my-clip-0.safetensors", "--res", "256x192", "--preset", random_preset, "--json")
+    assert code == 0 and probe(tmp_path / "my-clip-0-256x192.mp4")["frames"] == 24
+    code, out, err = run(*arguments[:1], "a red ball", *arguments[1:], "--seconds", "0.5", "-o", "b.safetensors")
+    known = json.loads(run("info", "b.safetensors", "--json")[1])["metadata"]
+    assert code == 0 and (known["prompt"], known["seconds"]) == ("a red ball", "1/2")
+
+
+def test_render_takes_a_clip_too(run, random_preset, tmp_path):
+    world(tmp_path / "a.mp4", 16, 8)
+    arguments = ["render", "--from-video", "a.mp4", "--res", "256x192", "--preset", random_preset, "--json"]
+    code, out, err = run(*arguments)
+    assert code == 0 and json.loads(out)["video"] == str(tmp_path / "a-0.mp4"), err
+    assert json.loads(run(*arguments)[1])["status"] == "skipped"
+
+
+def test_what_a_clip_cannot_give_is_said_before_anything_loads(run, tmp_path, monkeypatch):
+    monkeypatch.setattr("atlasvid_cli.session.Session", None)
+    world(tmp_path / "a.mp4", 16, 8)
+    code, _, err = run("proxy", "--from-video", "a.mp4", "--seconds", "2")
+    assert code == 3 and "lasts 0.5 s and not 2 s" in err
+    monkeypatch.setattr("atlasvid_cli.batch.MAX_SECONDS", 0.25)
+    code, _, err = run("proxy", "--from-video", "a.mp4")
+    assert code == 2 and "--seconds" in err
 
 
 @pytest.mark.parametrize("stage", ["proxy.state", "level-1.state", "detail.safetensors"])

@@ -1,4 +1,4 @@
-"""Shards of latents: one shape each, encoded together as apart, kept when they are there."""
+"""Shards of latents: one shape each, kept when they are there."""
 
 import random
 from fractions import Fraction
@@ -13,14 +13,6 @@ from tests.test_train_vae import CONFIG
 @pytest.fixture(scope="module")
 def vae():
     return train_vae.build(CONFIG)
-
-
-def test_clips_encoded_together_are_encoded_as_if_alone(vae):
-    encode = dataset.Encoder(vae)
-    clips = [dataset.sample("image", random.Random(i), (2, 3), Fraction(4))[0]["latents"] for i in range(3)]
-    together = encode(torch.stack(clips))
-    for clip, latents in zip(clips, together, strict=True):
-        torch.testing.assert_close(encode(clip[None])[0], latents, atol=1e-5, rtol=1e-4)
 
 
 def test_shards_are_made_once_and_have_one_shape(vae, tmp_path, monkeypatch):

@@ -3,6 +3,7 @@
 import hashlib
 from dataclasses import replace
 from fractions import Fraction
+from itertools import islice
 
 import pytest
 import torch
@@ -10,11 +11,13 @@ from diffusers import WanPipeline
 
 from atlasvid_cli import artefacts, pipeline, store
 from atlasvid_cli.console import Console
+from atlasvid_cli.encode import encode_clips
 from atlasvid_cli.errors import InputError
+from atlasvid_cli.footage import open_clip
 from atlasvid_cli.plan import Request, make_plan
 from atlasvid_cli.presets import load_preset
 from atlasvid_cli.session import Session
-from atlasvid_cli.video import probe
+from atlasvid_cli.video import probe, read_frames, write_video
 
 PROMPT = "a red ball moving right over a green checkerboard"
 
@@ -162,6 +165,47 @@ def test_a_region_of_a_cascade_keeps_the_levels_below(session, request_, console
     assert digest(tmp_path / "level-1.safetensors") == level
     assert artefacts.describe(result)["key"] == key
     assert torch.equal(latents(result)[:, :, 16:], first[:, :, 16:])
+
+
+def test_a_clip_lies_in_the_proxy_where_the_video_will_show_it(session, request_, console, tmp_path):
+    """What a proxy of a clip decodes to is the clip, at the proxy's instants, beside the margin that the grid adds."""
+    colours = torch.rand(40, 3, 1, 1, generator=torch.Generator().manual_seed(0)).expand(-1, -1, 96, 128)
+    write_video(tmp_path / "a.mp4", iter(colours.split(4)), width=128, height=96, fps=20, frame_count=40)
+    clip = open_clip(tmp_path / "a.mp4")
+    plan = make_plan(replace(request_, width=256, height=144, seconds=clip.seconds, clip=clip))
+    width, height = plan.proxy_size
+    grid = plan.proxy.grid
+    assert (width, height) != (grid.w * 32, grid.h * 32)
+    made = latents(pipeline.make_proxy(session, plan, "", "", tmp_path / "run", console))
+    instants = [min(round(k / 4 * 20), 39) for k in range((grid.t - 1) * 4 + 1)]
+    frames = (
+        torch.stack([torch.from_numpy(next(islice(read_frames(clip.path), i, None))[0, 0]) for i in instants]) / 127.5
+        - 1
+    )
+    pixels = frames.T[:, :, None, None].expand(-1, -1, grid.h * 32, grid.w * 32).float()
+    torch.testing.assert_close(made, encode_clips(session.vae(), pixels[None])[0], atol=0.02, rtol=0)
+
+
+def test_the_key_of_a_clips_proxy_is_of_all_that_decides_it(session, request_, console, tmp_path, monkeypatch):
+    for name, level in (("a", 0.2), ("b", 0.7)):
+        frames = torch.full((8, 3, 96, 128), level)
+        write_video(tmp_path / f"{name}.mp4", iter(frames.split(4)), width=128, height=96, fps=16, frame_count=8)
+    a, b = (replace(request_, clip=open_clip(tmp_path / f"{n}.mp4"), seconds=Fraction(1, 2)) for n in "ab")
+
+    def key(request, prompt=""):
+        path = pipeline.make_proxy(session, make_plan(request), prompt, "", tmp_path / "run", console)
+        return artefacts.describe(path)["key"]
+
+    first = key(a)
+    assert key(b) != first and key(a, "a ball") != first
+    assert key(replace(a, fps=32)) != first  # other instants
+    assert key(replace(a, width=192, height=256)) != first  # another part of the picture
+    assert key(a) == first
+    monkeypatch.setattr(pipeline, "encode_stream", None)
+    assert key(a) == first  # kept
+    monkeypatch.setattr(pipeline, "model_hash", lambda *_: "another VAE")
+    with pytest.raises(TypeError):
+        key(a)
 
 
 def test_a_proxy_can_be_looked_at(session, request_, console, tmp_path):

@@ -14,6 +14,7 @@ from atlasvid_cli.shapes import (
     latent_frames,
     proxy_grid,
     proxy_latent,
+    shown_size,
     supersample,
     video_grid,
 )
@@ -69,3 +70,17 @@ def test_the_cascade_fits_any_size(width, height, latents):
 @pytest.mark.parametrize(("width", "height", "scale"), [(64, 64, 7), (640, 360, 1), (3840, 2160, 1)])
 def test_small_videos_are_generated_larger(width, height, scale):
     assert supersample(width, height, 32, 40, 2.0) == scale
+
+
+@given(st.integers(16, 8000), st.integers(16, 8000))
+def test_a_video_shows_its_share_of_the_proxy(width, height):
+    scale = supersample(width, height, 32, 40, 2.0)
+    target = video_grid(width * scale, height * scale, 33, TINY)
+    proxy = base_grid(target, 40, 4, 4)
+    ratio = Fraction(1)
+    for _, step in climb(proxy, target, 4):
+        ratio *= step
+    shown = shown_size((width * scale, height * scale), ratio, proxy, TINY)
+    for side, pixels, tokens in zip((width, height), shown, (proxy.w, proxy.h), strict=True):
+        assert 1 <= pixels <= tokens * 32
+        assert pixels == 1 or abs(pixels * ratio - side * scale) <= ratio / 2

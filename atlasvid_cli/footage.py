@@ -1,0 +1,157 @@
+"""Existing clips as frames for the model: upright, in time, cropped and scaled, one frame in memory at a time.
+
+Scaling is torch's antialiased bicubic in float and not swscale's: it takes a fractional crop of any size exactly, and
+gives the same values on every machine.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from fractions import Fraction
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from av.stream import Disposition
+
+from .errors import InputError
+from .store import file_hash
+from .video import opened, rgb
+
+DEFAULT_RATE = Fraction(25)  # of a stream that says nothing of time, as FFmpeg has it
+ROUNDED = Fraction(1, 1000)  # containers round time stamps, Matroska to this
+CUT_SHORT = Fraction(1, 2)  # seconds that may be missing at the end of a file
+HDR = (16, 18)  # transfer characteristics of PQ and HLG
+
+
+@dataclass(frozen=True)
+class Clip:
+    """A video file that can be read. Seconds are exact; `start` and `last` are the times of its first and last frame.
+
+    `rate` (frames a second) is set where frames carry no time stamps, and counts instead of them.
+    """
+
+    path: Path
+    sha256: str
+    seconds: Fraction
+    start: Fraction
+    last: Fraction
+    rate: Fraction | None
+    is_hdr: bool
+
+
+def open_clip(path: Path) -> Clip:
+    """What `path` holds, after a pass over its packets and its first frame. `InputError` when it is not a video."""
+    if not path.is_file():
+        raise InputError(f"{path} does not exist or is not a file: give the path of a video")
+    with opened(path) as (container, stream):
+        if stream.disposition & Disposition.attached_pic:
+            raise InputError(f"'{path}' holds no video but a cover picture: give a video file.")
+        first = next(container.decode(stream), None)
+        if first is None:
+            raise InputError(f"'{path}' holds no frame that can be decoded: save it again as H.264 .mp4.")
+        is_hdr = int(first.color_trc) in HDR
+    with opened(path) as (container, stream):  # not every container can be rewound
+        start, last, end, rate = _times(container, stream)
+    return Clip(path, file_hash(path), end - start, start, last, rate, is_hdr)
+
+
+def _times(container: Any, stream: Any) -> tuple[Fraction, Fraction, Fraction, Fraction | None]:
+    """Seconds at which the first frame starts, the last one starts and ends; the rate where frames are counted."""
+    rate = stream.average_rate or stream.guessed_rate or DEFAULT_RATE
+    count, timed, spans = 0, True, None
+    for packet in container.demux(stream):
+        if not packet.size or packet.is_discard:
+            continue
+        count += 1
+        if packet.pts is None:
+            timed = False
+        else:
+            end = packet.pts + (packet.duration or 0)
+            low, high, ends = spans or (packet.pts, packet.pts, end)
+            spans = min(low, packet.pts), max(high, packet.pts), max(ends, end)
+    if not timed or spans is None:
+        return Fraction(0), (count - 1) / rate, count / rate, rate
+    first, last, end = (Fraction(v) * stream.time_base for v in spans)
+    return first, last, end if end > last else last + 1 / rate, None
+
+
+def read_clip(
+    clip: Clip, fps: Fraction, count: int, shown: tuple[int, int], size: tuple[int, int] | None = None
+) -> Iterator[torch.Tensor]:
+    """`count` frames (3, H, W) fp32 in -1..1, at k/fps seconds the one that a player would show.
+
+    The largest centred part of the aspect `shown` (width, height in pixels) is scaled to it; up to `size`, where that
+    is larger, the right and bottom edges are repeated. After its end the clip holds its last frame. `InputError` where
+    it cannot be decoded as far as it says that it goes.
+    """
+    made, image = None, None
+    for frame, pixel_aspect in _at(clip, fps, count):
+        if frame is not made or image is None:  # a slow clip shows a frame several times
+            made, image = frame, _fit(upright(frame), _turned(frame, pixel_aspect), shown)
+            if size:
+                image = F.pad(image, (0, size[0] - shown[0], 0, size[1] - shown[1]), "replicate")
+        yield image[0]
+
+
+def _at(clip: Clip, fps: Fraction, count: int) -> Iterator[tuple[Any, Fraction]]:
+    """The decoded frame at each of `count` instants, and the width of a pixel in heights."""
+    shown, time, done = None, clip.start, 0
+    with opened(clip.path) as (container, stream):
+        stream.thread_type = "AUTO"
+        pixel_aspect = stream.sample_aspect_ratio or Fraction(1)
+        slack = min(stream.time_base / 2, ROUNDED / 2) if stream.time_base else ROUNDED / 2
+        for i, frame in enumerate(container.decode(stream)):
+            begins = i / clip.rate if clip.rate else Fraction(frame.pts) * frame.time_base
+            while shown is not None and done < count and done / fps + slack < begins - clip.start:
+                yield shown, pixel_aspect
+                done += 1
+            if done == count:
+                return
+            shown, time = frame, begins
+    if shown is None or (time + CUT_SHORT < clip.last and done / fps < clip.last - clip.start):
+        raise InputError(
+            f"'{clip.path}' can be decoded up to {float(time - clip.start):.2f} s only, of {float(clip.seconds):.2f} s:"
+            " copy it again, or ask for fewer --seconds."
+        )
+    for _ in range(done, count):
+        yield shown, pixel_aspect
+
+
+def upright(frame: Any) -> np.ndarray:
+    """A decoded frame as (H, W, 3) uint8 RGB, turned and mirrored as its display matrix says, to a quarter turn."""
+    image = rgb(frame)
+    a, b, c, d = _display_matrix(frame)
+    if abs(b) + abs(c) > abs(a) + abs(d):  # x' = c*y, y' = b*x
+        image, across, down = image.transpose(1, 0, 2), c, b
+    else:  # x' = a*x, y' = d*y
+        across, down = a, d
+    return image[:: -1 if down < 0 else 1, :: -1 if across < 0 else 1]
+
+
+def _display_matrix(frame: Any) -> tuple[int, int, int, int]:
+    """a, b, c, d of x' = a*x + c*y, y' = b*x + d*y, in 16.16."""
+    data = frame.side_data.get("DISPLAYMATRIX")
+    if data is None:
+        return 1, 0, 0, 1
+    a, b, _, c, d = np.frombuffer(bytes(data), np.int32)[:5].tolist()
+    return a, b, c, d
+
+
+def _turned(frame: Any, pixel_aspect: Fraction) -> Fraction:
+    a, b, c, d = _display_matrix(frame)
+    return 1 / pixel_aspect if abs(b) + abs(c) > abs(a) + abs(d) else pixel_aspect
+
+
+def _fit(image: np.ndarray, pixel_aspect: Fraction, shown: tuple[int, int]) -> torch.Tensor:
+    """The largest centred part of `image` (H, W, 3) with the aspect of `shown`, scaled to it: (1, 3, h, w) in -1..1."""
+    height, width = image.shape[:2]
+    scale = min(width * pixel_aspect / shown[0], Fraction(height, shown[1]))
+    w = min(width, max(1, round(shown[0] * scale / pixel_aspect)))
+    h = min(height, max(1, round(shown[1] * scale)))
+    left, top = (width - w) // 2, (height - h) // 2
+    part = np.ascontiguousarray(image[top : top + h, left : left + w])
+    pixels = torch.from_numpy(part).permute(2, 0, 1)[None].float()
+    resized = F.interpolate(pixels, size=(shown[1], shown[0]), mode="bicubic", antialias=True, align_corners=False)
+    return resized.div_(127.5).sub_(1).clamp_(-1, 1)

@@ -1,0 +1,62 @@
+"""Latents are those of diffusers' own VAE, normalised, however they are encoded."""
+
+import pytest
+import torch
+
+from atlasvid_cli import decode, train_vae
+from atlasvid_cli.encode import encode_clips, encode_stream
+from tests.test_train_vae import CONFIG
+
+
+@pytest.fixture(scope="module", params=[4, None])
+def vae(request):
+    """With and without a patch before the first convolution."""
+    channels = 3 * (request.param or 1) ** 2
+    config = {**CONFIG, "patch_size": request.param, "in_channels": channels, "out_channels": channels}
+    z = config["z_dim"]
+    statistics = {"latents_mean": [0.1 * i for i in range(z)], "latents_std": [1.0 + i for i in range(z)]}
+    return train_vae.build({**config, **statistics}).eval()
+
+
+def clip(frames, seed=0):
+    return torch.rand(3, frames, 32, 64, generator=torch.Generator().manual_seed(seed)) * 2 - 1
+
+
+@pytest.mark.parametrize("frames", [1, 5, 13])
+def test_a_stream_is_encoded_as_the_vae_encodes_the_whole_clip(vae, frames):
+    pixels = clip(frames)
+    with torch.no_grad():
+        whole = vae.encode(pixels[None]).latent_dist.mode()[0]
+    found = encode_stream(vae, iter(pixels.unbind(1)))
+    mean, std = (torch.tensor(v).view(-1, 1, 1, 1) for v in (vae.config.latents_mean, vae.config.latents_std))
+    torch.testing.assert_close(found * std + mean, whole, atol=1e-5, rtol=1e-4)
+    torch.testing.assert_close(encode_clips(vae, pixels[None])[0], found, atol=1e-5, rtol=1e-4)
+
+
+def test_a_stream_takes_no_more_than_four_frames_at_a_time(vae, monkeypatch):
+    taken, seen = 0, []
+
+    def frames():
+        nonlocal taken
+        for frame in clip(9).unbind(1):
+            taken += 1
+            yield frame
+
+    encoder = vae.encoder.forward
+    monkeypatch.setattr(vae.encoder, "forward", lambda x, **k: seen.append(taken) or encoder(x, **k))
+    encode_stream(vae, frames())
+    assert seen == [1, 5, 9]
+
+
+def test_decoding_takes_the_normalisation_back(vae):
+    pixels = clip(5)
+    with torch.no_grad():
+        own = vae.decode(vae.encode(pixels[None]).latent_dist.mode()).sample[0]
+    ours = torch.cat(list(decode.decode_stream(vae, encode_stream(vae, iter(pixels.unbind(1))))))
+    torch.testing.assert_close(ours.transpose(0, 1) * 2 - 1, own.clamp(-1, 1), atol=1e-4, rtol=0)
+
+
+def test_clips_encoded_together_are_encoded_as_if_alone(vae):
+    clips = torch.stack([clip(5, seed) for seed in range(3)])
+    for one, latents in zip(clips, encode_clips(vae, clips), strict=True):
+        torch.testing.assert_close(encode_clips(vae, one[None])[0], latents, atol=1e-5, rtol=1e-4)
