@@ -1,22 +1,43 @@
-"""What this machine has: free memory and disk, and how fast it multiplies matrices."""
+"""What this machine has and does: memory, disk, the rate of matrix products, the most memory held."""
 
+import contextlib
 import os
 import shutil
+import sys
 import time
 from pathlib import Path
 
 
-def gemm_rate() -> float:
-    """FLOP/s of a 1024-cube fp32 matrix product, timed for about a tenth of a second."""
+def gemm_rate(size: int = 1024, seconds: float = 0.1) -> float:
+    """FLOP/s of a `size`-cube fp32 matrix product, repeated for about so many seconds."""
     import torch
 
-    a = torch.ones(1024, 1024)
+    a = torch.ones(size, size)
     a @ a
     count, start = 0, time.perf_counter()
-    while time.perf_counter() - start < 0.1:
+    while time.perf_counter() - start < seconds:
         a @ a
         count += 1
-    return count * 2 * 1024**3 / (time.perf_counter() - start)
+    return count * 2 * size**3 / (time.perf_counter() - start)
+
+
+def reset_peak() -> None:
+    """Starts a new measurement of `peak_rss`, where the system can (Linux)."""
+    with contextlib.suppress(OSError):
+        Path("/proc/self/clear_refs").write_text("5")
+
+
+def peak_rss() -> int:
+    """The most bytes of memory this process has held since `reset_peak`, or since it began."""
+    try:
+        for line in Path("/proc/self/status").read_text().splitlines():
+            if line.startswith("VmHWM:"):
+                return int(line.split()[1]) * 1024
+    except OSError:
+        pass
+    import resource
+
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 
 
 def disk_of(folder: Path) -> tuple[int, int]:
