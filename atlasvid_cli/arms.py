@@ -40,6 +40,7 @@ from .weights import load_scheduler
 
 PROMPT = "a red ball moving right over a green checkerboard"
 SAMPLED_LATENTS = 3
+WARM_UP = (512, 320)  # pixels of a clip of half a second
 Stages = dict[str, Timing]
 
 
@@ -62,8 +63,10 @@ class Bench:
 
 
 def warm_up(bench: Bench, plan: Plan) -> float:
-    """A render of half a second at 512x320; returns the seconds that its text took."""
-    return _render(bench, make_plan(replace(plan.request, width=512, height=320, seconds=Fraction(1, 2))))["text"]
+    """A small render; returns the seconds that its text took."""
+    width, height = WARM_UP
+    small = replace(plan.request, width=width, height=height, seconds=Fraction(1, 2))
+    return _render(bench, make_plan(small))["text"]
 
 
 # --- our arms ------------------------------------------------------------------------------------------------------

@@ -33,7 +33,7 @@ from .arms import (
 )
 from .console import Console
 from .errors import InputError, ResourceError
-from .machine import available_ram, gemm_rate
+from .machine import available_ram, copy_rate, gemm_rate
 from .measure import Timing, random_model
 from .plan import GIB, Plan, Request, make_plan, vae_config
 from .session import Session
@@ -83,7 +83,7 @@ def run(request: Request, steps: int | None, repeats: int, seconds: float, conso
         advance()
     points.append(_point(plan, few, native, peak, native_peak))
     arms = {"native": native, "equal steps": equal, "few-step": few}
-    return result(plan, steps, arms, errors, points, bench.rate, has_weights)
+    return result(plan, steps, arms, errors, points, (bench.rate, copy_rate()), has_weights)
 
 
 def _load(plan: Plan, has_weights: bool, folder: Path, seconds: float, repeats: int) -> Bench:
@@ -180,10 +180,13 @@ def result(
     arms: dict[str, Stages],
     errors: dict[str, float],
     points: list[dict[str, Any]],
-    rate: float,
+    rates: tuple[float, float],
     has_weights: bool,
 ) -> dict[str, Any]:
-    """The report: speedups, what they rest on, and the machine. `arms` as `run` names them, `rate` in FLOP/s."""
+    """The report: speedups, what they rest on, and the machine.
+
+    `arms` as `run` names them; `rates`: FLOP/s of a big GEMM and bytes/s of a big copy.
+    """
     native, equal, few = arms["native"], arms["equal steps"], arms["few-step"]
     rendered, at_equal = plan.named_stages(), plan.at_equal_steps(steps)
     passes = plan.proxy.passes
@@ -212,8 +215,9 @@ def result(
         "growth_exponent": fits["atlasvid"],
         "growth_exponent_native": fits["native"],
         "growth": points,
-        "gemm_fraction": detail_flops / total(few, "detail") / rate,
-        "gemm_flops_per_second": rate,
+        "gemm_fraction": detail_flops / total(few, "detail") / rates[0],
+        "gemm_flops_per_second": rates[0],
+        "roofline": _roofline(plan, arms, steps, rates),
         "peak_bytes": {
             "atlasvid": points[-1]["atlasvid_peak_bytes"],
             "native": points[-1]["native_peak_bytes"],
@@ -241,6 +245,37 @@ def result(
         "backend": getattr(backend, "value", str(backend)),
         "versions": {"atlasvid": __version__} | {n: version(n) for n in ("torch", "diffusers", "transformers", "av")},
     }
+
+
+def _roofline(plan: Plan, arms: dict[str, Stages], steps: int, rates: tuple[float, float]) -> dict[str, Any]:
+    """FLOP/s that denoising reaches against its FLOPs a byte of the least traffic.
+
+    A block reads and writes the hidden state, and reads its weights and the keys and values of what guides it.
+    """
+    size, level = plan.preset.transformer, plan.levels[-1]
+    weights = 4 * (8 * size.dim**2 + 2 * size.dim * size.ffn)
+
+    def least_bytes(tokens: int, guide: int) -> int:
+        return size.layers * (8 * size.dim * (tokens + guide) + weights)
+
+    passes, native_tokens = plan.proxy.passes, plan.native_grid.tokens
+    detail = plan.named_stages()[-1][0]
+    rows = (
+        ("native", plan.native_flops(steps, passes), denoise(arms["native"]), native_tokens, 0, steps * passes),
+        (
+            "atlasvid, last detail level",
+            plan.flops(level),
+            arms["few-step"][detail].seconds,
+            level.grid.tokens,
+            plan.below(level).tokens,
+            level.steps * level.passes,
+        ),
+    )
+    points = [
+        {"name": name, "intensity": flops / least_bytes(tokens, guide) / runs, "flops_per_second": flops / seconds}
+        for name, flops, seconds, tokens, guide, runs in rows
+    ]
+    return {"flops_per_second": rates[0], "bytes_per_second": rates[1], "points": points}
 
 
 def _plain(timing: Timing) -> dict[str, Any]:

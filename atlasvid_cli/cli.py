@@ -12,12 +12,11 @@ import typer
 from . import options as opt
 from .batch import check_writable, keep_foreign, proxy_one, render_one, run_batch, show_plan, with_suffix
 from .errors import ExitCode, UsageError, explain, one_line
-from .parse import check_finite, parse_frames, parse_region, parse_resolution, parse_seconds, parse_shard
+from .parse import check_finite, make_request, parse_frames, parse_region, parse_resolution, parse_shard
 from .prompts import Item, read_prompts, select, single, slug
 
 if TYPE_CHECKING:
     from .console import Console
-    from .plan import Request
 
 app = typer.Typer(
     help="Text to 4K video of any length on your own machine: a global proxy, then jointly denoised detail.",
@@ -52,7 +51,7 @@ def render(
     debug: opt.Debug = False,
 ) -> None:
     """Make a video from a prompt (or many, with --prompt-file): proxy, detail, decode."""
-    request = _request(res, seconds, fps, seed, steps, guidance_scale, flow_shift, preset, model_path, chunk, codec)
+    request = make_request(res, seconds, fps, seed, steps, guidance_scale, flow_shift, preset, model_path, chunk, codec)
     console = _console(as_json)
     items = _items(prompt, prompt_file, shard, negative_prompt, seed)
     if prompt_file and run_dir:
@@ -81,7 +80,7 @@ def proxy(
     debug: opt.Debug = False,
 ) -> None:
     """Stage 1 only: the proxy of a video of the given size and length, saved as latents for refine."""
-    request = _request(res, seconds, fps, seed, steps, guidance_scale, flow_shift, preset, model_path)
+    request = make_request(res, seconds, fps, seed, steps, guidance_scale, flow_shift, preset, model_path)
     console = _console(as_json)
     items = _items(prompt, prompt_file, shard, negative_prompt, seed)
     run_batch(items, request, output, None, console, bool(prompt_file), dry_run, proxy_one, ".safetensors")
@@ -199,7 +198,7 @@ def plan(
     debug: opt.Debug = False,
 ) -> None:
     """What a render would take: tokens, windows, FLOPs, memory, disk and time. Nothing is loaded."""
-    request = _request(res, seconds, fps, 0, steps, guidance_scale, None, preset, None, chunk, codec)
+    request = make_request(res, seconds, fps, 0, steps, guidance_scale, None, preset, None, chunk, codec)
     from .plan import make_plan
 
     resolved = make_plan(request)
@@ -208,6 +207,45 @@ def plan(
         console.emit({**resolved.to_json(), "rows": resolved.rows()}, "")
     else:
         show_plan(resolved, console, True)
+
+
+@app.command()
+def bench(
+    res: opt.BenchRes = None,
+    seconds: opt.BenchSeconds = None,
+    steps: opt.Steps = None,
+    preset: opt.PresetName = "tiny",
+    model_path: opt.ModelPath = None,
+    repeats: opt.Repeats = None,
+    budget_seconds: opt.Budget = None,
+    quick: opt.Quick = False,
+    page: opt.Html = None,
+    as_json: opt.Json = False,
+    debug: opt.Debug = False,
+) -> None:
+    """Times this tool against full attention with the same weights, here; says what was projected and how well."""
+    size, length, runs, budget = ("512x320", "1", 1, 15.0) if quick else ("960x540", "2", 3, 60.0)
+    budget = budget if budget_seconds is None else budget_seconds
+    check_finite("--budget-seconds", budget, 1)
+    if page and page.suffix != ".html":
+        raise UsageError(f"--html {page} must end in .html; name it report.html, say")
+    request = make_request(res or size, seconds or length, None, 0, None, None, None, preset, model_path)
+    console = _console(as_json)
+    from .plan import make_plan
+
+    make_plan(request)  # usage errors before the heavy imports
+    if page:
+        check_writable(page.absolute())
+    from . import bench, report
+    from .store import atomic
+
+    found = bench.run(request, steps, repeats or runs, budget, console)
+    console.table("seconds, medians (min..max); loading weights left out", report.rows(found))
+    console.table("", report.facts(found))
+    if page:
+        with atomic(page.absolute()) as file:
+            file.write(report.page(found).encode())
+    console.emit(found, report.sentences(found))
 
 
 @app.command()
@@ -294,46 +332,6 @@ def _console(json_lines: bool) -> "Console":
     from .console import Console
 
     return Console(json_lines=json_lines)
-
-
-def _request(
-    res: str,
-    seconds: str,
-    fps: int | None,
-    seed: int,
-    steps: int | None,
-    guidance_scale: float | None,
-    flow_shift: float | None,
-    preset: str,
-    model_path: str | None,
-    chunk: int | None = None,
-    codec: str = "h264",
-) -> "Request":
-    width, height = parse_resolution(res)
-    length = parse_seconds(seconds)
-    check_finite("--guidance-scale", guidance_scale, 0)
-    check_finite("--flow-shift", flow_shift, 0)
-    from .plan import Request
-    from .video import suffix_for
-
-    suffix_for(codec)  # an unknown codec is said before anything else
-
-    return Request(
-        preset,
-        width,
-        height,
-        length,
-        fps,
-        seed,
-        steps,
-        guidance_scale,
-        flow_shift,
-        chunk,
-        codec,
-        None,
-        None,
-        model_path,
-    )
 
 
 def _items(

@@ -3,8 +3,12 @@
 import math
 import re
 from fractions import Fraction
+from typing import TYPE_CHECKING
 
 from .errors import UsageError
+
+if TYPE_CHECKING:
+    from .plan import Request
 
 RESOLUTIONS = {
     "8k": (7680, 4320),
@@ -88,3 +92,44 @@ def check_finite(option: str, value: float | None, above: float) -> float | None
     if value is not None and not (math.isfinite(value) and value >= above):
         raise UsageError(f"{option} {value} cannot be used: give a finite number of at least {above:g}")
     return value
+
+
+def make_request(
+    res: str,
+    seconds: str,
+    fps: int | None,
+    seed: int,
+    steps: int | None,
+    guidance_scale: float | None,
+    flow_shift: float | None,
+    preset: str,
+    model_path: str | None,
+    chunk: int | None = None,
+    codec: str = "h264",
+) -> "Request":
+    """The request that these flags make. Raises UsageError."""
+    width, height = parse_resolution(res)
+    length = parse_seconds(seconds)
+    check_finite("--guidance-scale", guidance_scale, 0)
+    check_finite("--flow-shift", flow_shift, 0)
+    from .plan import Request
+    from .video import suffix_for
+
+    suffix_for(codec)  # an unknown codec is said before anything else
+
+    return Request(
+        preset,
+        width,
+        height,
+        length,
+        fps,
+        seed,
+        steps,
+        guidance_scale,
+        flow_shift,
+        chunk,
+        codec,
+        None,
+        None,
+        model_path,
+    )
