@@ -18,6 +18,7 @@ from .decode import decode_flops
 from .flops import full_flops
 from .machine import available_ram, peak_rss, reset_peak
 from .measure import (
+    SAMPLE_SECONDS,
     STOCK_CONV_RATE,
     Stopwatch,
     Timing,
@@ -173,11 +174,13 @@ def native_arm(bench: Bench, plan: Plan, steps: int, frames: list[torch.Tensor])
             "guidance_scale": plan.proxy.guidance_scale,
         }
         embeddings = {"prompt_embeds": prompt, "negative_prompt_embeds": negative}
+        one = {**call, "num_inference_steps": 1}
+        timed(lambda: pipe(**embeddings, **one, output_type="latent"), 1, False)  # warm-up
         stages["denoise"] = timed(lambda: pipe(**embeddings, **call, output_type="latent"), bench.repeats, False)
     else:
         size = config.transformer
-        one = native_pass(bench.model, size, patch, grid, bench.rate, bench.seconds / 2, bench.repeats)
-        stages["denoise"] = one.times(steps * passes)
+        forward = native_pass(bench.model, size, patch, grid, bench.rate, bench.seconds / 2, bench.repeats)
+        stages["denoise"] = forward.times(steps * passes)
     if bench.vae:
         work = decode_flops(bench.vae.config, h, w) * grid.t / (bench.rate * STOCK_CONV_RATE)
         fits = plan.frames * 9 * h * w * config.geometry.spatial**2 * 4 < available_ram() / 2
@@ -216,13 +219,12 @@ def native_error(bench: Bench, plan: Plan) -> float:
     """Relative error of `native_sample` where one forward can be timed in full as well."""
     size, patch, grid = plan.preset.transformer, plan.preset.geometry.patch, plan.native_grid
     runs = max(3, bench.repeats)
-    budget = bench.rate * EFFICIENCY * bench.seconds / 4 / (runs + 1)
+    seconds = min(bench.seconds / 4, SAMPLE_SECONDS)
+    budget = bench.rate * EFFICIENCY * seconds / (runs + 1)
     while full_flops(size, patch, grid.tokens, size.text_length) > budget and grid.tokens > 1:
         grid = crop(grid, grid.tokens - 1)
     whole = timed(native_forward(bench.model, patch, size.text_length, grid), runs)
-    return (
-        native_sample(bench.model, size, patch, grid, bench.rate, bench.seconds / 8, runs).seconds / whole.seconds - 1
-    )
+    return native_sample(bench.model, size, patch, grid, bench.rate, seconds / 2, runs).seconds / whole.seconds - 1
 
 
 def detail_error(bench: Bench, plan: Plan, measured: Stages) -> dict[str, float]:

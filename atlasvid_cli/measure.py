@@ -7,7 +7,7 @@ import statistics
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from fractions import Fraction
 from functools import partial
 from pathlib import Path
@@ -30,6 +30,7 @@ from .video import write_video
 MIN_ROWS = 1024  # PyTorch's CPU kernel cuts long queries in 256s, short ones finer: a sample must be long
 KEY_BYTES = 1 << 30  # keys and values of an attention sample; heads beyond are scaled
 WIDEST_BYTES = 1 << 29  # the widest activation of a sample of the linear layers, or of native's decoder
+SAMPLE_SECONDS = 40.0  # a longer sample is no better
 STOCK_CONV_RATE = 0.15  # of a big GEMM's rate, which stock conv3d reaches in decoding (docs/LOG.md)
 
 
@@ -159,7 +160,7 @@ def native_pass(
     expected = full_flops(size, patch, grid.tokens, size.text_length) / (rate * EFFICIENCY)
     if expected * (repeats + 1) <= seconds:
         return timed(native_forward(model, patch, size.text_length, grid), repeats)
-    return native_sample(model, size, patch, grid, rate, seconds, repeats)
+    return native_sample(model, size, patch, grid, rate, min(seconds, SAMPLE_SECONDS), repeats)
 
 
 def native_sample(
@@ -203,11 +204,12 @@ def native_sample(
 def detail_sample(model: Any, plan: Plan, stage: Stage, rate: float, seconds: float, repeats: int) -> Timing:
     """All of a detail level, projected from `detail_forward` on a part of its windows, scaled by FLOPs.
 
-    The part keeps whole windows along time; where that is still too much, it takes one cycle of the block layouts.
+    The part has whole windows. Where a column of them along time is still too much, it takes one cycle of the block
+    layouts, and then one window.
     """
     size, detail, patch = plan.preset.transformer, plan.preset.detail, plan.preset.geometry.patch
     largest = max(max(w[1:]) for w in detail.windows)
-    budget = rate * EFFICIENCY * seconds / (repeats + 1)
+    budget = rate * EFFICIENCY * min(seconds, SAMPLE_SECONDS) / (repeats + 1)
     layers, cycle = size.layers, min(size.layers, 2 * len(detail.windows))
 
     def cost(grid: Grid, below: Grid, layers: int) -> int:
@@ -218,6 +220,8 @@ def detail_sample(model: Any, plan: Plan, stage: Stage, rate: float, seconds: fl
     part = crop(stage.grid, budget / per_token, largest)
     if per_token * part.tokens > budget:
         layers = cycle
+    if per_token * part.tokens * layers / size.layers > budget:
+        part = replace(part, t=min(part.t, max(w[0] for w in detail.windows)))
     channels = size.channels * patch**2
     # the guide of the part: as much of the level below as its windows can see
     low = Grid(below.t, min(below.h, part.h), min(below.w, part.w))
@@ -247,7 +251,7 @@ def native_decode(vae: Any, grid: Grid, patch: int, rate: float, seconds: float,
     """`AutoencoderKLWan.decode` of a clip, projected from its first two latent frames and, if those take too long,
     from a part of each frame (which spares native the middle attention's square)."""
     h, w = grid.h * patch, grid.w * patch
-    budget = rate * STOCK_CONV_RATE * seconds / (repeats + 1) / 2
+    budget = rate * STOCK_CONV_RATE * min(seconds, SAMPLE_SECONDS) / (repeats + 1) / 2
     part = crop(Grid(1, h, w), budget / (decode_flops(vae.config, h, w) / (h * w)))
     cells = (space_factor(vae.config) // (vae.config.patch_size or 1)) ** 2  # of the last level, a latent
     part = crop(part, WIDEST_BYTES / (4 * 4 * cells * vae.config.base_dim))

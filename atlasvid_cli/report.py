@@ -34,8 +34,8 @@ def _speedups(numbers: Result) -> str:
 
 
 def _mark(result: Result, *arms: str) -> str:
-    projected = any(t["projected"] for arm in arms for t in result["stages"][arm].values())
-    return ", projected" if projected else ", measured"
+    timed = min(t["fraction"] for arm in arms for t in result["stages"][arm].values())
+    return ", measured in full" if timed == 1 else f", projected: of some stage only {_percent(timed)} was timed"
 
 
 def rows(result: Result) -> list[dict[str, str]]:
@@ -129,9 +129,9 @@ def page(result: Result) -> str:
     style = (
         "body{font:15px/1.5 system-ui,sans-serif;max-width:1320px;margin:2em auto;padding:0 1em;color:#222}"
         "table{border-collapse:collapse;margin:1em 0}th,td{text-align:left;padding:.25em 1em .25em 0;"
-        "border-bottom:1px solid #ddd;vertical-align:top}figure{display:inline-block;margin:0 1em 1em 0;"
-        f"width:{WIDTH}px;max-width:100%}}h2{{font-size:1.1em;margin:.5em 0}}figcaption{{color:#666}}"
-        "svg{width:100%;height:auto}text{font:12px system-ui,sans-serif;fill:#333}"
+        "border-bottom:1px solid #ddd;vertical-align:top}figure{display:inline-block;vertical-align:top;"
+        f"margin:0 1em 1em 0;width:{WIDTH}px;max-width:100%}}h2{{font-size:1.1em;margin:.5em 0}}"
+        "figcaption{color:#666}svg{width:100%;height:auto}text{font:12px system-ui,sans-serif;fill:#333}"
     )
     return (
         '<!doctype html><html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width">'
@@ -229,11 +229,13 @@ def _axes(
 
 
 def _log_axis(values: list[float], first: float, last: float) -> tuple[Callable[[float], float], list[float]]:
-    """A map of values to pixels `first`..`last` and round ticks: 1, 2 and 5 a decade, or decades where those crowd."""
+    """A map of values to pixels `first`..`last` and at least three round ticks, as few a decade as give them."""
     low, high = math.log10(min(values)) - 0.1, math.log10(max(values)) + 0.1
-    steps = (1, 2, 5) if high - low < 3 else (1,)
     decades = range(math.floor(low), math.ceil(high) + 1)
-    ticks = [s * 10.0**d for d in decades for s in steps if low <= math.log10(s * 10.0**d) <= high]
+    for steps in ((1.0,), (1.0, 2.0, 5.0), tuple(range(1, 10)), tuple(i / 10 for i in range(10, 100))):
+        ticks = [s * 10.0**d for d in decades for s in steps if low <= math.log10(s * 10.0**d) <= high]
+        if len(ticks) >= 3:
+            break
     return lambda v: first + (math.log10(v) - low) / (high - low) * (last - first), ticks
 
 
