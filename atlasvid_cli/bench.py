@@ -86,7 +86,8 @@ def run(request: Request, steps: int | None, repeats: int, seconds: float, conso
     points.append(_point(plan, few, native, peak, native_peak))
     arms = {"native": native, "equal steps": equal, "few-step": few}
     rates = max(bench.rate, gemm_rate(*GEMM)), copy_rate()  # before and after, whichever had the machine to itself
-    return result(plan, steps, arms, errors, points, rates, has_weights)
+    found = result(plan, steps, arms, errors, points, rates, has_weights)
+    return found | {"repeats": repeats, "budget_seconds": seconds}
 
 
 def _load(plan: Plan, has_weights: bool, folder: Path, seconds: float, repeats: int) -> Bench:

@@ -6,6 +6,7 @@ from fractions import Fraction
 
 import pytest
 import torch
+from diffusers.configuration_utils import FrozenDict
 
 from atlasvid_cli import arms, bench, measure
 from atlasvid_cli.console import Console
@@ -94,6 +95,43 @@ def test_a_detail_sample_scales_by_the_flops_it_did(monkeypatch, ticks):
     assert others == [(grid, layers)] * 3 and layers == 4 and (grid.t, grid.h, grid.w) == (9, 8, 8)
     assert found.seconds == pytest.approx(4.0 / found.fraction) and found.fraction < 0.01
     assert len(model.blocks) == preset.transformer.layers, "the model is whole again"
+
+
+@pytest.mark.parametrize(("rate", "sampled"), [(1e16, False), (1e6, True)])
+def test_a_native_decode_scales_by_latents_after_the_first_and_by_area(ticks, rate, sampled):
+    config = json.loads((load_preset("tiny").folder / "vae" / "config.json").read_text())
+    sizes = set()
+
+    class Vae:
+        def decode(self, z):
+            count, area = z.shape[2], z.shape[3] * z.shape[4]
+            sizes.add((count, area))
+            ticks(area * (3.0 + 5.0 * (count - 1)))
+
+    Vae.config = FrozenDict(config)
+    found = measure.native_decode(Vae(), Grid(9, 34, 60), 2, rate, 1.0, 1)
+    whole = 4 * 34 * 60
+    assert found.seconds == pytest.approx(whole * (3 + 5 * 8))
+    assert ({area for _, area in sizes} == {whole}) is not sampled and {n for n, _ in sizes} == {1, 2}
+    assert found.fraction == pytest.approx(2 / 9 * max(area for _, area in sizes) / whole)
+
+
+@pytest.mark.parametrize("tile", [None, 8])
+def test_a_decode_sample_scales_by_latents_or_where_tiles_come_first_by_frames(monkeypatch, ticks, tmp_path, tile):
+    plan = make_plan(Request("tiny", 960, 540, Fraction(4)))
+
+    def write(path, frames, *, frame_count, on_frame, **rest):
+        assert frame_count == 9
+        for i in range(frame_count):
+            ticks(10.0 if i == 0 else 4.0)
+            on_frame(i + 1)
+        ticks(0.5)
+
+    monkeypatch.setattr(measure, "write_video", write)
+    decode, mux = measure.decode_sample(None, torch.zeros(16, 3, 34, 60), plan, tile, tmp_path, 2)
+    assert mux.seconds == 0.5 and decode.runs == 2 and decode.fraction == 3 / 17
+    whole = 42.5 * 64 / 9 if tile else 10 + 32.5 * 16 / 2
+    assert decode.seconds + mux.seconds == pytest.approx(whole)
 
 
 def test_self_attention_alone_is_left_out_and_comes_back(transformer, padded):
