@@ -5,6 +5,8 @@ import math
 from collections.abc import Callable, Iterable
 from typing import Any
 
+from .console import duration
+
 Result = dict[str, Any]
 WIDTH, HEIGHT, LEFT, BOTTOM = 620, 340, 70, 48  # of a figure, in px
 COLOURS = {"native": "#b3452c", "atlasvid": "#1f6f8b", "equal steps": "#1f6f8b", "few-step": "#3d8b5f"}
@@ -46,7 +48,7 @@ def rows(result: Result) -> list[dict[str, str]]:
         {"stage": name} | {arm: _cell(stages.get(name)) for arm, stages in result["stages"].items()} for name in order
     ]
     totals = {"stage": "total"} | {
-        arm: f"{result['totals'][arm]:.3g} s{' projected' if any(t['projected'] for t in stages.values()) else ''}"
+        arm: f"{_seconds(result['totals'][arm])}{' projected' if any(t['projected'] for t in stages.values()) else ''}"
         for arm, stages in result["stages"].items()
     }
     return [*table, totals]
@@ -55,9 +57,13 @@ def rows(result: Result) -> list[dict[str, str]]:
 def _cell(timing: Result | None) -> str:
     if timing is None:
         return ""
-    spread = f" ({timing['low']:.3g}..{timing['high']:.3g})" if timing["runs"] > 1 else ""
+    spread = f" ({_seconds(timing['low'])}..{_seconds(timing['high'])})" if timing["runs"] > 1 else ""
     part = f" projected from {_percent(timing['fraction'])}" if timing["projected"] else ""
-    return f"{timing['seconds']:.3g} s{spread}{part}"
+    return f"{_seconds(timing['seconds'])}{spread}{part}"
+
+
+def _seconds(value: float) -> str:
+    return f"{value:.3g} s" if value < 600 else duration(value)
 
 
 def facts(result: Result) -> list[dict[str, str]]:
@@ -172,7 +178,7 @@ def split(result: Result) -> str:
     for row, (arm, stages) in enumerate(result["stages"].items()):
         top, at, total = 20 + row * 62, float(LEFT), result["totals"][arm]
         projected = " (projected)" if any(t["projected"] for t in stages.values()) else ""
-        parts.append(_text(LEFT, top + 8, f"{arm}: {total:.4g} s{projected}"))
+        parts.append(_text(LEFT, top + 8, f"{arm}: {_seconds(total)}{projected}"))
         for kind, colour in zip(STAGES, STAGE_COLOURS, strict=True):
             seconds = sum(t["seconds"] for name, t in stages.items() if name.split()[0] == kind)
             width = seconds / total * (WIDTH - LEFT - 20)
@@ -232,7 +238,7 @@ def _log_axis(values: list[float], first: float, last: float) -> tuple[Callable[
     """A map of values to pixels `first`..`last` and at least three round ticks, as few a decade as give them."""
     low, high = math.log10(min(values)) - 0.1, math.log10(max(values)) + 0.1
     decades = range(math.floor(low), math.ceil(high) + 1)
-    for steps in ((1.0,), (1.0, 2.0, 5.0), tuple(range(1, 10)), tuple(i / 10 for i in range(10, 100))):
+    for steps in ((1.0,), (1.0, 2.0, 5.0), (1.0, 2.0, 3.0, 4.0, 6.0, 8.0), tuple(i / 10 for i in range(10, 100))):
         ticks = [s * 10.0**d for d in decades for s in steps if low <= math.log10(s * 10.0**d) <= high]
         if len(ticks) >= 3:
             break

@@ -49,7 +49,7 @@ def test_every_speedup_says_frames_steps_model_and_baseline(found):
 
 def test_projected_numbers_are_marked_wherever_they_stand(found):
     table = {row["stage"]: row for row in report.rows(found)}
-    assert table["denoise"]["native"] == "9e+03 s (8.1e+03..9.9e+03) projected from 0.2 %"
+    assert table["denoise"]["native"] == "2 h 30 min (2 h 15 min..2 h 45 min) projected from 0.2 %"
     assert "projected" in table["total"]["native"] and "projected" not in table["total"]["few-step"]
     assert "projected" not in table["detail 2/2"]["equal steps"] and table["denoise"]["few-step"] == ""
     assert any(row["what"] == "projection error" and "native -3.1 %" in row["value"] for row in report.facts(found))
