@@ -5,19 +5,18 @@ import signal
 import sys
 import traceback
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, NoReturn
+from typing import TYPE_CHECKING, Annotated, NoReturn
 
 import typer
 
 from . import options as opt
 from .batch import check_writable, keep_foreign, proxy_one, render_one, run_batch, show_plan, with_clip, with_suffix
 from .errors import ExitCode, UsageError, explain, one_line
-from .parse import check_finite, parse_frames, parse_lora, parse_region, parse_resolution, parse_seconds, parse_shard
+from .parse import check_finite, make_request, parse_frames, parse_lora, parse_region, parse_resolution, parse_shard
 from .prompts import Item, read_prompts, select, single, slug
 
 if TYPE_CHECKING:
     from .console import Console
-    from .plan import Request
 
 app = typer.Typer(
     help="Text to 4K video of any length on your own machine: a global proxy, then jointly denoised detail.",
@@ -57,7 +56,7 @@ def render(
     debug: opt.Debug = False,
 ) -> None:
     """Make a video from a prompt (or many, with --prompt-file): proxy, detail, decode."""
-    request = _request(
+    request = make_request(
         res,
         seconds,
         preset,
@@ -108,7 +107,7 @@ def proxy(
     debug: opt.Debug = False,
 ) -> None:
     """Stage 1 only: the proxy of a video of the given size and length, saved as latents for refine."""
-    request = _request(
+    request = make_request(
         res,
         seconds,
         preset,
@@ -250,7 +249,7 @@ def plan(
     debug: opt.Debug = False,
 ) -> None:
     """What a render would take: tokens, windows, FLOPs, memory, disk and time. Nothing is loaded."""
-    request = _request(
+    request = make_request(
         res,
         seconds,
         preset,
@@ -269,6 +268,45 @@ def plan(
         console.emit({**resolved.to_json(), "rows": resolved.rows()}, "")
     else:
         show_plan(resolved, console, True)
+
+
+@app.command()
+def bench(
+    res: opt.BenchRes = None,
+    seconds: opt.BenchSeconds = None,
+    steps: opt.Steps = None,
+    preset: opt.PresetName = "tiny",
+    model_path: opt.ModelPath = None,
+    repeats: opt.Repeats = None,
+    budget_seconds: opt.Budget = None,
+    quick: opt.Quick = False,
+    page: opt.Html = None,
+    as_json: opt.Json = False,
+    debug: opt.Debug = False,
+) -> None:
+    """Times this tool against full attention with the same weights, here; says what was projected and how well."""
+    size, length, runs, budget = ("512x320", "1", 1, 15.0) if quick else ("960x540", "2", 3, 60.0)
+    budget = budget if budget_seconds is None else budget_seconds
+    check_finite("--budget-seconds", budget, 1)
+    if page and page.suffix != ".html":
+        raise UsageError(f"--html {page} must end in .html; name it report.html, say")
+    request = make_request(res or size, seconds or length, preset, model_path=model_path)
+    console = _console(as_json)
+    from .plan import make_plan
+
+    make_plan(request)  # usage errors before the heavy imports
+    if page:
+        check_writable(page.absolute())
+    from . import bench, report
+    from .store import atomic
+
+    found = bench.run(request, steps, repeats or runs, budget, console)
+    console.table("seconds, medians (min..max); loading weights left out", report.rows(found))
+    console.table("", report.facts(found))
+    if page:
+        with atomic(page.absolute()) as file:
+            file.write(report.page(found).encode())
+    console.emit(found, report.sentences(found))
 
 
 @app.command()
@@ -355,19 +393,6 @@ def _console(json_lines: bool) -> "Console":
     from .console import Console
 
     return Console(json_lines=json_lines)
-
-
-def _request(res: str, seconds: str | None, preset: str, loras: list[str] | None = None, **fields: Any) -> "Request":
-    """A Request from flags; `fields` are those of its fields that need no parsing."""
-    width, height = parse_resolution(res)
-    length = parse_seconds(seconds or "4")
-    check_finite("--guidance-scale", fields.get("guidance_scale"), 0)
-    check_finite("--flow-shift", fields.get("flow_shift"), 0)
-    from .plan import Request
-    from .video import suffix_for
-
-    suffix_for(fields.get("codec", "h264"))  # an unknown codec is said before anything else
-    return Request(preset, width, height, length, loras=tuple(map(parse_lora, loras or ())), **fields)
 
 
 def _items(

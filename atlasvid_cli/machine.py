@@ -1,7 +1,9 @@
-"""What this machine has: where to compute, free memory and disk, and how fast it multiplies matrices."""
+"""What this machine has and does: where to compute, memory, disk, the rate of matrix products, the most memory held."""
 
+import contextlib
 import os
 import shutil
+import sys
 import time
 from dataclasses import dataclass
 from functools import lru_cache
@@ -33,25 +35,62 @@ def compute_device() -> Device:
     return Device("cpu", "cpu", "float32", 4, why)
 
 
-def gemm_rate() -> float:
-    """FLOP/s of a matrix product in the dtype of the compute device, timed for about a tenth of a second."""
+def gemm_rate(size: int | None = None, seconds: float = 0.1) -> float:
+    """FLOP/s of a `size`-cube matrix product in the dtype of the compute device, repeated for about so many seconds."""
     import torch
 
     device = compute_device()
-    size = 1024 if device.kind == "cpu" else 8192
+    size = size or (1024 if device.kind == "cpu" else 8192)
     a = torch.ones(size, size, device=device.kind, dtype=getattr(torch, device.dtype))
-
-    def product() -> None:
-        a @ a
-        if device.kind == "cuda":
-            torch.cuda.synchronize()
-
-    product()
+    a @ a
+    synchronize()
     count, start = 0, time.perf_counter()
-    while time.perf_counter() - start < 0.1:
-        product()
+    while time.perf_counter() - start < seconds:
+        a @ a
+        synchronize()
         count += 1
     return count * 2 * size**3 / (time.perf_counter() - start)
+
+
+def synchronize() -> None:
+    """Waits until the compute device has done what it was given: a GPU answers before it has worked."""
+    if compute_device().kind == "cuda":
+        import torch
+
+        torch.cuda.synchronize()
+
+
+def copy_rate() -> float:
+    """Bytes a second that copying 256 MiB reads and writes, the fastest of five times."""
+    import torch
+
+    a = torch.ones(1 << 26)
+    b = torch.empty_like(a)
+    times = []
+    for _ in range(5):
+        start = time.perf_counter()
+        b.copy_(a)
+        times.append(time.perf_counter() - start)
+    return 2 * a.nbytes / min(times)
+
+
+def reset_peak() -> None:
+    """Starts a new measurement of `peak_rss`, where the system can (Linux)."""
+    with contextlib.suppress(OSError):
+        Path("/proc/self/clear_refs").write_text("5")
+
+
+def peak_rss() -> int:
+    """The most bytes of memory this process has held since `reset_peak`, or since it began."""
+    try:
+        for line in Path("/proc/self/status").read_text().splitlines():
+            if line.startswith("VmHWM:"):
+                return int(line.split()[1]) * 1024
+    except OSError:
+        pass
+    import resource
+
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 
 
 def disk_of(folder: Path) -> tuple[int, int]:

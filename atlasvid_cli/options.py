@@ -54,6 +54,19 @@ PromptFile = Annotated[
     str | None, typer.Option("--prompt-file", help="One prompt a line, or JSON Lines; '-' is stdin.")
 ]
 Shard = Annotated[str | None, typer.Option("--shard", help="i/n: every n-th prompt from the i-th on.")]
+BenchRes = Annotated[str | None, typer.Option("--res", help="Size in pixels [default: 960x540; 512x320 with --quick].")]
+BenchSeconds = Annotated[str | None, typer.Option("--seconds", help="Length in seconds [default: 2; 1 with --quick].")]
+Repeats = Annotated[
+    int | None, typer.Option("--repeats", min=1, max=100, help="Runs of each measurement [default: 3; 1 with --quick].")
+]
+Budget = Annotated[
+    float | None,
+    typer.Option(
+        "--budget-seconds", help="Seconds an arm may take, all repeats; beyond, it is projected [default: 60; 15]."
+    ),
+]
+Quick = Annotated[bool, typer.Option("--quick", help="One run at a small size, in less than a minute.")]
+Html = Annotated[Path | None, typer.Option("--html", help="Also write the report, with figures, as one HTML page.")]
 Json = Annotated[bool, typer.Option("--json", help="JSON Lines on stdout.")]
 DryRun = Annotated[bool, typer.Option("--dry-run", help="Print the plan and stop; nothing is loaded.")]
 Debug = Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")]

@@ -5,8 +5,12 @@ import re
 from dataclasses import dataclass
 from fractions import Fraction
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 from .errors import UsageError
+
+if TYPE_CHECKING:
+    from .plan import Request
 
 RESOLUTIONS = {
     "8k": (7680, 4320),
@@ -108,3 +112,18 @@ def check_finite(option: str, value: float | None, above: float) -> float | None
     if value is not None and not (math.isfinite(value) and value >= above):
         raise UsageError(f"{option} {value} cannot be used: give a finite number of at least {above:g}")
     return value
+
+
+def make_request(
+    res: str, seconds: str | None, preset: str, loras: list[str] | None = None, **fields: Any
+) -> "Request":
+    """The request that flags make; `fields` are those of its fields that need no parsing. Raises UsageError."""
+    width, height = parse_resolution(res)
+    length = parse_seconds(seconds or "4")
+    check_finite("--guidance-scale", fields.get("guidance_scale"), 0)
+    check_finite("--flow-shift", fields.get("flow_shift"), 0)
+    from .plan import Request
+    from .video import suffix_for
+
+    suffix_for(fields.get("codec", "h264"))  # an unknown codec is said before anything else
+    return Request(preset, width, height, length, loras=tuple(map(parse_lora, loras or ())), **fields)

@@ -10,10 +10,11 @@ from typing import TYPE_CHECKING, Any
 
 from . import shapes
 from .errors import ResourceError, UsageError
+from .flops import context_flops, detail_flops, full_flops, linear_flops
 from .machine import available_ram, available_vram, compute_device, disk_of, gemm_rate
 from .memory import OFFLOADS, Memory, Offload, detail_memory, proxy_memory
 from .parse import Lora
-from .presets import Preset, load_preset
+from .presets import Preset, Transformer, load_preset
 from .shapes import Grid
 
 if TYPE_CHECKING:
@@ -126,14 +127,38 @@ class Plan:
         return fields
 
     def flops(self, stage: Stage) -> int:
-        """FLOPs of a stage over all its steps: linear layers and attention, two for each multiply-add."""
-        size = self.preset.transformer
-        tokens = stage.grid.tokens
-        text = 24  # tokens of an ordinary prompt once the padding is one key
-        keys = tokens if stage is self.proxy else self._keys(stage)
-        linear = 2 * (8 - 2) * size.dim**2 + 4 * size.dim * size.ffn
-        attention = 4 * size.dim * (keys + text)
-        return tokens * size.layers * (linear + attention) * stage.steps * stage.passes
+        """FLOPs of a stage over all its steps, and of a level's proxy stream, which runs once a pass."""
+        size, patch, grid, detail = *self._sizes, stage.grid, self.preset.detail
+        if stage is self.proxy:
+            return full_flops(size, patch, grid.tokens) * stage.steps * stage.passes
+        below = self.below(stage)
+        forward = detail_flops(size, patch, detail, grid, below, stage.ratio, stage.time_ratio)
+        context = context_flops(size, patch, detail.proxy_window, below) if detail.proxy_attention else 0
+        return (forward * stage.steps + context) * stage.passes
+
+    @property
+    def native_grid(self) -> Grid:
+        """What full attention at the asked size would denoise: a small video is not generated larger for it."""
+        geometry, request = self.preset.geometry, self.request
+        frames = shapes.frames_to_generate(self.frames, geometry.temporal)
+        return shapes.video_grid(request.width, request.height, frames, geometry)
+
+    def native_flops(self, steps: int, passes: int) -> int:
+        """FLOPs of denoising the asked size under full attention, as WanPipeline does: text is padded."""
+        size, patch = self._sizes
+        return full_flops(size, patch, self.native_grid.tokens, size.text_length) * steps * passes
+
+    @property
+    def attention_free_ceiling(self) -> float:
+        """The most that removing all attention can speed up native denoising, at equal steps (DESIGN §1)."""
+        return self.native_flops(1, 1) / (self.native_grid.tokens * linear_flops(*self._sizes))
+
+    def at_equal_steps(self, steps: int) -> "Plan":
+        """The same job with `steps` and the proxy's guidance at every level, which is what native is compared with."""
+        proxy = dataclasses.replace(self.proxy, steps=steps)
+        guidance = proxy.guidance_scale
+        levels = (dataclasses.replace(s, steps=steps, guidance_scale=guidance) for s in self.levels)
+        return dataclasses.replace(self, proxy=proxy, levels=tuple(levels))
 
     def windows(self, stage: Stage) -> int:
         """Windows of the first block of a stage; the proxy is one."""
@@ -151,7 +176,7 @@ class Plan:
         return detail_memory(
             self.preset,
             stage.grid,
-            self._below(stage).tokens,
+            self.below(stage).tokens,
             self.chunk,
             stage.passes,
             3 + stage.passes + (3 if self.is_region else 0),  # of a region also its noise and what surrounds it
@@ -256,26 +281,14 @@ class Plan:
         stages = [{"stage": name, **_plain(stage)} for name, stage in self.named_stages()]
         return {"summary": self.summary, "request": _plain(self.request), "stages": stages}
 
-    def _below(self, stage: Stage) -> Grid:
+    def below(self, stage: Stage) -> Grid:
+        """The grid of what guides a level."""
         index = self.levels.index(stage)
         return self.levels[index - 1].grid if index else self.proxy.grid
 
-    def _keys(self, stage: Stage) -> int:
-        """Keys a query sees: its window and the aligned proxy, for the mean of the preset's windows."""
-        detail = self.preset.detail
-        total = 0.0
-        for window in detail.windows:
-            own = [min(a, b) for a, b in zip(window, dataclasses.astuple(stage.grid), strict=True)]
-            if not detail.proxy_attention:
-                total += math.prod(own)
-                continue
-            proxy = [
-                own[0] / stage.time_ratio + 1 + 2 * detail.margin[0],
-                own[1] / stage.ratio + 1 + 2 * detail.margin[1],
-                own[2] / stage.ratio + 1 + 2 * detail.margin[2],
-            ]
-            total += own[0] * own[1] * own[2] + float(proxy[0] * proxy[1] * proxy[2])
-        return int(total / len(detail.windows))
+    @property
+    def _sizes(self) -> tuple[Transformer, int]:
+        return self.preset.transformer, self.preset.geometry.patch
 
     def _decode_row(self, rate: float) -> dict[str, Any]:
         from .decode import decode_bytes, decode_flops, spool_bytes

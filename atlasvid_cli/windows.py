@@ -71,14 +71,19 @@ def layout(grid: Grid, shape: Shape, shifted: bool) -> list[Windows]:
     return [Windows(s, torch.tensor(starts)) for s, starts in groups.items()]
 
 
-def block_layout(block: int, shapes: tuple[Shape, ...], grid: Grid, phase: int = 0) -> list[Windows]:
-    """The layout of a block: shapes cycle, and each shape is used plain, then shifted by half.
+def block_cut(block: int, shapes: tuple[Shape, ...], phase: int = 0) -> tuple[Shape, bool]:
+    """The window shape of a block and whether it is shifted: shapes cycle, each plain, then shifted by half.
 
     `phase` is where the cycle begins. Sampling begins one layout further at every step, so that no border stays in the
     same block: what one step leaves there, the next one attends across.
     """
     turn = block + phase
-    return layout(grid, shapes[turn // 2 % len(shapes)], shifted=turn % 2 == 1)
+    return shapes[turn // 2 % len(shapes)], turn % 2 == 1
+
+
+def block_layout(block: int, shapes: tuple[Shape, ...], grid: Grid, phase: int = 0) -> list[Windows]:
+    """The layout of a block, see `block_cut`."""
+    return layout(grid, *block_cut(block, shapes, phase))
 
 
 def window(x: torch.Tensor, grid: Grid, windows: list[Windows]) -> list[torch.Tensor]:
@@ -94,6 +99,16 @@ def unwindow(batches: list[torch.Tensor], grid: Grid, windows: list[Windows]) ->
     return out
 
 
+def aligned_span(
+    shape: Shape, proxy: Grid, ratio: Fraction, time_ratio: int, margin: tuple[int, int, int]
+) -> tuple[int, int, int]:
+    """Proxy tokens along t, h, w that a window of this shape sees."""
+    wt, wh, ww = shape
+    spans = ((wt + time_ratio - 2) // time_ratio + 1, math.ceil(wh / ratio) + 1, math.ceil(ww / ratio) + 1)
+    t, h, w = (min(s, n + 2 * m) for s, n, m in zip((proxy.t, proxy.h, proxy.w), spans, margin, strict=True))
+    return t, h, w
+
+
 def aligned_proxy(
     windows: Windows, proxy: Grid, ratio: Fraction, time_ratio: int, margin: tuple[int, int, int]
 ) -> torch.Tensor:
@@ -101,16 +116,16 @@ def aligned_proxy(
 
     The number of keys is the same for all windows of a shape: at a border the box moves inward instead of shrinking.
     """
-    wt, wh, ww = windows.shape
+    counts = aligned_span(windows.shape, proxy, ratio, time_ratio, margin)
     t, h, w = windows.starts.unbind(1)
-    counts, starts = [], []
-    spans = (
-        ((wt + time_ratio - 2) // time_ratio + 1, torch.tensor([proxy_latent(int(i), time_ratio) for i in t]), proxy.t),
-        (math.ceil(wh / ratio) + 1, h * ratio.denominator // ratio.numerator, proxy.h),
-        (math.ceil(ww / ratio) + 1, w * ratio.denominator // ratio.numerator, proxy.w),
+    firsts = (
+        torch.tensor([proxy_latent(int(i), time_ratio) for i in t]),
+        h * ratio.denominator // ratio.numerator,
+        w * ratio.denominator // ratio.numerator,
     )
-    for (span, first, size), side in zip(spans, margin, strict=True):
-        count = min(size, span + 2 * side)
-        counts.append(count)
-        starts.append((first - side).clamp(0, size - count))
-    return Windows((counts[0], counts[1], counts[2]), torch.stack(starts, dim=1)).indices(proxy)
+    sizes = (proxy.t, proxy.h, proxy.w)
+    starts = [
+        (first - side).clamp(0, size - count)
+        for first, side, size, count in zip(firsts, margin, sizes, counts, strict=True)
+    ]
+    return Windows(counts, torch.stack(starts, dim=1)).indices(proxy)

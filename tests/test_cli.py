@@ -29,6 +29,7 @@ OPTIONS = {
     " --run-dir --seed --steps",
     "decode": "--codec --debug --json --model-path --output --preset",
     "plan": "--offload --chunk --codec --debug --fps --guidance-scale --json --preset --res --seconds --steps",
+    "bench": "--budget-seconds --debug --html --json --model-path --preset --quick --repeats --res --seconds --steps",
     "train": "--debug --output --work",
     "presets": "--debug --json",
     "info": "--debug --json",
@@ -104,6 +105,12 @@ def test_the_command_line_imports_nothing_heavy():
         (["refine", "absent.safetensors"], 3, "absent.safetensors"),
         (["info", "absent"], 3, "absent"),
         (["train", "wan"], 2, "train tiny"),
+        (["bench", "--res", "banana"], 2, "--res"),
+        (["bench", "--preset", "nope"], 2, "preset"),
+        (["bench", "--repeats", "0"], 2, "--repeats"),
+        (["bench", "--budget-seconds", "nan"], 2, "--budget-seconds"),
+        (["bench", "--html", "report.txt"], 2, "report.html"),
+        (["bench", "--quick", "--model-path", "absent"], 3, "absent"),
         (["frobnicate"], 2, "frobnicate"),
     ],
 )
@@ -178,6 +185,17 @@ def test_a_batch_passes_over_a_failing_item(run, random_preset, tmp_path, monkey
     assert len(list((tmp_path / "out").glob("*.mp4"))) == 2
     _, out, _ = run(*arguments, "--shard", "2/2")
     assert [json.loads(line)["id"] for line in out.splitlines()] == ["0001-two"]
+
+
+def test_bench_writes_one_json_object_and_a_page(run, random_preset, tmp_path, monkeypatch):
+    monkeypatch.setattr("atlasvid_cli.arms.WARM_UP", (256, 192))
+    size = ["--res", "256x192", "--seconds", "0.25", "--steps", "2"]
+    code, out, err = run("bench", "--quick", "--preset", random_preset, *size, "--json", "--html", "report.html")
+    assert code == 0, err
+    found = json.loads(out)
+    assert found["frames"] == 4 and found["steps"] == 2 and found["model"] == "random" and found["speedup"] > 0
+    assert "native" in err and "projection error" in err
+    assert found["baseline"] in (tmp_path / "report.html").read_text()
 
 
 def test_proxy_then_refine_then_region_then_decode(run, random_preset, tmp_path):

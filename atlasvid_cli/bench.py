@@ -1,0 +1,289 @@
+"""`atlasvid bench`: full attention against proxy and detail, on the same weights, in one process (DESIGN §9).
+
+Three arms. *native* is diffusers' WanPipeline at the asked size. *equal steps* is our path with native's steps and
+guidance at every level. *few-step* is what `render` runs. Loading weights is left out of all. What a budget of seconds
+cannot measure in full is projected from a sample (see `measure`) and marked so.
+"""
+
+import math
+import tempfile
+from dataclasses import asdict, replace
+from fractions import Fraction
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+from diffusers import AutoencoderKLWan
+from diffusers.models.attention_dispatch import _AttentionBackendRegistry
+
+from . import __version__
+from .arms import (
+    Bench,
+    Stages,
+    detail_error,
+    equal_arm,
+    expected_seconds,
+    few_step_arm,
+    first_frames,
+    native_arm,
+    native_error,
+    native_point,
+    warm_up,
+)
+from .console import Console
+from .errors import ResourceError
+from .machine import available_ram, compute_device, copy_rate, gemm_rate
+from .measure import Timing, random_model
+from .plan import GIB, Plan, Request, make_plan
+from .session import Session
+from .weights import load_text, load_transformer, load_vae
+
+SIZES = ((1, "1/4"), (1, "1/2"), (0.35, "1"), (0.5, "1"), (0.75, "1"))  # (side, seconds) of the growth fit
+
+GEMM = (2048, 1.0)  # size and seconds of the matrix product that rates are compared with
+
+
+def run(request: Request, steps: int | None, repeats: int, seconds: float, console: Console) -> dict[str, Any]:
+    """Measures everything and returns the report as JSON can hold it.
+
+    An arm may take `seconds`, all its repeats together; beyond, it is sampled.
+
+    Raises UsageError and ResourceError before anything is loaded.
+    """
+    plan = make_plan(request)
+    steps = steps or plan.proxy.steps
+    # on a GPU sessions load a part whenever it is needed, which would be timed: there, random weights and samples
+    at_hand = bool(request.model_path) or (plan.preset.folder / "model_index.json").is_file()
+    has_weights = at_hand and compute_device().kind == "cpu"
+    if has_weights and expected_seconds(plan) * repeats <= seconds:
+        _check_memory(plan)
+    smaller = smaller_plans(plan)
+    with (
+        tempfile.TemporaryDirectory(prefix="atlasvid-bench-") as name,
+        console.stage("bench", 5 + len(smaller)) as advance,
+    ):
+        bench = _load(plan, has_weights, Path(name), seconds, repeats)
+        if has_weights:
+            warm_up(bench, plan)
+        advance()
+        errors: dict[str, float] = {}
+        few, peak = few_step_arm(bench, plan, repeats)
+        frames = first_frames(bench.folder / "video.mp4", plan)
+        of_target = {} if is_projected(few) else detail_error(bench, plan, few)
+        advance()
+        equal = equal_arm(bench, plan, steps, few)
+        advance()
+        native, native_peak = native_arm(bench, plan, steps, frames)
+        advance()
+        points = []
+        for part in smaller:
+            stages, part_peak = few_step_arm(bench, part, 1)
+            if not is_projected(stages):
+                errors |= detail_error(bench, part, stages)
+            points.append(_point(part, stages, native_point(bench, part, steps), part_peak, None))
+            advance()
+        errors |= of_target | {"native": native_error(bench, plan)}
+        advance()
+    points.append(_point(plan, few, native, peak, native_peak))
+    arms = {"native": native, "equal steps": equal, "few-step": few}
+    rates = max(bench.rate, gemm_rate(*GEMM)), copy_rate()  # before and after, whichever had the machine to itself
+    found = result(plan, steps, arms, errors, points, rates, has_weights)
+    if found["ceiling_fraction"] > 1:
+        console.warn("denoising seems faster than without any attention: something else ran meanwhile; measure again")
+    return found | {"repeats": repeats, "budget_seconds": seconds}
+
+
+def _load(plan: Plan, has_weights: bool, folder: Path, seconds: float, repeats: int) -> Bench:
+    """The parts of a preset, with its weights where they are there, else random ones of its sizes."""
+    request, rate = plan.request, gemm_rate(*GEMM)
+    if has_weights:
+        # one session keeps one stage's adapter at a time: with two, no arm loads while it is timed
+        proxy, detail = (Session(request.preset, request.model_path) for _ in range(2))
+        model, text, vae = load_transformer(proxy.folder), load_text(proxy.folder), load_vae(proxy.folder)
+        return Bench(proxy, detail, text, model, vae, folder, rate, seconds, repeats)
+    model = random_model(plan.preset.transformer, plan.preset.geometry.patch)
+    channels, spread = plan.preset.vae.out_channels, [1.0] * plan.preset.vae.z_dim
+    config = asdict(plan.preset.vae) | {"in_channels": channels, "latents_mean": spread, "latents_std": spread}
+    vae = AutoencoderKLWan.from_config(config).to(compute_device().kind).eval().requires_grad_(False)
+    return Bench(None, None, None, model, vae, folder, rate, seconds, repeats)
+
+
+def _check_memory(plan: Plan) -> None:
+    worst, free = max(plan.rows(), key=lambda row: row["ram_bytes"]), available_ram()
+    if worst["ram_bytes"] > free:
+        raise ResourceError(
+            f"the {worst['stage']} stage needs {worst['ram_bytes'] / GIB:.1f} GiB of memory and {free / GIB:.1f} GiB"
+            " are free; choose a smaller --res, fewer --seconds, or a smaller --budget-seconds, which samples the stage"
+        )
+
+
+def smaller_plans(plan: Plan) -> list[Plan]:
+    """Smaller jobs with as many levels, not supersampled, each of its own number of tokens: where growth is fitted."""
+    request, pixels = plan.request, plan.preset.geometry.token_pixels
+    plans: dict[int, Plan] = {}
+    for side, length in SIZES if plan.scale == 1 else ():
+        width, height = (round(v * side / pixels) * pixels for v in (request.width, request.height))
+        if side == 1:
+            width, height = request.width, request.height
+        part = make_plan(
+            replace(
+                request,
+                width=max(pixels, width),
+                height=max(pixels, height),
+                seconds=request.seconds * Fraction(length),
+            )
+        )
+        if part.scale == 1 and len(part.levels) == len(plan.levels) and part.target.tokens < plan.target.tokens:
+            plans.setdefault(part.target.tokens, part)
+    return sorted(plans.values(), key=lambda p: p.target.tokens)
+
+
+# --- from times to the report --------------------------------------------------------------------------------------
+
+
+def is_projected(stages: Stages) -> bool:
+    return any(t.projected for t in stages.values())
+
+
+def total(stages: Stages, *names: str) -> float:
+    """Seconds of the stages whose names begin with one of `names`, by default of all."""
+    return sum(t.seconds for name, t in stages.items() if name.startswith(names or ("",)))
+
+
+def denoise(stages: Stages) -> float:
+    """Seconds of denoising: native's, or those of the proxy and the detail levels."""
+    return total(stages, "denoise", "proxy", "detail")
+
+
+def growth_exponent(points: list[tuple[float, float]]) -> float | None:
+    """Slope of log(seconds) against log(tokens), by least squares; None with fewer than two sizes."""
+    logs = [(math.log(tokens), math.log(seconds)) for tokens, seconds in points if seconds > 0]
+    if len({x for x, _ in logs}) < 2:
+        return None
+    mean_x, mean_y = (sum(axis) / len(logs) for axis in zip(*logs, strict=True))
+    return sum((x - mean_x) * (y - mean_y) for x, y in logs) / sum((x - mean_x) ** 2 for x, _ in logs)
+
+
+def _point(plan: Plan, ours: Stages, native: Stages, peak: int | None, native_peak: int | None) -> dict[str, Any]:
+    """One size of the growth fit: seconds of denoising and decoding, start-up, text and files left out."""
+    return {
+        "width": plan.request.width,
+        "height": plan.request.height,
+        "frames": plan.frames,
+        "tokens": plan.target.tokens,
+        "atlasvid_seconds": denoise(ours) + total(ours, "decode"),
+        "native_seconds": denoise(native) + total(native, "decode"),
+        "atlasvid_projected": is_projected(ours),
+        "native_projected": is_projected(native),
+        "atlasvid_peak_bytes": peak,
+        "native_peak_bytes": native_peak,
+    }
+
+
+def result(
+    plan: Plan,
+    steps: int,
+    arms: dict[str, Stages],
+    errors: dict[str, float],
+    points: list[dict[str, Any]],
+    rates: tuple[float, float],
+    has_weights: bool,
+) -> dict[str, Any]:
+    """The report: speedups, what they rest on, and the machine.
+
+    `arms` as `run` names them; `rates`: FLOP/s of a big GEMM and bytes/s of a big copy.
+    """
+    native, equal, few = arms["native"], arms["equal steps"], arms["few-step"]
+    rendered, at_equal = plan.named_stages(), plan.at_equal_steps(steps)
+    passes = plan.proxy.passes
+    speedup_denoise = denoise(native) / denoise(equal)
+    whole = "decode" in native  # without a VAE there is nothing to say about the way from text to file
+    ceiling = plan.attention_free_ceiling
+    detail_flops = sum(plan.flops(stage) for _, stage in rendered[1:])
+    fits = {
+        who: growth_exponent([(p["tokens"], p[f"{who}_seconds"]) for p in points]) for who in ("atlasvid", "native")
+    }
+    backend = _AttentionBackendRegistry.get_active_backend()[0]
+    return {
+        "speedup": total(native) / total(equal) if whole else None,
+        "speedup_denoise": speedup_denoise,
+        "few_step": {
+            "speedup": total(native) / total(few) if whole else None,
+            "speedup_denoise": denoise(native) / denoise(few),
+            "steps": [stage.steps for _, stage in rendered],
+            "guidance_scale": [stage.guidance_scale for _, stage in rendered],
+        },
+        "projected": any(is_projected(stages) for stages in arms.values()),
+        "projection_error": max(map(abs, errors.values())),
+        "projection_errors": errors,
+        "attention_free_ceiling": ceiling,
+        "ceiling_fraction": speedup_denoise / ceiling,
+        "growth_exponent": fits["atlasvid"],
+        "growth_exponent_native": fits["native"],
+        "growth": points,
+        "gemm_fraction": detail_flops / total(few, "detail") / rates[0],
+        "gemm_flops_per_second": rates[0],
+        "roofline": _roofline(plan, arms, steps, rates),
+        "peak_bytes": {
+            "atlasvid": points[-1]["atlasvid_peak_bytes"],
+            "native": points[-1]["native_peak_bytes"],
+            "planned": max(row["ram_bytes"] for row in plan.rows()) if has_weights else None,
+        },
+        "stages": {arm: {name: _plain(t) for name, t in stages.items()} for arm, stages in arms.items()},
+        "totals": {arm: total(stages) for arm, stages in arms.items()},
+        "flops": {
+            "native": plan.native_flops(steps, passes),
+            "equal steps": sum(at_equal.flops(stage) for _, stage in at_equal.named_stages()),
+            "few-step": sum(plan.flops(stage) for _, stage in rendered),
+        },
+        "tokens": plan.native_grid.tokens,
+        "stage_tokens": {name: stage.grid.tokens for name, stage in rendered},
+        "frames": plan.frames,
+        "size": f"{plan.request.width}x{plan.request.height}",
+        "fps": plan.fps,
+        "steps": steps,
+        "guidance_scale": plan.proxy.guidance_scale,
+        "model": plan.preset.name + ("" if has_weights else " (random weights)"),
+        "baseline": f"diffusers {version('diffusers')} WanPipeline, full attention, {steps} steps x {passes} passes",
+        "device": compute_device().name,
+        "dtype": compute_device().dtype,
+        "threads": torch.get_num_threads(),
+        "backend": getattr(backend, "value", str(backend)),
+        "versions": {"atlasvid": __version__} | {n: version(n) for n in ("torch", "diffusers", "transformers", "av")},
+    }
+
+
+def _roofline(plan: Plan, arms: dict[str, Stages], steps: int, rates: tuple[float, float]) -> dict[str, Any]:
+    """FLOP/s that denoising reaches against its FLOPs a byte of the least traffic.
+
+    A block reads and writes the hidden state, and reads its weights and the keys and values of what guides it.
+    """
+    size, level = plan.preset.transformer, plan.levels[-1]
+    weights = 4 * (8 * size.dim**2 + 2 * size.dim * size.ffn)
+
+    def least_bytes(tokens: int, guide: int) -> int:
+        return size.layers * (8 * size.dim * (tokens + guide) + weights)
+
+    passes, native_tokens = plan.proxy.passes, plan.native_grid.tokens
+    detail = plan.named_stages()[-1][0]
+    rows = (
+        ("native", plan.native_flops(steps, passes), denoise(arms["native"]), native_tokens, 0, steps * passes),
+        (
+            "atlasvid, last detail level",
+            plan.flops(level),
+            arms["few-step"][detail].seconds,
+            level.grid.tokens,
+            plan.below(level).tokens,
+            level.steps * level.passes,
+        ),
+    )
+    points = [
+        {"name": name, "intensity": flops / least_bytes(tokens, guide) / runs, "flops_per_second": flops / seconds}
+        for name, flops, seconds, tokens, guide, runs in rows
+    ]
+    return {"flops_per_second": rates[0], "bytes_per_second": rates[1], "points": points}
+
+
+def _plain(timing: Timing) -> dict[str, Any]:
+    return {**timing.__dict__, "projected": timing.projected}

@@ -1,0 +1,328 @@
+"""Times of both arms' parts: in full, or from a sample that is scaled by exact counts and says so (DESIGN §9).
+
+The native arm is diffusers' own code throughout; the other arm is what `pipeline` runs.
+"""
+
+import statistics
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from fractions import Fraction
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from diffusers import WanTransformer3DModel
+from diffusers.models.attention_dispatch import dispatch_attention_fn
+from diffusers.models.transformers import transformer_wan
+
+from .console import Console
+from .decode import decode_flops, decode_stream, space_factor
+from .flops import detail_flops, full_flops, linear_flops
+from .machine import compute_device, synchronize
+from .model import detail_forward, proxy_context, text_context
+from .plan import EFFICIENCY, Plan, Stage
+from .presets import Transformer
+from .shapes import Grid
+from .video import write_video
+
+MIN_ROWS = 1024  # PyTorch's CPU kernel cuts long queries in 256s, short ones finer: a sample must be long
+KEY_BYTES = 1 << 30  # keys and values of an attention sample; heads beyond are scaled
+WIDEST_BYTES = 1 << 29  # the widest activation of a sample of the linear layers, or of native's decoder
+SAMPLE_SECONDS = 40.0  # a longer sample is no better
+STOCK_CONV_RATE = 0.15  # of a big GEMM's rate, which stock conv3d reaches in decoding (docs/LOG.md)
+
+
+@dataclass(frozen=True)
+class Timing:
+    """Seconds: the median of `runs` and their spread. `fraction` < 1: the part of the work that was timed."""
+
+    seconds: float
+    low: float
+    high: float
+    runs: int
+    fraction: float = 1.0
+
+    @property
+    def projected(self) -> bool:
+        return self.fraction < 1
+
+    def times(self, factor: float, fraction: float | None = None) -> "Timing":
+        """Scaled to `factor` as much work; by default that is how much less of it was timed."""
+        part = self.fraction / factor if fraction is None else fraction
+        return Timing(self.seconds * factor, self.low * factor, self.high * factor, self.runs, min(1.0, part))
+
+
+def from_samples(samples: list[float]) -> Timing:
+    return Timing(statistics.median(samples), min(samples), max(samples), len(samples))
+
+
+def timed(run: Callable[[], Any], repeats: int, warm_up: bool = True) -> Timing:
+    """`run`, once to warm up and then `repeats` times."""
+    samples = []
+    with torch.no_grad():
+        for _ in range(repeats + warm_up):
+            synchronize()
+            start = time.perf_counter()
+            run()
+            synchronize()
+            samples.append(time.perf_counter() - start)
+    return from_samples(samples[warm_up:])
+
+
+class Stopwatch(Console):
+    """Stands where a function of `pipeline` takes a console, and notes when a stage began, advanced last and ended."""
+
+    def __init__(self) -> None:
+        super().__init__(interactive=False)
+        self.marks: dict[str, tuple[float, float, float]] = {}
+
+    @contextmanager
+    def stage(self, name: str, total: int) -> Iterator[Callable[..., None]]:
+        start = last = time.perf_counter()
+
+        def advance(n: int = 1) -> None:
+            nonlocal last
+            last = time.perf_counter()
+
+        yield advance
+        self.marks[name] = (start, last, time.perf_counter())
+
+
+# --- the transformer -----------------------------------------------------------------------------------------------
+
+
+def random_model(size: Transformer, patch: int) -> WanTransformer3DModel:
+    """A transformer of these sizes with random weights: one block's, which stands at every layer, so that any fits."""
+    model = WanTransformer3DModel(
+        patch_size=(1, patch, patch),
+        num_attention_heads=size.heads,
+        attention_head_dim=size.dim // size.heads,
+        in_channels=size.channels,
+        out_channels=size.channels,
+        text_dim=size.dim,
+        ffn_dim=size.ffn,
+        num_layers=1,
+    )
+    model.blocks = torch.nn.ModuleList([model.blocks[0]] * size.layers)
+    model.to(compute_device().kind, getattr(torch, compute_device().dtype))
+    return model.eval().requires_grad_(False)
+
+
+@contextmanager
+def _first_blocks(model: Any, count: int) -> Iterator[None]:
+    """The model with its first blocks only."""
+    blocks = model.blocks
+    model.blocks = blocks[:count]
+    try:
+        yield
+    finally:
+        model.blocks = blocks
+
+
+@contextmanager
+def _without_self_attention() -> Iterator[None]:
+    """diffusers' Wan blocks with everything but QK^T and PV of self-attention, whose result is the values."""
+    dispatch = transformer_wan.dispatch_attention_fn
+
+    def cross_only(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, **options: Any) -> torch.Tensor:
+        return value if key.shape[1] == query.shape[1] else dispatch(query, key, value, **options)
+
+    transformer_wan.dispatch_attention_fn = cross_only
+    try:
+        yield
+    finally:
+        transformer_wan.dispatch_attention_fn = dispatch
+
+
+def crop(grid: Grid, tokens: float, multiple: int = 1) -> Grid:
+    """The grid with its longer side cut, in steps of `multiple`, until it has at most `tokens` or nothing is left."""
+    h, w, t = grid.h, grid.w, grid.t
+    while t * h * w > tokens and max(h, w) > multiple:
+        if h > w:
+            h = max(multiple, (h - 1) // multiple * multiple)
+        else:
+            w = max(multiple, (w - 1) // multiple * multiple)
+    while t * h * w > tokens and t > 1 and multiple == 1:
+        t -= 1
+    return Grid(t, h, w)
+
+
+def native_forward(model: Any, patch: int, text: int, grid: Grid) -> Callable[[], Any]:
+    """One forward of diffusers' WanTransformer3DModel on a whole clip, text padded to `text` keys."""
+    like = {"device": model.device, "dtype": model.dtype}
+    latents = torch.randn(1, model.config.in_channels, grid.t, grid.h * patch, grid.w * patch, **like)
+    states, timestep = torch.randn(1, text, model.config.text_dim, **like), torch.tensor([500], device=model.device)
+    return lambda: model(latents, timestep, states, return_dict=False)
+
+
+def native_pass(
+    model: Any, size: Transformer, patch: int, grid: Grid, rate: float, seconds: float, repeats: int
+) -> Timing:
+    """One forward under full attention; a sample where warm-up and repeats would take more than about `seconds`."""
+    expected = full_flops(size, patch, grid.tokens, size.text_length) / (rate * EFFICIENCY)
+    if expected * (repeats + 1) <= seconds:
+        return timed(native_forward(model, patch, size.text_length, grid), repeats)
+    return native_sample(model, size, patch, grid, rate, min(seconds, SAMPLE_SECONDS), repeats)
+
+
+def native_sample(
+    model: Any, size: Transformer, patch: int, grid: Grid, rate: float, seconds: float, repeats: int
+) -> Timing:
+    """One forward under full attention, projected.
+
+    Timed are some query rows against all keys and values, in diffusers' attention, and diffusers' model without
+    self-attention, with no block and with one, on as many tokens as the time allows. Attention is scaled by rows, heads
+    and layers, the rest by tokens and layers.
+    """
+    budget = rate * EFFICIENCY * seconds / (repeats + 1) / 3  # FLOPs of each of the three
+    tokens, text = grid.tokens, size.text_length
+    head = size.dim // size.heads
+    heads = min(size.heads, max(1, KEY_BYTES // (8 * tokens * head)))
+    rows = int(budget / (4 * head * heads * tokens)) // 512 * 512
+    rows = min(tokens, max(MIN_ROWS, rows))
+    like = {"device": model.device, "dtype": model.dtype}
+    q, k, v = (torch.randn(1, n, heads, head, **like) for n in (rows, tokens, tokens))
+    attention = timed(lambda: dispatch_attention_fn(q, k, v, dropout_p=0.0, is_causal=False), repeats)
+
+    linear = linear_flops(size, patch, 1) + 4 * size.dim * text
+    part = crop(grid, min(budget / linear, WIDEST_BYTES / (4 * size.ffn)))
+    run = native_forward(model, patch, text, part)
+    with _without_self_attention():
+        with _first_blocks(model, 0):
+            bare = timed(run, repeats)
+        with _first_blocks(model, 1):
+            one = timed(run, repeats)
+    more, layers = tokens / part.tokens, size.layers
+    per_layer = tokens / rows * size.heads / heads
+
+    def whole(at: str) -> float:
+        base, block = getattr(bare, at), getattr(one, at)
+        return more * (base + layers * max(0.0, block - base)) + layers * per_layer * getattr(attention, at)
+
+    done = part.tokens * linear + 4 * head * heads * rows * tokens
+    fraction = done / full_flops(size, patch, tokens, text)
+    return Timing(whole("seconds"), whole("low"), whole("high"), repeats, fraction)
+
+
+def detail_sample(model: Any, plan: Plan, stage: Stage, rate: float, seconds: float, repeats: int) -> Timing:
+    """All of a detail level, projected from `detail_forward` on a part of its windows, scaled by FLOPs.
+
+    The part has whole windows. Where a column of them along time is still too much, it takes one cycle of the block
+    layouts, and then one window.
+    """
+    size, detail, patch = plan.preset.transformer, plan.preset.detail, plan.preset.geometry.patch
+    largest = max(max(w[1:]) for w in detail.windows)
+    budget = rate * EFFICIENCY * min(seconds, SAMPLE_SECONDS) / (repeats + 1)
+    layers, cycle = size.layers, min(size.layers, 2 * len(detail.windows))
+
+    def cost(grid: Grid, below: Grid, layers: int) -> int:
+        return detail_flops(size, patch, detail, grid, below, stage.ratio, stage.time_ratio, layers)
+
+    below = plan.below(stage)
+    per_token = cost(stage.grid, below, layers) / stage.grid.tokens
+    part = crop(stage.grid, budget / per_token, largest)
+    if per_token * part.tokens > budget:
+        layers = cycle
+    if per_token * part.tokens * layers / size.layers > budget:
+        part = replace(part, t=min(part.t, max(w[0] for w in detail.windows)))
+    channels = size.channels * patch**2
+    # the guide of the part: as much of the level below as its windows can see
+    low = Grid(below.t, min(below.h, part.h), min(below.w, part.w))
+    low = crop(low, max(low.t * 4, part.tokens))
+    tokens, guide = torch.randn(part.tokens, channels), torch.randn(low.tokens, channels)
+    with torch.no_grad(), _first_blocks(model, layers):
+        text = text_context(model, [torch.randn(24, model.config.text_dim)], size.text_length)
+        context = None
+        if detail.proxy_attention:
+            context = proxy_context(
+                model, guide, low, text, stage.ratio, stage.time_ratio, detail.margin, detail.proxy_window
+            )
+        arguments = (model, tokens, part, 500.0, text, context, detail.windows, plan.chunk)
+        one = timed(lambda: detail_forward(*arguments), repeats)
+    done, whole = cost(part, low, layers), plan.flops(stage)
+    return one.times(whole / done, done / whole)
+
+
+def proxy_sample(model: Any, plan: Plan, rate: float, seconds: float, repeats: int) -> Timing:
+    """All of stage 1, projected from one forward, or a sample of one, of the same blocks in diffusers' code."""
+    stage, size, patch = plan.proxy, plan.preset.transformer, plan.preset.geometry.patch
+    return native_pass(model, size, patch, stage.grid, rate, seconds, repeats).times(stage.steps * stage.passes)
+
+
+# --- decode and mux ------------------------------------------------------------------------------------------------
+
+
+def native_decode(vae: Any, grid: Grid, patch: int, rate: float, seconds: float, repeats: int) -> Timing:
+    """`AutoencoderKLWan.decode` of a clip, projected from its first two latent frames and, if those take too long,
+    from a part of each frame (which spares native the middle attention's square)."""
+    h, w = grid.h * patch, grid.w * patch
+    budget = rate * STOCK_CONV_RATE * min(seconds, SAMPLE_SECONDS) / (repeats + 1) / 2
+    part = crop(Grid(1, h, w), budget / (decode_flops(vae.config, h, w) / (h * w)))
+    cells = (space_factor(vae.config) // (vae.config.patch_size or 1)) ** 2  # of the last level, a latent
+    part = crop(part, WIDEST_BYTES / (4 * 4 * cells * vae.config.base_dim))
+    clips = [torch.randn(1, vae.config.z_dim, n, part.h, part.w, device=vae.device) for n in (1, 2)]
+    first, both = (timed(partial(vae.decode, z), repeats) for z in clips)
+    more = h * w / part.tokens
+
+    def whole(at: str) -> float:
+        start, end = getattr(first, at), getattr(both, at)
+        return more * (start + (grid.t - 1) * max(0.0, end - start))
+
+    return Timing(whole("seconds"), whole("low"), whole("high"), repeats, min(1.0, 2 / grid.t) / more)
+
+
+def decode_sample(
+    vae: Any, latents: torch.Tensor, plan: Plan, tile: int | None, folder: Path, repeats: int
+) -> tuple[Timing, Timing]:
+    """(decode, mux) of the whole video, projected from the few latent frames (C, k, h, w) given.
+
+    Decoder and encoder run beside each other, so mux is what is left to encode after the last frame has come.
+    """
+    k = latents.shape[1]
+    count = (k - 1) * plan.preset.geometry.temporal + 1
+    decodes, muxes = [], []
+    for _ in range(repeats):
+        times: list[float] = []
+        start = time.perf_counter()
+        write_video(
+            folder / "sample.mp4",
+            decode_stream(vae, latents, tile, folder),
+            width=plan.request.width,
+            height=plan.request.height,
+            fps=plan.fps,
+            frame_count=count,
+            on_frame=partial(_note, times),
+        )
+        end = time.perf_counter()
+        rest = (plan.target.t - 1) / max(1, k - 1)
+        mux = end - times[-1]
+        # tiles are all decoded before the first frame comes
+        whole = (end - start) * plan.frames / count if tile else times[0] - start + (end - times[0]) * rest
+        decodes.append(whole - mux)
+        muxes.append(mux)
+    fraction = k / plan.target.t
+    return from_samples(decodes).times(1, fraction), from_samples(muxes).times(1, fraction)
+
+
+def _note(times: list[float], _: int) -> None:
+    times.append(time.perf_counter())
+
+
+def mux_alone(frames: list[torch.Tensor], plan: Plan, folder: Path, repeats: int) -> Timing:
+    """Encoding the whole video while nothing decodes, from some of its frames (3, H, W)."""
+    request = plan.request
+
+    def run() -> None:
+        write_video(
+            folder / "mux.mp4",
+            (f[None] for f in frames),
+            width=request.width,
+            height=request.height,
+            fps=Fraction(plan.fps),
+            frame_count=len(frames),
+        )
+
+    return timed(run, repeats, warm_up=False).times(plan.frames / len(frames))
