@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from .errors import InputError, UsageError
+from .parse import parse_shard
 
 SLUG_CHARACTERS = 40
 MAX_SEED = 2**63 - 1
@@ -110,3 +111,22 @@ def _fields(line: str, place: str) -> dict:
     if fields.get("output") is not None and (not fields["output"].strip() or "\0" in fields["output"]):
         raise UsageError(f"{place}: output must be a file name")
     return fields
+
+
+def choose_items(
+    prompt: str | None,
+    prompt_file: str | None,
+    shard: str | None,
+    negative: str | None,
+    seed: int,
+    clip: Path | None = None,
+) -> list[Item]:
+    """The items that a prompt, a prompt file or a clip of --from-video stands for. Raises UsageError."""
+    if clip is not None:
+        name = slug(clip.stem)
+        return [Item(name, (prompt or "").strip(), negative, seed, f"{name}-{seed}")]
+    if (prompt is None) == (prompt_file is None):
+        raise UsageError('give either a prompt, as in atlasvid render "a red ball moving right", or --prompt-file')
+    if prompt_file is None:
+        return [single(prompt or "", negative, seed)]
+    return select(read_prompts(prompt_file, negative, seed), parse_shard(shard) if shard else None)

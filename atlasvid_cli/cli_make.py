@@ -1,0 +1,222 @@
+"""The commands that make something: flags -> Request -> Plan -> pipeline. Heavy imports are in the bodies."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from . import options as opt
+from .batch import check_writable, keep_foreign, proxy_one, render_one, run_batch, show_plan, with_clip, with_suffix
+from .errors import UsageError
+from .parse import make_request, parse_frames, parse_lora, parse_region, parse_resolution
+from .prompts import choose_items, slug
+
+
+def render(
+    prompt: opt.Prompt = None,
+    res: opt.Res = "960x540",
+    seconds: opt.ClipSeconds = None,
+    fps: opt.Fps = None,
+    seed: opt.Seed = 0,
+    steps: opt.Steps = None,
+    guidance_scale: opt.Guidance = None,
+    flow_shift: opt.Shift = None,
+    negative_prompt: opt.Negative = None,
+    preset: opt.PresetName = "tiny",
+    model_path: opt.ModelPath = None,
+    lora: opt.Loras = None,
+    strict: opt.Strict = False,
+    attention_backend: opt.Backend = None,
+    offload: opt.OffloadMode = None,
+    chunk: opt.Chunk = None,
+    codec: opt.CodecName = "h264",
+    output: opt.Output = None,
+    run_dir: opt.RunDir = None,
+    from_video: opt.FromVideo = None,
+    prompt_file: opt.PromptFile = None,
+    shard: opt.Shard = None,
+    as_json: opt.Json = False,
+    dry_run: opt.DryRun = False,
+    debug: opt.Debug = False,
+) -> None:
+    """Make a video from a prompt (or many, with --prompt-file): proxy, detail, decode."""
+    from .console import Console
+
+    request = make_request(
+        res,
+        seconds,
+        preset,
+        lora,
+        fps=fps,
+        seed=seed,
+        steps=steps,
+        guidance_scale=guidance_scale,
+        flow_shift=flow_shift,
+        chunk=chunk,
+        codec=codec,
+        model_path=model_path,
+        offload=offload,
+        attention_backend=attention_backend,
+        strict=strict,
+    )
+    console = Console(as_json)
+    request = with_clip(request, from_video, seconds, prompt_file, console)
+    items = choose_items(prompt, prompt_file, shard, negative_prompt, seed, from_video)
+    if prompt_file and run_dir:
+        raise UsageError("--run-dir names one run: leave it out with --prompt-file")
+    run_batch(items, request, output, run_dir, console, bool(prompt_file), dry_run, render_one, ".mp4")
+
+
+def proxy(
+    prompt: opt.Prompt = None,
+    res: opt.Res = "960x540",
+    seconds: opt.ClipSeconds = None,
+    fps: opt.Fps = None,
+    seed: opt.Seed = 0,
+    steps: opt.Steps = None,
+    guidance_scale: opt.Guidance = None,
+    flow_shift: opt.Shift = None,
+    negative_prompt: opt.Negative = None,
+    preset: opt.PresetName = "tiny",
+    model_path: opt.ModelPath = None,
+    lora: opt.Loras = None,
+    strict: opt.Strict = False,
+    attention_backend: opt.Backend = None,
+    offload: opt.OffloadMode = None,
+    output: opt.Output = None,
+    from_video: opt.FromVideo = None,
+    prompt_file: opt.PromptFile = None,
+    shard: opt.Shard = None,
+    as_json: opt.Json = False,
+    dry_run: opt.DryRun = False,
+    debug: opt.Debug = False,
+) -> None:
+    """Stage 1 only: the proxy of a video of the given size and length, saved as latents for refine."""
+    from .console import Console
+
+    request = make_request(
+        res,
+        seconds,
+        preset,
+        lora,
+        fps=fps,
+        seed=seed,
+        steps=steps,
+        guidance_scale=guidance_scale,
+        flow_shift=flow_shift,
+        model_path=model_path,
+        offload=offload,
+        attention_backend=attention_backend,
+        strict=strict,
+    )
+    console = Console(as_json)
+    request = with_clip(request, from_video, seconds, prompt_file, console)
+    items = choose_items(prompt, prompt_file, shard, negative_prompt, seed, from_video)
+    run_batch(items, request, output, None, console, bool(prompt_file), dry_run, proxy_one, ".safetensors")
+
+
+def refine(
+    latents: Annotated[Path, typer.Argument(help="A proxy, or an earlier result (.safetensors).")],
+    res: opt.Res = "960x540",
+    region: Annotated[
+        str | None, typer.Option("--region", help="x,y,w,h in pixels: sample only this part again.")
+    ] = None,
+    frames: Annotated[
+        str | None, typer.Option("--frames", help="first:end in frames: sample only these again.")
+    ] = None,
+    seed: Annotated[int | None, typer.Option("--seed", min=0, help="Seed [default: the proxy's].")] = None,
+    steps: opt.Steps = None,
+    fps: opt.Fps = None,
+    preset: opt.SavedPreset = None,
+    model_path: opt.ModelPath = None,
+    lora: opt.Loras = None,
+    strict: opt.Strict = False,
+    attention_backend: opt.Backend = None,
+    offload: opt.OffloadMode = None,
+    chunk: opt.Chunk = None,
+    codec: opt.CodecName = "h264",
+    output: opt.Output = None,
+    run_dir: opt.RunDir = None,
+    as_json: opt.Json = False,
+    dry_run: opt.DryRun = False,
+    debug: opt.Debug = False,
+) -> None:
+    """Stage 2: climb from a saved proxy (or result) to --res; prompt, length and seed come from the file."""
+    from .console import Console
+
+    width, height = parse_resolution(res)
+    box = parse_region(region, width, height) if region else None
+    span = parse_frames(frames) if frames else None
+    console = Console(as_json)
+    from . import artefacts, pipeline
+    from .plan import Request, make_plan
+    from .session import Session
+    from .store import lock, run_directory
+    from .video import check_target
+
+    known = artefacts.request_defaults(latents)
+    request = Request(
+        width=width,
+        height=height,
+        steps=steps,
+        chunk=chunk,
+        codec=codec,
+        region=box,
+        frames=span,
+        model_path=model_path,
+        offload=offload,
+        attention_backend=attention_backend,
+        loras=tuple(map(parse_lora, lora or ())),
+        strict=strict,
+        preset=preset or known["preset"],
+        seconds=known["seconds"],
+        fps=fps or known["fps"],
+        seed=known["seed"] if seed is None else seed,
+    )
+    own_seed = "" if seed is None else f"-seed{seed}"
+    part = "-region" if box or span else ""
+    target = with_suffix(output or latents.with_name(f"{latents.stem}-{width}x{height}{own_seed}{part}"), codec)
+    check_target(target, codec, width, height)
+    make_plan(request)  # usage errors first
+    session = Session(request.preset, model_path, attention_backend, request.loras, strict)
+    plan = pipeline.plan_from_proxy(latents, request, session)
+    if span and span[1] > plan.frames:
+        raise UsageError(f"--frames {frames} ends after the video's {plan.frames} frames; end it there")
+    if show_plan(plan, console, dry_run):
+        return
+    plan.check_resources(target.parent, run_dir)
+    # a region is redone in the run of its video, whose seed is the proxy's unless --run-dir names another
+    run_seed = known["seed"] if plan.is_region else request.seed
+    source = artefacts.describe(latents)["key"]
+    folder = run_dir or target.parent / "runs" / f"{slug(latents.stem)}-{width}x{height}-{source}-{run_seed}"
+    check_writable(target)
+    with lock(run_directory(folder.parent, folder.name)):
+        keep_foreign(target, artefacts.result_key(session, plan, latents, folder))
+        result = pipeline.refine(session, plan, latents, folder, console)
+        pipeline.decode(session, result, target, codec, console)
+    console.emit({"video": str(target), "latents": str(result), "status": "ok"}, str(target))
+
+
+def decode(
+    latents: Annotated[Path, typer.Argument(help="Saved latents: detail.safetensors, or a proxy to look at.")],
+    output: opt.Output = None,
+    codec: opt.CodecName = "h264",
+    preset: opt.SavedPreset = None,
+    model_path: opt.ModelPath = None,
+    as_json: opt.Json = False,
+    debug: opt.Debug = False,
+) -> None:
+    """Saved latents to a video again, say with another codec; no sampling."""
+    from . import artefacts, pipeline
+    from .console import Console
+    from .session import Session
+    from .video import check_target
+
+    known = artefacts.describe(latents)
+    target = with_suffix(output or latents.with_suffix(""), codec)
+    check_target(target, codec, int(known["width"]), int(known["height"]))
+    keep_foreign(target, known["key"])
+    session = Session(preset or known["preset"], model_path)
+    console = Console(as_json)
+    pipeline.decode(session, latents, target, codec, console)
+    console.emit({"video": str(target), "status": "ok"}, str(target))

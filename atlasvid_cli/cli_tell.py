@@ -1,0 +1,140 @@
+"""The commands around making: what it would take, how fast it is, what there is, and training."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from . import options as opt
+from .batch import check_writable, show_plan
+from .errors import UsageError
+from .parse import check_finite, make_request
+
+
+def plan(
+    res: opt.Res = "960x540",
+    seconds: opt.Seconds = "4",
+    fps: opt.Fps = None,
+    steps: opt.Steps = None,
+    guidance_scale: opt.Guidance = None,
+    preset: opt.PresetName = "tiny",
+    chunk: opt.Chunk = None,
+    offload: opt.OffloadMode = None,
+    codec: opt.CodecName = "h264",
+    as_json: opt.Json = False,
+    debug: opt.Debug = False,
+) -> None:
+    """What a render would take: tokens, windows, FLOPs, memory, disk and time. Nothing is loaded."""
+    from .console import Console
+
+    request = make_request(
+        res,
+        seconds,
+        preset,
+        fps=fps,
+        steps=steps,
+        guidance_scale=guidance_scale,
+        chunk=chunk,
+        codec=codec,
+        offload=offload,
+    )
+    from .plan import make_plan
+
+    resolved = make_plan(request)
+    console = Console(as_json)
+    if as_json:
+        console.emit({**resolved.to_json(), "rows": resolved.rows()}, "")
+    else:
+        show_plan(resolved, console, True)
+
+
+def bench(
+    res: opt.BenchRes = None,
+    seconds: opt.BenchSeconds = None,
+    steps: opt.Steps = None,
+    preset: opt.PresetName = "tiny",
+    model_path: opt.ModelPath = None,
+    repeats: opt.Repeats = None,
+    budget_seconds: opt.Budget = None,
+    quick: opt.Quick = False,
+    page: opt.Html = None,
+    as_json: opt.Json = False,
+    debug: opt.Debug = False,
+) -> None:
+    """Times this tool against full attention with the same weights, here; says what was projected and how well."""
+    from .console import Console
+
+    size, length, runs, budget = ("512x320", "1", 1, 15.0) if quick else ("960x540", "2", 3, 60.0)
+    budget = budget if budget_seconds is None else budget_seconds
+    check_finite("--budget-seconds", budget, 1)
+    if page and page.suffix != ".html":
+        raise UsageError(f"--html {page} must end in .html; name it report.html, say")
+    request = make_request(res or size, seconds or length, preset, model_path=model_path)
+    console = Console(as_json)
+    from .plan import make_plan
+
+    make_plan(request)  # usage errors before the heavy imports
+    if page:
+        check_writable(page.absolute())
+    from . import bench, report
+    from .store import atomic
+
+    found = bench.run(request, steps, repeats or runs, budget, console)
+    console.table("seconds, medians (min..max); loading weights left out", report.rows(found))
+    console.table("", report.facts(found))
+    if page:
+        with atomic(page.absolute()) as file:
+            file.write(report.page(found).encode())
+    console.emit(found, report.sentences(found))
+
+
+def presets(as_json: opt.Json = False, debug: opt.Debug = False) -> None:
+    """The presets that come with the tool."""
+    from .console import Console
+    from .presets import load_preset, preset_names
+
+    console = Console(as_json)
+    for name in preset_names():
+        preset = load_preset(name)
+        console.emit({"name": name, "description": preset.description}, f"{name}\t{preset.description}")
+
+
+def info(
+    file: Annotated[Path, typer.Argument(help="A video, a latents file or a run directory.")],
+    as_json: opt.Json = False,
+    debug: opt.Debug = False,
+) -> None:
+    """What a file was made from."""
+    from .console import Console
+    from .info import describe, lines
+
+    facts = describe(file)
+    Console(as_json).emit(facts, "\n".join(lines(facts)))
+
+
+def doctor(as_json: opt.Json = False, debug: opt.Debug = False) -> None:
+    """The machine as atlasvid sees it: device, versions, codecs, memory and disk, and what each preset can do here."""
+    from .console import Console
+    from .doctor import examine
+    from .info import lines
+
+    facts = examine(Path())
+    Console(as_json).emit(facts, "\n".join(lines(facts)))
+
+
+def train(
+    what: Annotated[str, typer.Argument(help="What to train: tiny, the embedded model, from nothing.")],
+    work: Annotated[Path, typer.Option("--work", help="Checkpoints, latents, logs; resumed from.")] = Path("training"),
+    output: Annotated[Path, typer.Option("--output", "-o", help="The model folder.")] = Path("presets/tiny"),
+    debug: opt.Debug = False,
+) -> None:
+    """Train the embedded model from nothing, a few hours on two cores; parts that exist are kept."""
+    from .console import Console
+
+    if what != "tiny":
+        raise UsageError(f"there is no training called {what!r}; the one there is: atlasvid train tiny")
+    from .train_tiny import make
+
+    work.mkdir(parents=True, exist_ok=True)
+    make(work, output)
+    Console().emit({}, str(output))
