@@ -14,6 +14,7 @@ from diffusers import WanPipeline
 
 from . import pipeline
 from .artefacts import read_latents
+from .cost import EFFICIENCY, GIB, rows, vae_tile
 from .decode import decode_flops
 from .flops import full_flops
 from .machine import available_ram, peak_rss, reset_peak
@@ -34,7 +35,7 @@ from .measure import (
     proxy_sample,
     timed,
 )
-from .plan import EFFICIENCY, GIB, Plan, make_plan, vae_tile
+from .plan import Plan, make_plan
 from .session import Session
 from .video import read_frames
 from .weights import load_scheduler
@@ -101,7 +102,7 @@ def _renders(bench: Bench, plan: Plan, repeats: int, decode: bool = True) -> Sta
 
 def expected_seconds(plan: Plan) -> float:
     """Of a render, as `plan` projects it."""
-    return sum(row["seconds"] for row in plan.rows())
+    return sum(row["seconds"] for row in rows(plan))
 
 
 def few_step_arm(bench: Bench, plan: Plan, repeats: int) -> tuple[Stages, int | None]:

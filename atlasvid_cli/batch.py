@@ -51,6 +51,7 @@ def run_batch(
     suffix: str,
 ) -> None:
     """One or many items through one session: failures are reported and passed over, finished ones skipped."""
+    from .cost import check_resources
     from .plan import make_plan
     from .video import check_target, suffix_for
 
@@ -61,7 +62,7 @@ def run_batch(
     suffix = suffix_for(request.codec) if is_video else suffix
     base = (output or Path()).absolute()
     folder = base if many else base.parent if output else base
-    resolved.check_resources(folder, run_dir)
+    check_resources(resolved, folder, run_dir)
     from .session import Session
     from .store import artefact_hash, lock, run_directory
 
@@ -178,8 +179,9 @@ def show_plan(plan: "Plan", console: "Console", only: bool) -> bool:
     if not only:
         return False
     from .console import duration
+    from .cost import rows as costs_of
 
-    rows = plan.rows()
+    rows = costs_of(plan)
     total = sum(r["seconds"] for r in rows)
     on_gpu = any(r["vram_bytes"] for r in rows)
     shown = [

@@ -32,10 +32,11 @@ from .arms import (
     warm_up,
 )
 from .console import Console
+from .cost import GIB, rows
 from .errors import ResourceError
 from .machine import available_ram, compute_device, copy_rate, gemm_rate
 from .measure import Timing, random_model
-from .plan import GIB, Plan, Request, make_plan
+from .plan import Plan, Request, make_plan
 from .session import Session
 from .weights import load_text, load_transformer, load_vae
 
@@ -110,7 +111,7 @@ def _load(plan: Plan, has_weights: bool, folder: Path, seconds: float, repeats: 
 
 
 def _check_memory(plan: Plan) -> None:
-    worst, free = max(plan.rows(), key=lambda row: row["ram_bytes"]), available_ram()
+    worst, free = max(rows(plan), key=lambda row: row["ram_bytes"]), available_ram()
     if worst["ram_bytes"] > free:
         raise ResourceError(
             f"the {worst['stage']} stage needs {worst['ram_bytes'] / GIB:.1f} GiB of memory and {free / GIB:.1f} GiB"
@@ -228,7 +229,7 @@ def result(
         "peak_bytes": {
             "atlasvid": points[-1]["atlasvid_peak_bytes"],
             "native": points[-1]["native_peak_bytes"],
-            "planned": max(row["ram_bytes"] for row in plan.rows()) if has_weights else None,
+            "planned": max(row["ram_bytes"] for row in rows(plan)) if has_weights else None,
         },
         "stages": {arm: {name: _plain(t) for name, t in stages.items()} for arm, stages in arms.items()},
         "totals": {arm: total(stages) for arm, stages in arms.items()},

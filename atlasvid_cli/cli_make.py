@@ -149,6 +149,7 @@ def refine(
     span = parse_frames(frames) if frames else None
     console = Console(as_json)
     from . import artefacts, pipeline
+    from .cost import check_resources
     from .plan import Request, make_plan
     from .session import Session
     from .store import lock, run_directory
@@ -184,7 +185,7 @@ def refine(
         raise UsageError(f"--frames {frames} ends after the video's {plan.frames} frames; end it there")
     if show_plan(plan, console, dry_run):
         return
-    plan.check_resources(target.parent, run_dir)
+    check_resources(plan, target.parent, run_dir)
     # a region is redone in the run of its video, whose seed is the proxy's unless --run-dir names another
     run_seed = known["seed"] if plan.is_region else request.seed
     source = artefacts.describe(latents)["key"]

@@ -38,12 +38,13 @@ def plan(
         codec=codec,
         offload=offload,
     )
+    from .cost import rows
     from .plan import make_plan
 
     resolved = make_plan(request)
     console = Console(as_json)
     if as_json:
-        console.emit({**resolved.to_json(), "rows": resolved.rows()}, "")
+        console.emit({**resolved.to_json(), "rows": rows(resolved)}, "")
     else:
         show_plan(resolved, console, True)
 

@@ -60,6 +60,7 @@ def _importable(package: str) -> bool:
 
 def _verdicts(folder: Path) -> dict[str, str]:
     """For each preset, whether 3840x2160 x 12 s can be made here, or the sentence that says why not."""
+    from .cost import check_resources
     from .plan import Request, make_plan
     from .presets import preset_names
 
@@ -68,7 +69,7 @@ def _verdicts(folder: Path) -> dict[str, str]:
     for name in preset_names():
         request = Request(name, width, height, seconds)
         try:
-            make_plan(request).check_resources(folder)
+            check_resources(make_plan(request), folder)
             verdicts[name] = f"ok for {width}x{height} x {seconds} s"
         except AtlasError as error:
             verdicts[name] = f"no: {error}"

@@ -102,12 +102,12 @@ def disk_of(folder: Path) -> tuple[int, int]:
 
 
 def available_vram() -> int:
-    """Free bytes of the compute device's own memory; 0 where it is the CPU."""
+    """Bytes of the compute device's own memory that are free or held by this process; 0 where it is the CPU."""
     if compute_device().kind == "cpu":
         return 0
     import torch
 
-    return torch.cuda.mem_get_info()[0]
+    return torch.cuda.mem_get_info()[0] + torch.cuda.memory_reserved()
 
 
 def available_ram() -> int:

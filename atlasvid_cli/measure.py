@@ -19,11 +19,12 @@ from diffusers.models.attention_dispatch import dispatch_attention_fn
 from diffusers.models.transformers import transformer_wan
 
 from .console import Console
+from .cost import EFFICIENCY
 from .decode import decode_flops, decode_stream, space_factor
 from .flops import detail_flops, full_flops, linear_flops
 from .machine import compute_device, synchronize
 from .model import detail_forward, proxy_context, text_context
-from .plan import EFFICIENCY, Plan, Stage
+from .plan import Plan, Stage
 from .presets import Transformer
 from .shapes import Grid
 from .video import write_video

@@ -26,11 +26,12 @@ from .artefacts import (
     stage_metadata,
 )
 from .console import Console
+from .cost import offload_of, vae_tile
 from .decode import decode_stream
 from .encode import encode_stream
 from .footage import Clip, read_clip
 from .model import TextContext, text_context
-from .plan import Plan, Request, Stage, make_plan, vae_tile
+from .plan import Plan, Request, Stage, make_plan
 from .proxy import sample_proxy
 from .refine import Region, sample_detail
 from .session import Session
@@ -136,7 +137,7 @@ def _sample_proxy(
     session: Session, plan: Plan, prompts: tuple[str, str], state: Path, key: str, progress: Console
 ) -> torch.Tensor:
     stage = plan.proxy
-    model = session.transformer("proxy", plan.offload, progress)
+    model = session.transformer("proxy", offload_of(plan), progress)
     contexts = _contexts(session, prompts, model, progress)
     resume = _resume(state, key, progress)
     with progress.stage("proxy", stage.steps) as advance:
@@ -241,7 +242,7 @@ def _refine_level(
     run_dir: Path,
     progress: Console,
 ) -> torch.Tensor:
-    model, proxy_model = session.detail_models(plan.offload, progress)
+    model, proxy_model = session.detail_models(offload_of(plan), progress)
     used = (metadata["prompt"], metadata["negative_prompt"])[: stage.passes]
     texts = _contexts(session, used, model, progress)
     proxy_texts = texts if proxy_model is model else _contexts(session, used, proxy_model, progress)
@@ -267,7 +268,7 @@ def _refine_level(
             lambda step, tensors: store.save_state(state, step, tensors, metadata["key"]),
             advance,
             session.backend,
-            torch.device("cpu") if plan.offload == "host" else None,
+            torch.device("cpu") if offload_of(plan) == "host" else None,
         )
 
 

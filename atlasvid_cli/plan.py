@@ -4,29 +4,19 @@ import dataclasses
 import math
 from dataclasses import dataclass
 from fractions import Fraction
-from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from . import shapes
-from .errors import ResourceError, UsageError
+from .errors import UsageError
 from .flops import context_flops, detail_flops, full_flops, linear_flops
-from .machine import available_ram, available_vram, compute_device, disk_of, gemm_rate
-from .memory import OFFLOADS, Memory, Offload, detail_memory, proxy_memory
+from .memory import Offload
 from .parse import Lora
 from .presets import Preset, Transformer, load_preset
 from .shapes import Grid
 
 if TYPE_CHECKING:
     from .footage import Clip
-
-GIB = 1 << 30
-PROGRAM_BYTES = int(0.6 * GIB)  # torch, diffusers and transformers, imported, before any weight
-PROGRAM_VRAM = GIB  # the CUDA context and what its allocator cannot reuse
-# bytes a pixel and frame of a video file, on the safe side of detailed footage at the quality of `video.CODECS`
-VIDEO_BYTES = {"h264": 0.05, "hevc10": 0.05, "av1": 0.05, "prores": 0.8, "ffv1": 2.0}
-# parts of a big GEMM's rate that denoising, and decoding beside the encoder, reach on two cores, see docs/LOG.md
-EFFICIENCY, DECODE_EFFICIENCY = 0.6, 0.7
 
 
 @dataclass(frozen=True)
@@ -169,57 +159,6 @@ class Plan:
             count *= -(-size // length)
         return count
 
-    def memory(self, stage: Stage, offload: Offload) -> Memory:
-        """What a stage needs beside the program."""
-        if stage is self.proxy:
-            return proxy_memory(self.preset, stage.grid.tokens, offload, compute_device())
-        return detail_memory(
-            self.preset,
-            stage.grid,
-            self.below(stage).tokens,
-            self.chunk,
-            stage.passes,
-            3 + stage.passes + (3 if self.is_region else 0),  # of a region also its noise and what surrounds it
-            offload,
-            compute_device(),
-        )
-
-    @cached_property
-    def offload(self) -> Offload:
-        """The way to offload that was asked for, or else the least that fits the compute device."""
-        if self.request.offload:
-            return self.request.offload
-        on_cpu, free = compute_device().kind == "cpu", available_vram()
-        for offload in OFFLOADS[:-1]:
-            needed = max(self.memory(stage, offload).device for _, stage in self._own_stages())
-            if on_cpu or needed + PROGRAM_VRAM <= free:
-                return offload
-        return OFFLOADS[-1]
-
-    def rows(self) -> list[dict[str, Any]]:
-        """One row a stage: tokens, windows, flops, bytes, seconds (a projection from a GEMM timed just now)."""
-        gemm = gemm_rate()
-        rows = []
-        for name, stage in self._own_stages():
-            flops, memory = self.flops(stage), self.memory(stage, self.offload)
-            disk = stage.grid.tokens * self.preset.transformer.channels * self.preset.geometry.patch**2 * 4
-            rows.append(
-                {
-                    "stage": name,
-                    "grid": "x".join(map(str, dataclasses.astuple(stage.grid))),
-                    "tokens": stage.grid.tokens,
-                    "windows": self.windows(stage),
-                    "steps": stage.steps,
-                    "flops": flops,
-                    "ram_bytes": PROGRAM_BYTES + memory.host,
-                    "vram_bytes": memory.device and PROGRAM_VRAM + memory.device,
-                    "disk_bytes": disk * 2,
-                    "seconds": round(flops / (gemm * EFFICIENCY), 1),
-                }
-            )
-        rows.append(self._decode_row(gemm * DECODE_EFFICIENCY))
-        return rows
-
     @property
     def summary(self) -> dict[str, Any]:
         return {
@@ -233,49 +172,13 @@ class Plan:
             "codec": self.request.codec,
         }
 
-    def _own_stages(self) -> list[tuple[str, Stage]]:
+    def own_stages(self) -> list[tuple[str, Stage]]:
         """The stages that this job samples."""
         return self.named_stages()[self.given_proxy or self.request.clip is not None :]
 
     def named_stages(self) -> list[tuple[str, Stage]]:
         names = ["proxy", *(f"detail {i + 1}/{len(self.levels)}" for i in range(len(self.levels)))]
         return list(zip(names, (self.proxy, *self.levels), strict=True))
-
-    @property
-    def video_bytes(self) -> int:
-        """An upper estimate of the video file."""
-        return int(self.request.width * self.request.height * self.frames * VIDEO_BYTES[self.request.codec])
-
-    def check_resources(self, output_dir: Path, run_dir: Path | None = None) -> None:
-        """Raises ResourceError, before anything is loaded, where memory or disk will not do.
-
-        `run_dir` takes the latents; without it they lie beside the video.
-        """
-        rows = self.rows()
-        tightest = max(rows, key=lambda r: r["vram_bytes"])
-        if tightest["vram_bytes"] > available_vram():
-            raise ResourceError(
-                f"the {tightest['stage']} stage needs {tightest['vram_bytes'] / GIB:.1f} GiB of GPU memory and"
-                f" {available_vram() / GIB:.1f} GiB are free; choose --offload host, a smaller --chunk or --seconds"
-            )
-        worst = max(rows, key=lambda r: r["ram_bytes"])
-        available = available_ram()
-        if worst["ram_bytes"] > available:
-            raise ResourceError(
-                f"the {worst['stage']} stage needs {worst['ram_bytes'] / GIB:.1f} GiB of memory and"
-                f" {available / GIB:.1f} GiB are free; choose a smaller --res, fewer --seconds or a smaller --chunk"
-            )
-        latents = sum(r["disk_bytes"] for r in rows) - self.video_bytes
-        needs: dict[int, int] = {}  # bytes by file system
-        for folder, size, option in ((output_dir, self.video_bytes, "--output"), (run_dir, latents, "--run-dir")):
-            place = folder or output_dir
-            device, free = disk_of(place)
-            needs[device] = needs.get(device, 0) + size
-            if needs[device] > free:
-                raise ResourceError(
-                    f"the job writes about {needs[device] / GIB:.1f} GiB and {place} has {free / GIB:.1f} GiB free;"
-                    f" free some space or choose another {option}"
-                )
 
     def to_json(self) -> dict[str, Any]:
         stages = [{"stage": name, **_plain(stage)} for name, stage in self.named_stages()]
@@ -289,32 +192,6 @@ class Plan:
     @property
     def _sizes(self) -> tuple[Transformer, int]:
         return self.preset.transformer, self.preset.geometry.patch
-
-    def _decode_row(self, rate: float) -> dict[str, Any]:
-        from .decode import decode_bytes, decode_flops, spool_bytes
-
-        config = dataclasses.asdict(self.preset.vae)
-        h, w = self.target.h * self.preset.geometry.patch, self.target.w * self.preset.geometry.patch
-        tile = vae_tile(self.preset, h, w)
-        decoder, on_gpu = int(1.35 * decode_bytes(config, h, w, tile)), compute_device().kind == "cuda"
-        flops = decode_flops(config, h, w) * self.target.t
-        latents = self.target.tokens * self.preset.transformer.channels * self.preset.geometry.patch**2 * 4
-        return {
-            "stage": "decode",
-            "grid": f"{self.target.t}x{h}x{w}",
-            "tokens": 0,
-            "windows": 0,
-            "steps": 1,
-            "flops": flops,
-            # measured: the allocator keeps a third more than the tensors, and the encoder about 35 frames of 4:2:0
-            "ram_bytes": PROGRAM_BYTES
-            + latents
-            + (0 if on_gpu else decoder)
-            + int(35 * 1.5 * self.request.width * self.request.height),
-            "vram_bytes": PROGRAM_VRAM + decoder if on_gpu else 0,
-            "disk_bytes": (spool_bytes(config, self.target.t, h, w) if tile else 0) + self.video_bytes,
-            "seconds": round(flops / rate, 1),
-        }
 
 
 def make_plan(request: Request, proxy: Grid | None = None, proxy_fps: Fraction | None = None) -> Plan:
@@ -366,13 +243,6 @@ def make_plan(request: Request, proxy: Grid | None = None, proxy_fps: Fraction |
             )
         )
     return Plan(request, preset, fps, written, scale, stage_1, tuple(levels), proxy is not None)
-
-
-def vae_tile(preset: Preset, h: int, w: int) -> int | None:
-    """The tile side in latents with which decoding h x w latents fits in `decode_gib`; None for whole frames."""
-    from .decode import choose_tile
-
-    return choose_tile(dataclasses.asdict(preset.vae), h, w, int(preset.decode_gib * GIB))
 
 
 def _plain(value: Any) -> Any:

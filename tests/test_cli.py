@@ -128,7 +128,7 @@ def test_an_unwritable_output_is_said_before_any_work(run, random_preset, tmp_pa
 
 
 def test_too_little_memory_is_said_before_loading(run, monkeypatch):
-    monkeypatch.setattr("atlasvid_cli.plan.available_ram", lambda: 1 << 28)
+    monkeypatch.setattr("atlasvid_cli.cost.available_ram", lambda: 1 << 28)
     monkeypatch.setattr("atlasvid_cli.session.Session", None)
     code, _, err = run("render", "a red ball", "--res", "4k", "--seconds", "12")
     assert code == 4 and "memory" in err

@@ -1,0 +1,143 @@
+"""What a plan costs on this machine: bytes, FLOPs and seconds a stage, before anything loads."""
+
+import dataclasses
+from pathlib import Path
+from typing import Any
+
+from .errors import ResourceError
+from .machine import available_ram, available_vram, compute_device, disk_of, gemm_rate
+from .memory import OFFLOADS, Memory, Offload, detail_memory, proxy_memory
+from .plan import Plan, Stage
+from .presets import Preset
+
+GIB = 1 << 30
+PROGRAM_BYTES = int(0.6 * GIB)  # torch, diffusers and transformers, imported, before any weight
+PROGRAM_VRAM = GIB  # the CUDA context and what its allocator cannot reuse
+# bytes a pixel and frame of a video file, on the safe side of detailed footage at the quality of `video.CODECS`
+VIDEO_BYTES = {"h264": 0.05, "hevc10": 0.05, "av1": 0.05, "prores": 0.8, "ffv1": 2.0}
+# parts of a big GEMM's rate that denoising, and decoding beside the encoder, reach on two cores, see docs/LOG.md
+EFFICIENCY, DECODE_EFFICIENCY = 0.6, 0.7
+
+
+def memory(plan: Plan, stage: Stage, offload: Offload) -> Memory:
+    """What a stage needs beside the program."""
+    if stage is plan.proxy:
+        return proxy_memory(plan.preset, stage.grid.tokens, offload, compute_device())
+    return detail_memory(
+        plan.preset,
+        stage.grid,
+        plan.below(stage).tokens,
+        plan.chunk,
+        stage.passes,
+        3 + stage.passes + (3 if plan.is_region else 0),  # of a region also its noise and what surrounds it
+        offload,
+        compute_device(),
+    )
+
+
+def offload_of(plan: Plan) -> Offload:
+    """The way to offload that was asked for, or else the least that fits the compute device."""
+    if plan.request.offload:
+        return plan.request.offload
+    on_cpu, free = compute_device().kind == "cpu", available_vram()
+    for offload in OFFLOADS[:-1]:
+        needed = max(memory(plan, stage, offload).device for _, stage in plan.own_stages())
+        if on_cpu or needed + PROGRAM_VRAM <= free:
+            return offload
+    return OFFLOADS[-1]
+
+
+def rows(plan: Plan) -> list[dict[str, Any]]:
+    """One row a stage: tokens, windows, flops, bytes, seconds (a projection from a GEMM timed just now)."""
+    gemm = gemm_rate()
+    made = []
+    for name, stage in plan.own_stages():
+        flops, needed = plan.flops(stage), memory(plan, stage, offload_of(plan))
+        disk = stage.grid.tokens * plan.preset.transformer.channels * plan.preset.geometry.patch**2 * 4
+        made.append(
+            {
+                "stage": name,
+                "grid": "x".join(map(str, dataclasses.astuple(stage.grid))),
+                "tokens": stage.grid.tokens,
+                "windows": plan.windows(stage),
+                "steps": stage.steps,
+                "flops": flops,
+                "ram_bytes": PROGRAM_BYTES + needed.host,
+                "vram_bytes": needed.device and PROGRAM_VRAM + needed.device,
+                "disk_bytes": disk * 2,
+                "seconds": round(flops / (gemm * EFFICIENCY), 1),
+            }
+        )
+    made.append(_decode_row(plan, gemm * DECODE_EFFICIENCY))
+    return made
+
+
+def video_bytes(plan: Plan) -> int:
+    """An upper estimate of the video file."""
+    return int(plan.request.width * plan.request.height * plan.frames * VIDEO_BYTES[plan.request.codec])
+
+
+def check_resources(plan: Plan, output_dir: Path, run_dir: Path | None = None) -> None:
+    """Raises ResourceError, before anything is loaded, where memory or disk will not do.
+
+    `run_dir` takes the latents; without it they lie beside the video.
+    """
+    costs = rows(plan)
+    tightest = max(costs, key=lambda r: r["vram_bytes"])
+    if tightest["vram_bytes"] > available_vram():
+        raise ResourceError(
+            f"the {tightest['stage']} stage needs {tightest['vram_bytes'] / GIB:.1f} GiB of GPU memory and"
+            f" {available_vram() / GIB:.1f} GiB are free; choose --offload host, a smaller --chunk or --seconds"
+        )
+    worst = max(costs, key=lambda r: r["ram_bytes"])
+    available = available_ram()
+    if worst["ram_bytes"] > available:
+        raise ResourceError(
+            f"the {worst['stage']} stage needs {worst['ram_bytes'] / GIB:.1f} GiB of memory and"
+            f" {available / GIB:.1f} GiB are free; choose a smaller --res, fewer --seconds or a smaller --chunk"
+        )
+    latents = sum(r["disk_bytes"] for r in costs) - video_bytes(plan)
+    needs: dict[int, int] = {}  # bytes by file system
+    for folder, size, option in ((output_dir, video_bytes(plan), "--output"), (run_dir, latents, "--run-dir")):
+        place = folder or output_dir
+        device, free = disk_of(place)
+        needs[device] = needs.get(device, 0) + size
+        if needs[device] > free:
+            raise ResourceError(
+                f"the job writes about {needs[device] / GIB:.1f} GiB and {place} has {free / GIB:.1f} GiB free;"
+                f" free some space or choose another {option}"
+            )
+
+
+def _decode_row(plan: Plan, rate: float) -> dict[str, Any]:
+    from .decode import decode_bytes, decode_flops, spool_bytes
+
+    config = dataclasses.asdict(plan.preset.vae)
+    h, w = plan.target.h * plan.preset.geometry.patch, plan.target.w * plan.preset.geometry.patch
+    tile = vae_tile(plan.preset, h, w)
+    decoder, on_gpu = int(1.35 * decode_bytes(config, h, w, tile)), compute_device().kind == "cuda"
+    flops = decode_flops(config, h, w) * plan.target.t
+    latents = plan.target.tokens * plan.preset.transformer.channels * plan.preset.geometry.patch**2 * 4
+    return {
+        "stage": "decode",
+        "grid": f"{plan.target.t}x{h}x{w}",
+        "tokens": 0,
+        "windows": 0,
+        "steps": 1,
+        "flops": flops,
+        # measured: the allocator keeps a third more than the tensors, and the encoder about 35 frames of 4:2:0
+        "ram_bytes": PROGRAM_BYTES
+        + latents
+        + (0 if on_gpu else decoder)
+        + int(35 * 1.5 * plan.request.width * plan.request.height),
+        "vram_bytes": PROGRAM_VRAM + decoder if on_gpu else 0,
+        "disk_bytes": (spool_bytes(config, plan.target.t, h, w) if tile else 0) + video_bytes(plan),
+        "seconds": round(flops / rate, 1),
+    }
+
+
+def vae_tile(preset: Preset, h: int, w: int) -> int | None:
+    """The tile side in latents with which decoding h x w latents fits in `decode_gib`; None for whole frames."""
+    from .decode import choose_tile
+
+    return choose_tile(dataclasses.asdict(preset.vae), h, w, int(preset.decode_gib * GIB))
