@@ -14,7 +14,7 @@ from diffusers import WanPipeline
 
 from . import pipeline
 from .artefacts import read_latents
-from .cost import EFFICIENCY, GIB, rows, vae_tile
+from .cost import DECODE_EFFICIENCY, EFFICIENCY, GIB, rows, vae_tile
 from .decode import decode_flops
 from .flops import full_flops
 from .machine import available_ram, peak_rss, reset_peak
@@ -37,6 +37,7 @@ from .measure import (
 )
 from .plan import Plan, make_plan
 from .session import Session
+from .shapes import Grid
 from .video import read_frames
 from .weights import load_scheduler
 
@@ -48,7 +49,7 @@ Stages = dict[str, Timing]
 
 @dataclass(frozen=True)
 class Bench:
-    """What all measurements share. Sessions and text are None where there are no weights, the VAE without its config.
+    """What all measurements share. Sessions and text are None where there are no weights.
 
     `rate`: FLOP/s of a big GEMM here. `seconds`: what an arm may take, all its repeats together.
     """
@@ -118,13 +119,14 @@ def few_step_arm(bench: Bench, plan: Plan, repeats: int) -> tuple[Stages, int | 
     if bench.proxy:
         stages["text"] = from_samples([warm_up(bench, plan) for _ in range(repeats)])
         latents = read_latents(bench.folder / "run" / "detail.safetensors", bench.proxy)[0][None]
-    if bench.vae:
-        patch, count = plan.preset.geometry.patch, min(SAMPLED_LATENTS, plan.target.t)
-        h, w = plan.target.h * patch, plan.target.w * patch
-        picture = F.interpolate(latents, (count, h, w), mode="trilinear")[0]  # smooth, as a video is
-        times = decode_sample(bench.vae, picture, plan, vae_tile(plan.preset, h, w), bench.folder, repeats)
-        (bench.folder / "sample.mp4").replace(bench.folder / "video.mp4")
-        stages |= zip(("decode", "mux"), times, strict=True)
+    patch, count = plan.preset.geometry.patch, min(SAMPLED_LATENTS, plan.target.t)
+    h, w = plan.target.h * patch, plan.target.w * patch
+    work = decode_flops(bench.vae.config, h, w) * count / (h * w)
+    part = crop(Grid(1, h, w), bench.rate * DECODE_EFFICIENCY * bench.seconds / 2 / work)
+    picture = F.interpolate(latents, (count, part.h, part.w), mode="trilinear")[0]  # smooth, as a video is
+    times = decode_sample(bench.vae, picture, plan, vae_tile(plan.preset, part.h, part.w), bench.folder, repeats)
+    (bench.folder / "sample.mp4").replace(bench.folder / "video.mp4")
+    stages |= {name: t.times(h * w / part.tokens) for name, t in zip(("decode", "mux"), times, strict=True)}
     return stages, None
 
 
@@ -181,15 +183,14 @@ def native_arm(bench: Bench, plan: Plan, steps: int, frames: list[torch.Tensor])
         size = config.transformer
         forward = native_pass(bench.model, size, patch, grid, bench.rate, bench.seconds / 2, bench.repeats)
         stages["denoise"] = forward.times(steps * passes)
-    if bench.vae:
-        work = decode_flops(bench.vae.config, h, w) * grid.t / (bench.rate * STOCK_CONV_RATE)
-        fits = plan.frames * 9 * h * w * config.geometry.spatial**2 * 4 < available_ram() / 2
-        if whole and fits and work * bench.repeats <= bench.seconds:
-            clip = torch.randn(1, bench.vae.config.z_dim, grid.t, h, w, device=bench.vae.device)
-            stages["decode"] = timed(lambda: bench.vae.decode(clip), bench.repeats, False)
-        else:
-            stages["decode"] = native_decode(bench.vae, grid, patch, bench.rate, bench.seconds / 4, bench.repeats)
-        stages["mux"] = mux_alone(frames, plan, bench.folder, bench.repeats)
+    work = decode_flops(bench.vae.config, h, w) * grid.t / (bench.rate * STOCK_CONV_RATE)
+    fits = plan.frames * 9 * h * w * config.geometry.spatial**2 * 4 < available_ram() / 2
+    if whole and fits and work * bench.repeats <= bench.seconds:
+        clip = torch.randn(1, bench.vae.config.z_dim, grid.t, h, w, device=bench.vae.device)
+        stages["decode"] = timed(lambda: bench.vae.decode(clip), bench.repeats, False)
+    else:
+        stages["decode"] = native_decode(bench.vae, grid, patch, bench.rate, bench.seconds / 4, bench.repeats)
+    stages["mux"] = mux_alone(frames, plan, bench.folder, bench.repeats)
     return stages, peak_rss() if whole and not any(t.projected for t in stages.values()) else None
 
 
@@ -206,10 +207,8 @@ def native_point(bench: Bench, plan: Plan, steps: int) -> Stages:
     """Native's denoising and decoding at a smaller size, from one forward and two latent frames."""
     grid, patch, share = plan.native_grid, plan.preset.geometry.patch, bench.seconds / 8
     one = native_pass(bench.model, plan.preset.transformer, patch, grid, bench.rate, share, 1)
-    stages = {"denoise": one.times(steps * plan.proxy.passes)}
-    if bench.vae:
-        stages["decode"] = native_decode(bench.vae, grid, patch, bench.rate, share, 1)
-    return stages
+    decode = native_decode(bench.vae, grid, patch, bench.rate, share, 1)
+    return {"denoise": one.times(steps * plan.proxy.passes), "decode": decode}
 
 
 # --- how far projections can be trusted ----------------------------------------------------------------------------

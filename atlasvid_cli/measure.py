@@ -108,7 +108,10 @@ def random_model(size: Transformer, patch: int) -> WanTransformer3DModel:
         num_layers=1,
     )
     model.blocks = torch.nn.ModuleList([model.blocks[0]] * size.layers)
-    model.to(compute_device().kind, getattr(torch, compute_device().dtype))
+    dtype = getattr(torch, compute_device().dtype)
+    for name, parameter in model.named_parameters():  # as from_pretrained does
+        kept = any(part in model._keep_in_fp32_modules for part in name.split("."))
+        parameter.data = parameter.data.to(compute_device().kind, torch.float32 if kept else dtype)
     return model.eval().requires_grad_(False)
 
 
@@ -278,11 +281,11 @@ def native_decode(vae: Any, grid: Grid, patch: int, rate: float, seconds: float,
 def decode_sample(
     vae: Any, latents: torch.Tensor, plan: Plan, tile: int | None, folder: Path, repeats: int
 ) -> tuple[Timing, Timing]:
-    """(decode, mux) of the whole video, projected from the few latent frames (C, k, h, w) given.
+    """(decode, mux) of all frames, projected from the few latent frames (C, k, h, w) given, at their size.
 
     Decoder and encoder run beside each other, so mux is what is left to encode after the last frame has come.
     """
-    k = latents.shape[1]
+    k, pixels = latents.shape[1], plan.preset.geometry.spatial
     count = (k - 1) * plan.preset.geometry.temporal + 1
     decodes, muxes = [], []
     for _ in range(repeats):
@@ -291,8 +294,8 @@ def decode_sample(
         write_video(
             folder / "sample.mp4",
             decode_stream(vae, latents, tile, folder),
-            width=plan.request.width,
-            height=plan.request.height,
+            width=min(plan.request.width, latents.shape[3] * pixels),
+            height=min(plan.request.height, latents.shape[2] * pixels),
             fps=plan.fps,
             frame_count=count,
             on_frame=partial(_note, times),

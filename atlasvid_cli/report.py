@@ -31,8 +31,7 @@ def sentences(result: Result) -> str:
 
 
 def _speedups(numbers: Result) -> str:
-    denoising = f"{numbers['speedup_denoise']:.3g}x in denoising"
-    return denoising if numbers["speedup"] is None else f"{numbers['speedup']:.3g}x from text to file, {denoising}"
+    return f"{numbers['speedup']:.3g}x from text to file, {numbers['speedup_denoise']:.3g}x in denoising"
 
 
 def _mark(result: Result, *arms: str) -> str:
