@@ -42,7 +42,7 @@ def test_blocks_cycle_through_the_shapes_plain_then_shifted():
     assert first[0] == (4, 4, 4) and first[2] == (2, 8, 8) and first[4] == first[0]
 
 
-@settings(max_examples=50)
+@settings(max_examples=50, deadline=None)
 @given(sizes, st.sampled_from([Fraction(4), Fraction(3), Fraction(5, 2), Fraction(15, 4)]), st.sampled_from([1, 4]))
 def test_the_aligned_proxy_covers_the_window(shape, ratio, time_ratio):
     grid = Grid(17, 20, 24)
