@@ -10,10 +10,20 @@ from typing import TYPE_CHECKING, Annotated, NoReturn
 import typer
 
 from . import options as opt
-from .batch import check_writable, keep_foreign, proxy_one, render_one, run_batch, show_plan, with_clip, with_suffix
+from .batch import (
+    check_writable,
+    keep_foreign,
+    proxy_one,
+    render_one,
+    run_batch,
+    show_plan,
+    train_part,
+    with_clip,
+    with_suffix,
+)
 from .errors import ExitCode, UsageError, explain, one_line
-from .parse import check_finite, parse_frames, parse_region, parse_resolution, parse_seconds, parse_shard
-from .prompts import Item, read_prompts, select, single, slug
+from .parse import check_finite, parse_frames, parse_region, parse_resolution, parse_seconds
+from .prompts import items_of, slug
 
 if TYPE_CHECKING:
     from .console import Console
@@ -56,7 +66,7 @@ def render(
     request = _request(res, seconds, fps, seed, steps, guidance_scale, flow_shift, preset, model_path, chunk, codec)
     console = _console(as_json)
     request = with_clip(request, from_video, seconds, prompt_file, console)
-    items = _items(prompt, prompt_file, shard, negative_prompt, seed, from_video)
+    items = items_of(prompt, prompt_file, shard, negative_prompt, seed, from_video)
     if prompt_file and run_dir:
         raise UsageError("--run-dir names one run: leave it out with --prompt-file")
     run_batch(items, request, output, run_dir, console, bool(prompt_file), dry_run, render_one, ".mp4")
@@ -87,7 +97,7 @@ def proxy(
     request = _request(res, seconds, fps, seed, steps, guidance_scale, flow_shift, preset, model_path)
     console = _console(as_json)
     request = with_clip(request, from_video, seconds, prompt_file, console)
-    items = _items(prompt, prompt_file, shard, negative_prompt, seed, from_video)
+    items = items_of(prompt, prompt_file, shard, negative_prompt, seed, from_video)
     run_batch(items, request, output, None, console, bool(prompt_file), dry_run, proxy_one, ".safetensors")
 
 
@@ -250,19 +260,23 @@ def doctor(as_json: opt.Json = False, debug: opt.Debug = False) -> None:
 
 @app.command()
 def train(
-    what: Annotated[str, typer.Argument(help="What to train: tiny, the embedded model, from nothing.")],
+    what: Annotated[str, typer.Argument(help="tiny: the embedded model, from nothing; proxy or detail: an adapter.")],
+    data: opt.Data = None,
+    preset: opt.PresetName = "tiny",
+    model_path: opt.ModelPath = None,
     work: Annotated[Path, typer.Option("--work", help="Checkpoints, latents, logs; resumed from.")] = Path("training"),
-    output: Annotated[Path, typer.Option("--output", "-o", help="The model folder.")] = Path("presets/tiny"),
+    output: opt.Trained = None,
+    steps: opt.TrainSteps = None,
+    lr: opt.Rate = None,
+    rank: opt.Rank = None,
+    seed: opt.TrainSeed = None,
     debug: opt.Debug = False,
 ) -> None:
-    """Train the embedded model from nothing, a few hours on two cores; parts that exist are kept."""
-    if what != "tiny":
-        raise UsageError(f"there is no training called {what!r}; the one there is: atlasvid train tiny")
-    from .train_tiny import make
-
-    work.mkdir(parents=True, exist_ok=True)
-    make(work, output)
-    _console(False).emit({}, str(output))
+    """Train an adapter for a stage on captioned clips, or the embedded model itself; the same command resumes."""
+    check_finite("--lr", lr, 0)
+    given = {"data": data, "steps": steps, "lr": lr, "rank": rank, "seed": seed, "model-path": model_path}
+    console = _console(False)
+    console.emit({}, str(train_part(what, preset, work, output, given, console)))
 
 
 def main() -> NoReturn:
@@ -338,24 +352,6 @@ def _request(
         None,
         model_path,
     )
-
-
-def _items(
-    prompt: str | None,
-    prompt_file: str | None,
-    shard: str | None,
-    negative: str | None,
-    seed: int,
-    clip: Path | None = None,
-) -> list[Item]:
-    if clip is not None:
-        name = slug(clip.stem)
-        return [Item(name, (prompt or "").strip(), negative, seed, f"{name}-{seed}")]
-    if (prompt is None) == (prompt_file is None):
-        raise UsageError('give either a prompt, as in atlasvid render "a red ball moving right", or --prompt-file')
-    if prompt_file is None:
-        return [single(prompt or "", negative, seed)]
-    return select(read_prompts(prompt_file, negative, seed), parse_shard(shard) if shard else None)
 
 
 if __name__ == "__main__":

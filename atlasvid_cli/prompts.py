@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from .errors import InputError, UsageError
+from .parse import parse_shard
 
 SLUG_CHARACTERS = 40
 MAX_SEED = 2**63 - 1
@@ -30,6 +31,25 @@ def slug(text: str) -> str:
     """The first words of `text` as a file name of at most 40 letters, digits and hyphens, in any script."""
     words = re.sub(r"[\W_]+", "-", unicodedata.normalize("NFKC", text).lower()).strip("-")
     return words[:SLUG_CHARACTERS].rstrip("-") or "prompt"
+
+
+def items_of(
+    prompt: str | None,
+    prompt_file: str | None,
+    shard: str | None,
+    negative_prompt: str | None,
+    seed: int,
+    clip: Path | None = None,
+) -> list[Item]:
+    """The items of a command: its prompt's, its prompt file's, or that of a `clip`, which needs no prompt."""
+    if clip is not None:
+        name = slug(clip.stem)
+        return [Item(name, (prompt or "").strip(), negative_prompt, seed, f"{name}-{seed}")]
+    if (prompt is None) == (prompt_file is None):
+        raise UsageError('give either a prompt, as in atlasvid render "a red ball moving right", or --prompt-file')
+    if prompt_file is None:
+        return [single(prompt or "", negative_prompt, seed)]
+    return select(read_prompts(prompt_file, negative_prompt, seed), parse_shard(shard) if shard else None)
 
 
 def single(prompt: str, negative_prompt: str | None, seed: int) -> Item:
