@@ -62,8 +62,8 @@ def open_clip(path: Path) -> Clip:
         first = next(container.decode(stream), None)
         if first is None:
             raise InputError(f"'{path}' holds no frame that can be decoded: save it again as H.264 .mp4.")
-        height, width = upright(first).shape[:2]
-        width *= float(_turned(first, stream.sample_aspect_ratio or Fraction(1)))
+        size = float(first.width * (stream.sample_aspect_ratio or 1)), float(first.height)
+        width, height = size[::-1] if _is_turned(first) else size
         is_hdr = int(first.color_trc) in HDR
     with opened(path) as (container, stream):  # not every container can be rewound
         start, last, end, rate = _times(container, stream)
@@ -108,7 +108,8 @@ def read_clip(
     for k, (frame, pixel_aspect) in enumerate(_at(clip, fps, count)):
         crop = crop_at(k)
         if image is None or made != (frame, crop):  # a slow clip shows a frame several times
-            made, image = (frame, crop), _fit(upright(frame), _turned(frame, pixel_aspect), shown, crop)
+            pixel = 1 / pixel_aspect if _is_turned(frame) else pixel_aspect
+            made, image = (frame, crop), _fit(upright(frame), pixel, shown, crop)
             if size:
                 image = F.pad(image, (0, size[0] - shown[0], 0, size[1] - shown[1]), "replicate")
         yield image[0]
@@ -142,7 +143,7 @@ def upright(frame: Any) -> np.ndarray:
     """A decoded frame as (H, W, 3) uint8 RGB, turned and mirrored as its display matrix says, to a quarter turn."""
     image = rgb(frame)
     a, b, c, d = _display_matrix(frame)
-    if abs(b) + abs(c) > abs(a) + abs(d):  # x' = c*y, y' = b*x
+    if _is_turned(frame):  # x' = c*y, y' = b*x
         image, across, down = image.transpose(1, 0, 2), c, b
     else:  # x' = a*x, y' = d*y
         across, down = a, d
@@ -158,9 +159,10 @@ def _display_matrix(frame: Any) -> tuple[int, int, int, int]:
     return a, b, c, d
 
 
-def _turned(frame: Any, pixel_aspect: Fraction) -> Fraction:
+def _is_turned(frame: Any) -> bool:
+    """Whether a frame is shown with its sides exchanged."""
     a, b, c, d = _display_matrix(frame)
-    return 1 / pixel_aspect if abs(b) + abs(c) > abs(a) + abs(d) else pixel_aspect
+    return abs(b) + abs(c) > abs(a) + abs(d)
 
 
 def _fit(image: np.ndarray, pixel_aspect: Fraction, shown: tuple[int, int], crop: Crop) -> torch.Tensor:

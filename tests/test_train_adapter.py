@@ -3,12 +3,14 @@
 import json
 import shutil
 from dataclasses import replace
+from fractions import Fraction
+from pathlib import Path
 
 import pytest
 import torch
 from diffusers import WanPipeline
 
-from atlasvid_cli import store, train, train_adapter, weights
+from atlasvid_cli import dataset, store, train, train_adapter, weights
 from atlasvid_cli.console import Console
 from atlasvid_cli.corpus import load_samples
 from atlasvid_cli.errors import UsageError
@@ -121,6 +123,18 @@ def test_other_settings_start_anew_and_do_not_overwrite(session, job):
     make(session, other, quiet())
     a, b = (store.open_tensors(j.output)[0] for j in (job, other))
     assert any(not torch.equal(a[name], b[name]) for name in a)
+
+
+def test_the_procedural_world_is_one_more_source(session, job, monkeypatch):
+    monkeypatch.setattr(train_adapter, "WORLD_SAMPLES", {"proxy": 10, "detail": 10})
+    monkeypatch.setattr(dataset, "FRAME_GRIDS", (((2, 3), 1),))
+    monkeypatch.setattr(dataset, "DETAIL_TOKENS", 4)
+    monkeypatch.setattr(dataset, "DETAIL_RATIOS", (Fraction(4), Fraction(2)))
+    make(session, replace(job, data=Path("world"), steps=2), quiet())
+    assert "validation_loss" in rows(job)[-1]
+    session.preset = replace(session.preset, fps=24)
+    with pytest.raises(UsageError, match="folder of clips"):
+        make(session, replace(job, data=Path("world")), quiet())
 
 
 def test_where_the_adapter_is_for_the_proxy_stream_only_that_one_learns(session, job, monkeypatch):
