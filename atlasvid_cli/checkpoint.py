@@ -12,9 +12,12 @@ from .optim import MuonAdamW
 
 
 def save_checkpoint(folder: Path, model: nn.Module, optimizer: MuonAdamW, step: int) -> None:
-    """Writes trainable and frozen weights, optimiser state and the step into `folder/checkpoint.safetensors`."""
+    """Writes trainable weights, optimiser state and the step into `folder/checkpoint.safetensors`.
+
+    Frozen weights are the caller's to make again: the base of an adapter is far larger than the adapter.
+    """
     folder.mkdir(parents=True, exist_ok=True)
-    tensors = {f"model.{k}": v for k, v in model.state_dict().items()}
+    tensors: dict[str, torch.Tensor] = {f"model.{k}": v for k, v in model.named_parameters() if v.requires_grad}
     scalars = {}
     for i, state in enumerate(optimizer.state_dict()):
         for index, values in state["state"].items():
@@ -43,7 +46,9 @@ def load_checkpoint(folder: Path, model: nn.Module, optimizer: MuonAdamW) -> int
 
     with safe_open(path, "pt") as file:
         metadata = file.metadata()
-    model.load_state_dict({k[6:]: v for k, v in tensors.items() if k.startswith("model.")})
+    weights = {k[6:]: v for k, v in tensors.items() if k.startswith("model.")}
+    model.load_state_dict(weights, strict=False)
+    assert all(k in weights for k, v in model.named_parameters() if v.requires_grad)
     states = optimizer.state_dict()
     scalars = json.loads(metadata["scalars"])
     for i, state in enumerate(states):

@@ -9,7 +9,7 @@ from . import options as opt
 from .batch import check_writable, keep_foreign, proxy_one, render_one, run_batch, show_plan, with_clip, with_suffix
 from .errors import UsageError
 from .parse import make_request, parse_frames, parse_lora, parse_region, parse_resolution
-from .prompts import choose_items, slug
+from .prompts import items_of, slug
 
 
 def render(
@@ -61,7 +61,7 @@ def render(
     )
     console = Console(as_json)
     request = with_clip(request, from_video, seconds, prompt_file, console)
-    items = choose_items(prompt, prompt_file, shard, negative_prompt, seed, from_video)
+    items = items_of(prompt, prompt_file, shard, negative_prompt, seed, from_video)
     if prompt_file and run_dir:
         raise UsageError("--run-dir names one run: leave it out with --prompt-file")
     run_batch(items, request, output, run_dir, console, bool(prompt_file), dry_run, render_one, ".mp4")
@@ -111,7 +111,7 @@ def proxy(
     )
     console = Console(as_json)
     request = with_clip(request, from_video, seconds, prompt_file, console)
-    items = choose_items(prompt, prompt_file, shard, negative_prompt, seed, from_video)
+    items = items_of(prompt, prompt_file, shard, negative_prompt, seed, from_video)
     run_batch(items, request, output, None, console, bool(prompt_file), dry_run, proxy_one, ".safetensors")
 
 

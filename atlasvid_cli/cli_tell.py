@@ -6,7 +6,7 @@ from typing import Annotated
 import typer
 
 from . import options as opt
-from .batch import check_writable, show_plan
+from .batch import check_writable, show_plan, train_part
 from .errors import UsageError
 from .parse import check_finite, make_request
 
@@ -124,18 +124,22 @@ def doctor(as_json: opt.Json = False, debug: opt.Debug = False) -> None:
 
 
 def train(
-    what: Annotated[str, typer.Argument(help="What to train: tiny, the embedded model, from nothing.")],
+    what: Annotated[str, typer.Argument(help="tiny: the embedded model, from nothing; proxy or detail: an adapter.")],
+    data: opt.Data = None,
+    preset: opt.PresetName = "tiny",
+    model_path: opt.ModelPath = None,
     work: Annotated[Path, typer.Option("--work", help="Checkpoints, latents, logs; resumed from.")] = Path("training"),
-    output: Annotated[Path, typer.Option("--output", "-o", help="The model folder.")] = Path("presets/tiny"),
+    output: opt.Trained = None,
+    steps: opt.TrainSteps = None,
+    lr: opt.Rate = None,
+    rank: opt.Rank = None,
+    seed: opt.TrainSeed = None,
     debug: opt.Debug = False,
 ) -> None:
-    """Train the embedded model from nothing, a few hours on two cores; parts that exist are kept."""
+    """Train an adapter for a stage on captioned clips, or the embedded model itself; the same command resumes."""
     from .console import Console
 
-    if what != "tiny":
-        raise UsageError(f"there is no training called {what!r}; the one there is: atlasvid train tiny")
-    from .train_tiny import make
-
-    work.mkdir(parents=True, exist_ok=True)
-    make(work, output)
-    Console().emit({}, str(output))
+    check_finite("--lr", lr, 0)
+    given = {"data": data, "steps": steps, "lr": lr, "rank": rank, "seed": seed, "model-path": model_path}
+    console = Console()
+    console.emit({}, str(train_part(what, preset, work, output, given, console)))

@@ -127,9 +127,15 @@ def load(kind: str, folder: Path) -> list[dict]:
     result = []
     for path in sorted(folder.glob(f"{kind}-*.safetensors")):
         with safe_open(path, "pt") as file:
-            infos = json.loads(file.metadata()["samples"])
-            names = list(file.keys())
-            for i, info in enumerate(infos):
-                own = {n.split(".", 1)[1]: file.get_tensor(n) for n in names if n.split(".", 1)[0] == str(i)}
-                result.append({**info, **own})
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+            result += split(tensors, json.loads(file.metadata()["samples"]))
     return result
+
+
+def split(tensors: dict[str, torch.Tensor], infos: list[dict]) -> list[dict]:
+    """The samples of one file, whose tensors are named `<number>.<name>`."""
+    samples = [dict(info) for info in infos]
+    for key, tensor in tensors.items():
+        number, name = key.split(".", 1)
+        samples[int(number)][name] = tensor
+    return samples

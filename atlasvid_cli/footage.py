@@ -4,11 +4,11 @@ Scaling is torch's antialiased bicubic in float and not swscale's: it takes a fr
 gives the same values on every machine.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from fractions import Fraction
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -25,15 +25,26 @@ CUT_SHORT = Fraction(1, 2)  # seconds that may be missing at the end of a file
 HDR = (16, 18)  # transfer characteristics of PQ and HLG
 
 
+class Crop(NamedTuple):
+    """A part of the wanted aspect: `zoom` >= 1 times smaller than the largest, at `x`, `y` in 0..1 of its room."""
+
+    zoom: float = 1.0
+    x: float = 0.5
+    y: float = 0.5
+
+
 @dataclass(frozen=True)
 class Clip:
-    """A video file that can be read. Seconds are exact; `start` and `last` are the times of its first and last frame.
+    """A video file that can be read. `width` and `height` are those of its upright first frame in square pixels.
 
-    `rate` (frames a second) is set where frames carry no time stamps, and counts instead of them.
+    Seconds are exact; `start` and `last` are the times of its first and last frame. `rate` (frames a second) is set
+    where frames carry no time stamps, and counts instead of them.
     """
 
     path: Path
     sha256: str
+    width: float
+    height: float
     seconds: Fraction
     start: Fraction
     last: Fraction
@@ -51,10 +62,12 @@ def open_clip(path: Path) -> Clip:
         first = next(container.decode(stream), None)
         if first is None:
             raise InputError(f"'{path}' holds no frame that can be decoded: save it again as H.264 .mp4.")
+        size = float(first.width * (stream.sample_aspect_ratio or 1)), float(first.height)
+        width, height = size[::-1] if _is_turned(first) else size
         is_hdr = int(first.color_trc) in HDR
     with opened(path) as (container, stream):  # not every container can be rewound
         start, last, end, rate = _times(container, stream)
-    return Clip(path, file_hash(path), end - start, start, last, rate, is_hdr)
+    return Clip(path, file_hash(path), width, height, end - start, start, last, rate, is_hdr)
 
 
 def _times(container: Any, stream: Any) -> tuple[Fraction, Fraction, Fraction, Fraction | None]:
@@ -78,18 +91,25 @@ def _times(container: Any, stream: Any) -> tuple[Fraction, Fraction, Fraction, F
 
 
 def read_clip(
-    clip: Clip, fps: Fraction, count: int, shown: tuple[int, int], size: tuple[int, int] | None = None
+    clip: Clip,
+    fps: Fraction,
+    count: int,
+    shown: tuple[int, int],
+    size: tuple[int, int] | None = None,
+    crop_at: Callable[[int], Crop] = lambda _: Crop(),
 ) -> Iterator[torch.Tensor]:
     """`count` frames (3, H, W) fp32 in -1..1, at k/fps seconds the one that a player would show.
 
-    The largest centred part of the aspect `shown` (width, height in pixels) is scaled to it; up to `size`, where that
-    is larger, the right and bottom edges are repeated. After its end the clip holds its last frame. `InputError` where
-    it cannot be decoded as far as it says that it goes.
+    A part of the aspect `shown` (width, height in pixels), for frame k the one of `crop_at(k)`, else the largest in the
+    centre, is scaled to it; up to `size`, where that is larger, the right and bottom edges are repeated. After its end
+    the clip holds its last frame. `InputError` where it cannot be decoded as far as it says that it goes.
     """
     made, image = None, None
-    for frame, pixel_aspect in _at(clip, fps, count):
-        if frame is not made or image is None:  # a slow clip shows a frame several times
-            made, image = frame, _fit(upright(frame), _turned(frame, pixel_aspect), shown)
+    for k, (frame, pixel_aspect) in enumerate(_at(clip, fps, count)):
+        crop = crop_at(k)
+        if image is None or made != (frame, crop):  # a slow clip shows a frame several times
+            pixel = 1 / pixel_aspect if _is_turned(frame) else pixel_aspect
+            made, image = (frame, crop), _fit(upright(frame), pixel, shown, crop)
             if size:
                 image = F.pad(image, (0, size[0] - shown[0], 0, size[1] - shown[1]), "replicate")
         yield image[0]
@@ -123,7 +143,7 @@ def upright(frame: Any) -> np.ndarray:
     """A decoded frame as (H, W, 3) uint8 RGB, turned and mirrored as its display matrix says, to a quarter turn."""
     image = rgb(frame)
     a, b, c, d = _display_matrix(frame)
-    if abs(b) + abs(c) > abs(a) + abs(d):  # x' = c*y, y' = b*x
+    if _is_turned(frame):  # x' = c*y, y' = b*x
         image, across, down = image.transpose(1, 0, 2), c, b
     else:  # x' = a*x, y' = d*y
         across, down = a, d
@@ -139,18 +159,19 @@ def _display_matrix(frame: Any) -> tuple[int, int, int, int]:
     return a, b, c, d
 
 
-def _turned(frame: Any, pixel_aspect: Fraction) -> Fraction:
+def _is_turned(frame: Any) -> bool:
+    """Whether a frame is shown with its sides exchanged."""
     a, b, c, d = _display_matrix(frame)
-    return 1 / pixel_aspect if abs(b) + abs(c) > abs(a) + abs(d) else pixel_aspect
+    return abs(b) + abs(c) > abs(a) + abs(d)
 
 
-def _fit(image: np.ndarray, pixel_aspect: Fraction, shown: tuple[int, int]) -> torch.Tensor:
-    """The largest centred part of `image` (H, W, 3) with the aspect of `shown`, scaled to it: (1, 3, h, w) in -1..1."""
+def _fit(image: np.ndarray, pixel_aspect: Fraction, shown: tuple[int, int], crop: Crop) -> torch.Tensor:
+    """A part of `image` (H, W, 3) with the aspect of `shown`, scaled to it: (1, 3, h, w) in -1..1."""
     height, width = image.shape[:2]
-    scale = min(width * pixel_aspect / shown[0], Fraction(height, shown[1]))
-    w = min(width, max(1, round(shown[0] * scale / pixel_aspect)))
+    scale = min(float(width * pixel_aspect) / shown[0], height / shown[1]) / crop.zoom
+    w = min(width, max(1, round(shown[0] * scale / float(pixel_aspect))))
     h = min(height, max(1, round(shown[1] * scale)))
-    left, top = (width - w) // 2, (height - h) // 2
+    left, top = int((width - w) * crop.x), int((height - h) * crop.y)
     part = np.ascontiguousarray(image[top : top + h, left : left + w])
     pixels = torch.from_numpy(part).permute(2, 0, 1)[None].float()
     resized = F.interpolate(pixels, size=(shown[1], shown[0]), mode="bicubic", antialias=True, align_corners=False)

@@ -71,3 +71,17 @@ Json = Annotated[bool, typer.Option("--json", help="JSON Lines on stdout.")]
 DryRun = Annotated[bool, typer.Option("--dry-run", help="Print the plan and stop; nothing is loaded.")]
 Debug = Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")]
 Prompt = Annotated[str | None, typer.Argument(help="What to show; may be left out with --from-video.")]
+Data = Annotated[
+    Path | None,
+    typer.Option(
+        "--data", help='A folder of clip.mp4 + clip.txt, a JSON Lines index of {"video", "caption"}, or: world.'
+    ),
+]
+Trained = Annotated[
+    Path | None,
+    typer.Option("--output", "-o", help="Where it goes [default: <stage>_lora.safetensors; presets/tiny for tiny]."),
+]
+TrainSteps = Annotated[int | None, typer.Option("--steps", min=1, help="Optimiser steps [default: 1000].")]
+Rate = Annotated[float | None, typer.Option("--lr", help="Peak learning rate, after a warm-up [default: 0.003].")]
+Rank = Annotated[int | None, typer.Option("--rank", min=1, max=1024, help="Rank of the adapter [default: 64].")]
+TrainSeed = Annotated[int | None, typer.Option("--seed", min=0, max=2**63 - 1, help="Seed [default: 0].")]

@@ -33,6 +33,25 @@ def slug(text: str) -> str:
     return words[:SLUG_CHARACTERS].rstrip("-") or "prompt"
 
 
+def items_of(
+    prompt: str | None,
+    prompt_file: str | None,
+    shard: str | None,
+    negative_prompt: str | None,
+    seed: int,
+    clip: Path | None = None,
+) -> list[Item]:
+    """The items of a command: its prompt's, its prompt file's, or that of a `clip`, which needs no prompt."""
+    if clip is not None:
+        name = slug(clip.stem)
+        return [Item(name, (prompt or "").strip(), negative_prompt, seed, f"{name}-{seed}")]
+    if (prompt is None) == (prompt_file is None):
+        raise UsageError('give either a prompt, as in atlasvid render "a red ball moving right", or --prompt-file')
+    if prompt_file is None:
+        return [single(prompt or "", negative_prompt, seed)]
+    return select(read_prompts(prompt_file, negative_prompt, seed), parse_shard(shard) if shard else None)
+
+
 def single(prompt: str, negative_prompt: str | None, seed: int) -> Item:
     """The item of a prompt given on the command line."""
     if not prompt.strip():
@@ -111,22 +130,3 @@ def _fields(line: str, place: str) -> dict:
     if fields.get("output") is not None and (not fields["output"].strip() or "\0" in fields["output"]):
         raise UsageError(f"{place}: output must be a file name")
     return fields
-
-
-def choose_items(
-    prompt: str | None,
-    prompt_file: str | None,
-    shard: str | None,
-    negative: str | None,
-    seed: int,
-    clip: Path | None = None,
-) -> list[Item]:
-    """The items that a prompt, a prompt file or a clip of --from-video stands for. Raises UsageError."""
-    if clip is not None:
-        name = slug(clip.stem)
-        return [Item(name, (prompt or "").strip(), negative, seed, f"{name}-{seed}")]
-    if (prompt is None) == (prompt_file is None):
-        raise UsageError('give either a prompt, as in atlasvid render "a red ball moving right", or --prompt-file')
-    if prompt_file is None:
-        return [single(prompt or "", negative, seed)]
-    return select(read_prompts(prompt_file, negative, seed), parse_shard(shard) if shard else None)

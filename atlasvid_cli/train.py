@@ -8,25 +8,27 @@ import json
 import math
 import random
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from fractions import Fraction
 from pathlib import Path
+from typing import Any
 
 import torch
 from diffusers import WanTransformer3DModel
 from peft import LoraConfig, get_peft_model_state_dict
-from safetensors.torch import save_file
 
 from .checkpoint import load_checkpoint, save_checkpoint
 from .model import clip_forward, detail_forward, patchify, proxy_context, text_context
 from .optim import MuonAdamW, learning_rate
 from .schedule import shift_sigma
 from .shapes import Grid
+from .store import atomic, save_tensors
 
 TEXT_LENGTH = 512
 PATCH = 2
 PROXY_DROP, TEXT_DROP = 0.05, 0.1  # DESIGN §4, so that guidance can act on either
 PROXY_NOISE = 0.25  # the largest sigma that the proxy is noised with, so that an imperfect one still guides
+CHECKPOINT_STEPS, VALIDATION_STEPS, LOG_STEPS = 200, 100, 25
 LORA_TARGETS = ["to_q", "to_k", "to_v", "to_out.0", "ffn.net.0.proj", "ffn.net.2"]
 
 Embed = Callable[[str], torch.Tensor]
@@ -75,9 +77,12 @@ def detail_loss(
     shapes: tuple[tuple[int, int, int], ...],
     margin: tuple[int, int, int],
     shift: float,
+    time_ratios: tuple[int, int],
+    proxy_window: tuple[int, int, int],
+    proxy_centre: bool,
 ) -> torch.Tensor:
-    """Flow-matching loss of stage 2 on one crop with its aligned proxy, at r_t = 4 or 1."""
-    time_ratio = rng.choice((4, 1))
+    """Flow-matching loss of stage 2 on one crop with its aligned proxy, at one of the two ratios of time."""
+    time_ratio = rng.choice(time_ratios)
     proxy = sample[f"proxy_{time_ratio}"].float()
     clean = patchify(sample["latents"].float(), PATCH)
     noise = torch.randn(clean.shape, generator=generator)
@@ -85,7 +90,8 @@ def detail_loss(
     strength = rng.random() * PROXY_NOISE
     proxy = torch.lerp(proxy, torch.randn(proxy.shape, generator=generator), strength)
     context = None
-    if rng.random() >= PROXY_DROP:
+    keep_proxy = rng.random() >= PROXY_DROP
+    if keep_proxy or proxy_model is not model:  # an adapter of the proxy stream alone has nothing to learn without
         context = proxy_context(
             proxy_model,
             patchify(proxy, PATCH),
@@ -94,7 +100,8 @@ def detail_loss(
             Fraction(sample["ratio"]),
             time_ratio,
             margin,
-            window=(13, 9, 9),
+            proxy_window,
+            proxy_centre,
         )
     out = detail_forward(
         model,
@@ -130,11 +137,18 @@ def run(
     seed: int,
     loss_at: Callable[[int, random.Random, torch.Generator], torch.Tensor],
     accumulate: int = 1,
+    validate: Callable[[], float | None] = lambda: None,
+    on_step: Callable[[int], None] = lambda done: None,
 ) -> None:
-    """The loop: `loss_at(step, rng, generator)` over `accumulate` draws a step; logs and checkpoints to `folder`."""
+    """The loop: `loss_at(step, rng, generator)` over `accumulate` draws a step; logs and checkpoints to `folder`.
+
+    `validate()` is the loss on held-out samples, None without any; `on_step` gets the steps newly known to be done.
+    """
     named = [(n, p) for n, p in model.named_parameters() if p.requires_grad]
     optimizer = MuonAdamW(named, lr, ("patch_embedding", "condition_embedder", "proj_out", "scale_shift_table"))
     step = load_checkpoint(folder, model, optimizer)
+    _cut_log(folder / "log.jsonl", step)
+    on_step(step)
     started, recent = time.monotonic(), []
     while step < steps:
         total = 0.0
@@ -147,14 +161,25 @@ def run(
         torch.nn.utils.clip_grad_norm_([p for _, p in named], 1.0)
         optimizer.step(learning_rate(step, steps, lr))
         step += 1
+        on_step(1)
         recent.append(total)
-        if step % 25 == 0 or step == steps:
+        if step % LOG_STEPS == 0 or step == steps:
             row = {"step": step, "loss": round(sum(recent) / len(recent), 5)}
             recent.clear()
+            if (step % VALIDATION_STEPS == 0 or step == steps) and (held_out := validate()) is not None:
+                row["validation_loss"] = round(held_out, 5)
             with (folder / "log.jsonl").open("a") as log:
                 log.write(json.dumps(row | {"seconds": round(time.monotonic() - started, 1)}) + "\n")
-        if step % 200 == 0 or step == steps:
+        if step % CHECKPOINT_STEPS == 0 or step == steps:
             save_checkpoint(folder, model, optimizer, step)
+
+
+def _cut_log(path: Path, step: int) -> None:
+    """Drops what an interrupted run logged after its last checkpoint, and will log again."""
+    if path.exists():
+        lines = path.read_text(encoding="utf-8").splitlines()
+        with atomic(path) as file:
+            file.writelines(f"{line}\n".encode() for line in lines if json.loads(line)["step"] <= step)
 
 
 def pick_prompt(sample: dict, embed: Embed, rng: random.Random) -> torch.Tensor:
@@ -174,6 +199,8 @@ def train_clips(
     stills: tuple[float, float] = (0.0, 0.0),
     shift: float = 3.0,
     seed: int = 0,
+    held_out: Sequence[dict] = (),
+    on_step: Callable[[int], None] = lambda done: None,
 ) -> None:
     """Stage 1 training on clips, and on single `images` at a share of steps going from `stills[0]` to `stills[1]`."""
 
@@ -187,7 +214,10 @@ def train_clips(
         prompts = [pick_prompt(s, embed, rng) for s in picked]
         return clip_loss(model, latents, prompts, generator, time_ratio, shift)
 
-    run(model, folder, steps, lr, seed, loss_at)
+    def held_out_loss(sample: dict, rng: random.Random, generator: torch.Generator) -> torch.Tensor:
+        return clip_loss(model, [sample["latents"].float()], [embed(sample["caption"])], generator, time_ratio, shift)
+
+    run(model, folder, steps, lr, seed, loss_at, validate=validation(held_out, held_out_loss), on_step=on_step)
 
 
 def train_detail(
@@ -203,15 +233,60 @@ def train_detail(
     shift: float = 3.0,
     accumulate: int = 3,
     seed: int = 0,
+    time_ratio: int = 4,
+    proxy_window: tuple[int, int, int] = (13, 9, 9),
+    proxy_centre: bool = False,
+    held_out: Sequence[dict] = (),
+    on_step: Callable[[int], None] = lambda done: None,
 ) -> None:
-    """Stage 2 training. `proxy_model` is `model` itself where the adapter acts on both streams."""
+    """Stage 2 training of `proxy_model`, which is `model` itself where the adapter acts on both streams."""
+    figures = shapes, margin, shift, (time_ratio, 1), proxy_window, proxy_centre
 
     def loss_at(step: int, rng: random.Random, generator: torch.Generator) -> torch.Tensor:
         sample = rng.choice(data)
         prompt = pick_prompt(sample, embed, rng)
-        return detail_loss(model, proxy_model, sample, prompt, rng, generator, shapes, margin, shift)
+        return detail_loss(model, proxy_model, sample, prompt, rng, generator, *figures)
 
-    run(model, folder, steps, lr, seed, loss_at, accumulate)
+    def held_out_loss(sample: dict, rng: random.Random, generator: torch.Generator) -> torch.Tensor:
+        return detail_loss(model, proxy_model, sample, embed(sample["caption"]), rng, generator, *figures)
+
+    run(proxy_model, folder, steps, lr, seed, loss_at, accumulate, validation(held_out, held_out_loss), on_step)
+
+
+def validation(
+    held_out: Sequence[dict], loss_of: Callable[[dict, random.Random, torch.Generator], torch.Tensor]
+) -> Callable[[], float | None]:
+    """The mean loss of held-out samples, each at noise and a sigma that are its own and never change."""
+
+    @torch.no_grad()
+    def validate() -> float | None:
+        losses = []
+        for i, sample in enumerate(held_out):
+            rng = random.Random(f"held out/{i}")
+            losses.append(loss_of(sample, rng, torch.Generator().manual_seed(rng.getrandbits(60))).item())
+        return sum(losses) / len(losses) if losses else None
+
+    return validate
+
+
+def adapter_metadata(
+    stage: str,
+    base: str,
+    time_ratio: int,
+    ratios: Iterable[Any] = (),
+    windows: Sequence[Sequence[int]] = (),
+    streams: str = "both",
+) -> dict[str, str]:
+    """What an adapter says of itself: its stage, the hash of the base that it fits, and what it was trained for."""
+    metadata = {"stage": stage, "base": base, "time_ratio": str(time_ratio)}
+    if stage == "detail":
+        metadata |= {
+            "time_ratio": f"{time_ratio},1",
+            "ratio": ",".join(map(str, sorted(set(ratios)))),
+            "windows": json.dumps(windows),
+            "streams": streams,
+        }
+    return metadata
 
 
 def save_adapter(model: WanTransformer3DModel, path: Path, metadata: dict[str, str]) -> None:
@@ -219,4 +294,4 @@ def save_adapter(model: WanTransformer3DModel, path: Path, metadata: dict[str, s
     state = get_peft_model_state_dict(model, adapter_name="default")
     rank = next(v.shape[0] for k, v in state.items() if "lora_A" in k)
     assert math.isclose(model.peft_config["default"].lora_alpha, rank)  # so that no scale needs to be stored
-    save_file({f"transformer.{k}": v.half().contiguous() for k, v in state.items()}, path, metadata)
+    save_tensors(path, {f"transformer.{k}": v.half() for k, v in state.items()}, metadata)

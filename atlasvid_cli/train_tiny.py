@@ -92,19 +92,6 @@ def base_model(folder: Path) -> WanTransformer3DModel:
     return WanTransformer3DModel.from_pretrained(folder / "transformer", torch_dtype=torch.float32)
 
 
-def adapter_metadata(out: Path, stage: str) -> dict[str, str]:
-    """What an adapter says of itself: its stage, the base that it fits, and what it was trained for."""
-    metadata = {
-        "stage": stage,
-        "base": model_hash(out, "transformer"),
-        "time_ratio": "4" if stage == "proxy" else "4,1",
-    }
-    if stage == "detail":
-        ratios = ",".join(map(str, sorted(set(dataset.DETAIL_RATIOS))))
-        metadata |= {"ratio": ratios, "windows": json.dumps(WINDOWS), "streams": "both"}
-    return metadata
-
-
 def make(work: Path, out: Path) -> None:
     """Trains what is missing of the model folder `out`; checkpoints, latents and logs go to `work`."""
     if not (out / "text_encoder").exists():
@@ -147,7 +134,8 @@ def make(work: Path, out: Path) -> None:
         train.train_clips(
             model, work / f"proxy-{base}", [], data, embed, PROXY_STEPS, lr=3e-3, time_ratio=4, tokens=2600
         )
-        train.save_adapter(model, out / "proxy_lora.safetensors", adapter_metadata(out, "proxy"))
+        metadata = train.adapter_metadata("proxy", model_hash(out, "transformer"), 4)
+        train.save_adapter(model, out / "proxy_lora.safetensors", metadata)
     if not (out / "detail_lora.safetensors").exists():
         dataset.build("detail", SAMPLES["detail"], latents, vae)
         model = base_model(out)
@@ -155,4 +143,6 @@ def make(work: Path, out: Path) -> None:
         model.add_adapter(train.lora_config(LORA_RANK))
         data = dataset.load("detail", latents)
         train.train_detail(model, model, work / f"detail-{base}", data, embed, DETAIL_STEPS, 3e-3, WINDOWS, MARGIN)
-        train.save_adapter(model, out / "detail_lora.safetensors", adapter_metadata(out, "detail"))
+        fits = model_hash(out, "transformer")
+        metadata = train.adapter_metadata("detail", fits, 4, dataset.DETAIL_RATIOS, WINDOWS)
+        train.save_adapter(model, out / "detail_lora.safetensors", metadata)

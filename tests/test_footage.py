@@ -98,6 +98,15 @@ def test_untagged_colours_are_guessed_from_the_size(tmp_path, size, matrix):
     assert mean(read(path)[0]) == pytest.approx(COLOUR, abs=2)
 
 
+@pytest.mark.parametrize("transfer, is_hdr", [(1, False), (16, True), (18, True)])
+def test_hdr_is_known_by_its_transfer(tmp_path, transfer, is_hdr):
+    def prepare(stream):
+        stream.codec_context.color_trc = transfer
+
+    path = write(tmp_path / "a.mkv", grays(2), "libx264", "yuv444p", prepare=prepare)
+    assert footage.open_clip(path).is_hdr == is_hdr
+
+
 @pytest.mark.parametrize("full, level", [(None, 128), (False, 130.4), (True, 128)])
 def test_gray_honours_its_range(tmp_path, full, level):
     path = planes(tmp_path / "a.mkv", "ffv1", "gray", [128], None, full)
@@ -143,6 +152,8 @@ def test_a_turned_clip_is_upright(tmp_path, turn, expected):
     image = CORNERS.repeat(32, 0).repeat(48, 1)
     path = write(tmp_path / "a.mp4", [image] * 2, "libx264", "yuv444p", prepare=lambda s: s.set_display_rotation(*turn))
     shown = (32, 48) if abs(turn[0]) == 90 else (48, 32)
+    clip = footage.open_clip(path)
+    assert (clip.width, clip.height) == ((64, 96) if abs(turn[0]) == 90 else (96, 64))
     frame = read(path, shown=shown)[0]
     assert frame.shape == (3, shown[1], shown[0])
     w, h = shown
@@ -159,6 +170,17 @@ def test_the_centre_of_the_wanted_aspect_is_shown(tmp_path):
     torch.testing.assert_close((whole + 1) * 127.5, torch.from_numpy(image).permute(2, 0, 1).float(), atol=0.1, rtol=0)
     tall = read(path, shown=(10, 60))[0]  # 10 columns of the middle
     assert mean(tall) == pytest.approx((255, 0, 0), abs=1)
+
+
+def test_a_crop_is_where_it_is_asked_for(tmp_path):
+    path = write(tmp_path / "a.mkv", [CORNERS.repeat(32, 0).repeat(32, 1)] * 4)
+    corners = [footage.Crop(2, x, y) for y in (0, 1) for x in (0, 1)]
+    frames = footage.read_clip(footage.open_clip(path), Fraction(10), 4, (32, 32), crop_at=lambda k: corners[k])
+    found = [tuple(round(v) for v in mean(f)) for f in frames]
+    assert [NAMES[f] for f in found] == ["R", "G", "B", "K"]
+    path = write(tmp_path / "b.mkv", [CORNERS.repeat(32, 0).repeat(32, 1)], rate=1)  # one frame, four crops
+    frames = footage.read_clip(footage.open_clip(path), Fraction(10), 4, (32, 32), crop_at=lambda k: corners[k])
+    assert [NAMES[tuple(round(v) for v in mean(f))] for f in frames] == ["R", "G", "B", "K"]
 
 
 def test_wide_pixels_are_made_square(tmp_path):

@@ -1,0 +1,218 @@
+"""Captioned clips as training samples: what cannot be used is said and skipped, the rest is encoded once and cached.
+
+A sample is a dict, as those of the procedural world (`dataset`): `caption`, the hash of its `clip`, fp16 `latents` and,
+for the detail branch, the same seen smaller, `proxy_<r_t>` and `proxy_1`, with their `ratio`.
+"""
+
+import json
+import math
+import mimetypes
+import random
+from collections.abc import Iterator
+from dataclasses import dataclass
+from fractions import Fraction
+from itertools import islice
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from diffusers import AutoencoderKLWan
+
+from . import shapes, store
+from .console import Console
+from .dataset import split
+from .encode import encode_clips, encode_stream
+from .errors import InputError
+from .footage import Clip, Crop, open_clip, read_clip
+from .presets import Preset
+from .session import Session
+from .weights import load_vae, model_hash
+
+Tensors = dict[str, torch.Tensor]
+Encoded = list[tuple[Tensors, dict[str, str]]]
+
+
+@dataclass(frozen=True)
+class Captioned:
+    """A video file and what it shows."""
+
+    path: Path
+    caption: str
+
+
+def read_index(data: Path, console: Console) -> list[Captioned]:
+    """The clips of a folder of clip.mp4 + clip.txt pairs, or of a JSON Lines file of {"video": path, "caption": text}.
+
+    Paths in an index count from its folder. `InputError` where `data` is neither or an entry cannot be understood;
+    videos without a caption are named in a warning.
+    """
+    try:
+        if data.is_dir():
+            return _read_folder(data, console)
+        lines = data.read_text(encoding="utf-8-sig").split("\n")
+    except (OSError, UnicodeDecodeError) as error:
+        raise InputError(
+            f"{data} cannot be read ({error}): give a folder of clip.mp4 + clip.txt, or a JSON Lines index"
+        ) from None
+    return [_entry(line, data, number) for number, line in enumerate(lines, 1) if line.strip()]
+
+
+def _read_folder(folder: Path, console: Console) -> list[Captioned]:
+    found = []
+    for path in sorted(folder.iterdir()):
+        text = path.with_suffix(".txt")
+        if path.suffix in ("", ".txt") or path.name.startswith("."):
+            continue
+        if text.is_file():
+            found.append(Captioned(path, " ".join(text.read_text(encoding="utf-8-sig").split())))
+        elif (mimetypes.guess_type(path.name)[0] or "").startswith("video/"):
+            console.warn(f"{path} is skipped: it has no caption, {text.name}")
+    return found
+
+
+def _entry(line: str, index: Path, number: int) -> Captioned:
+    try:
+        entry = json.loads(line)
+        video, caption = entry["video"], entry["caption"]
+        if not (isinstance(video, str) and isinstance(caption, str)):
+            raise TypeError
+    except (ValueError, KeyError, TypeError, RecursionError):
+        raise InputError(
+            f'{index} line {number} is not an entry: write {{"video": "clip.mp4", "caption": "..."}}'
+        ) from None
+    return Captioned(index.parent / video, caption)
+
+
+def load_samples(session: Session, stage: str, data: Path, work: Path, console: Console) -> list[list[dict]]:
+    """The samples of stage `proxy` or `detail` of every usable clip of `data`, one list a clip.
+
+    Latents are cached in `work` by the clip's content, the VAE and the figures of the preset that they depend on.
+    `InputError` where no clip can be used.
+    """
+    entries = read_index(data, console)
+    preset = session.preset
+    figures = {
+        "vae": model_hash(session.folder, "vae"),
+        "stage": stage,
+        "fps": [preset.fps, preset.proxy.time_ratio],
+        "geometry": [preset.geometry.temporal, preset.geometry.spatial, preset.geometry.patch],
+        "size": [proxy_latents(preset), preset.proxy.base_tokens] if stage == "proxy" else detail_size(preset),
+        "max_ratio": preset.detail.max_ratio,
+    }
+    cache = store.run_directory(work, f"latents-{store.artefact_hash(figures)}")
+    vae: AutoencoderKLWan | None = None
+    groups, skipped = [], 0
+    with console.stage("clips", len(entries)) as advance:
+        for entry in entries:
+            try:
+                clip = open_clip(entry.path)
+                path = cache / f"{clip.sha256[:32]}.safetensors"
+                if (made := _cached(path)) is None:
+                    vae = vae or load_vae(session.folder)
+                    encoded = (encode_for_proxy if stage == "proxy" else encode_for_detail)(vae, preset, clip)
+                    _save(path, encoded)
+                    made = _cached(path)
+                assert made is not None
+                groups.append([{**sample, "caption": entry.caption, "clip": clip.sha256} for sample in made])
+            except InputError as error:
+                skipped += 1
+                console.warn(f"skipped: {error}")
+            advance()
+    if not groups:
+        raise InputError(f"{data} holds no clip that can be used; give clips with captions, and see the warnings")
+    if skipped:
+        console.warn(f"{skipped} of {len(entries)} clips were skipped, {len(groups)} are used")
+    return groups
+
+
+def _cached(path: Path) -> list[dict] | None:
+    if not path.exists():
+        return None
+    try:
+        tensors, metadata = store.open_tensors(path)
+        return split(tensors, json.loads(metadata["samples"]))
+    except (InputError, KeyError, ValueError):
+        return None  # damaged: made anew
+
+
+def _save(path: Path, encoded: Encoded) -> None:
+    tensors = {f"{i}.{name}": x.half() for i, (own, _) in enumerate(encoded) for name, x in own.items()}
+    store.save_tensors(path, tensors, {"samples": json.dumps([info for _, info in encoded])})
+
+
+def proxy_latents(preset: Preset) -> int:
+    """Latent frames of the longest training clip of stage 1: its training grid, which bounds the proxy's attention."""
+    return preset.detail.proxy_window[0]
+
+
+def detail_size(preset: Preset) -> tuple[int, int]:
+    """Latent frames and tokens a side of a training crop of stage 2: two latents of its proxy after the first, and one
+    and a half windows, so that windows have neighbours."""
+    side = max(max(h, w) for _, h, w in preset.detail.windows)
+    multiple = int(preset.detail.max_ratio)
+    return 2 * preset.proxy.time_ratio + 1, -(-(3 * side // 2) // multiple) * multiple
+
+
+def detail_ratios(preset: Preset) -> list[int]:
+    """The ratios r_s that stage 2 trains at, the largest twice as often: whole ones that divide a crop."""
+    _, tokens = detail_size(preset)
+    return [r for r in range(2, int(preset.detail.max_ratio) + 1) if tokens % r == 0] or [1]
+
+
+def cut(frames: int, longest: int, shortest: int, step: int) -> list[int]:
+    """Lengths, each step*k + 1, of the pieces of a clip of `frames`: as long as they may be, one after the other."""
+    whole, rest = divmod(frames, longest)
+    rest = (rest - 1) // step * step + 1
+    return [longest] * whole + ([rest] if rest >= shortest else [])
+
+
+def encode_for_proxy(vae: AutoencoderKLWan, preset: Preset, clip: Clip) -> Encoded:
+    """The clip at the proxy's frame rate and size, in pieces as long as stage 1 trains on."""
+    geometry = preset.geometry
+    fps = Fraction(preset.fps, preset.proxy.time_ratio)
+    longest = (proxy_latents(preset) - 1) * geometry.temporal + 1
+    pieces = cut(math.ceil(clip.seconds * fps), longest, geometry.temporal + 1, geometry.temporal)
+    _check_length(clip, pieces, geometry.temporal / fps)
+    # the grid of a video of this aspect, as a plan would choose it
+    target = shapes.video_grid(max(1, round(2160 * clip.width / clip.height)), 2160, 1, geometry)
+    grid = shapes.base_grid(target, preset.proxy.base_tokens, preset.detail.max_ratio, 1)
+    size = grid.w * geometry.token_pixels, grid.h * geometry.token_pixels
+    frames = read_clip(clip, fps, sum(pieces), size)
+    return [({"latents": encode_stream(vae, islice(frames, length))}, {}) for length in pieces]
+
+
+def encode_for_detail(vae: AutoencoderKLWan, preset: Preset, clip: Clip) -> Encoded:
+    """Square crops of the clip at any zoom that it has the pixels for, each with its own proxies; a piece has one crop
+    and one ratio, drawn from the clip's content."""
+    geometry, time_ratio = preset.geometry, preset.proxy.time_ratio
+    latents, tokens = detail_size(preset)
+    side, length = tokens * geometry.token_pixels, (latents - 1) * geometry.temporal + 1
+    pieces = cut(math.ceil(clip.seconds * preset.fps), length, length, geometry.temporal)
+    _check_length(clip, pieces, Fraction(length - 1, preset.fps))
+    most = min(clip.width, clip.height) / side
+    if most < 1:
+        raise InputError(f"{clip.path} is {clip.width:.0f}x{clip.height:.0f}: detail needs {side} px a side or more")
+    rng = random.Random(clip.sha256)
+    ratios = detail_ratios(preset)
+    drawn = [
+        (Crop(most ** rng.random(), rng.random(), rng.random()), rng.choice([*ratios, ratios[-1]])) for _ in pieces
+    ]
+    frames = read_clip(clip, Fraction(preset.fps), sum(pieces), (side, side), crop_at=lambda k: drawn[k // length][0])
+    return [_detail_sample(vae, islice(frames, length), ratio, time_ratio) for _, ratio in drawn]
+
+
+def _check_length(clip: Clip, pieces: list[int], least: Fraction) -> None:
+    if not pieces:
+        raise InputError(
+            f"{clip.path} lasts {float(clip.seconds):.2f} s: training needs more than {float(least):.2f} s"
+        )
+
+
+def _detail_sample(
+    vae: AutoencoderKLWan, frames: Iterator[torch.Tensor], ratio: int, time_ratio: int
+) -> tuple[Tensors, dict[str, str]]:
+    dense = torch.stack(list(frames))
+    side = dense.shape[-1] // ratio
+    small = F.interpolate(dense, size=(side, side), mode="bicubic", antialias=True).clamp_(-1, 1)
+    pixels = {"latents": dense, f"proxy_{time_ratio}": small[::time_ratio], "proxy_1": small}
+    return {n: encode_clips(vae, x.transpose(0, 1)[None])[0] for n, x in pixels.items()}, {"ratio": str(ratio)}

@@ -1,0 +1,164 @@
+"""Trains the adapter of a stage on captioned clips, or on the procedural world: `atlasvid train proxy|detail`.
+
+The same command continues an interrupted training from its checkpoint; other data, weights or settings start anew.
+"""
+
+import random
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
+
+import torch
+
+from . import corpus, dataset, store, train
+from .console import Console
+from .errors import InputError, UsageError
+from .session import Session
+from .text import encode_prompts, unknown_words
+from .weights import load_text, load_transformer, load_vae, model_hash
+
+WORLD = "world"
+WORLD_SAMPLES = {"proxy": 1200, "detail": 300}
+HELD_OUT = 10  # every tenth clip is not trained on
+VALIDATED = 16  # samples of held-out clips that a validation takes at most
+BATCH = 5  # longest clips of stage 1 a step
+ACCUMULATED = 3  # crops of stage 2 a step
+
+
+@dataclass(frozen=True)
+class Job:
+    """What to train: stage `proxy` or `detail`, on `data` (folder, index, or `world`), into the file `output`."""
+
+    stage: str
+    data: Path
+    output: Path
+    work: Path
+    steps: int = 1000
+    lr: float = 3e-3
+    rank: int = 64
+    seed: int = 0
+
+
+def make(session: Session, job: Job, console: Console) -> Path:
+    """Trains the adapter and saves it; checkpoints, latents, embeddings and log.jsonl lie in `job.work`.
+
+    `InputError` where no clip can be used, `UsageError` where the output is another file.
+    """
+    preset, base = session.preset, model_hash(session.folder, "transformer")
+    groups = _samples(session, job, console)
+    key = store.artefact_hash(
+        {
+            "weights": model_hash(session.folder, "transformer", "text_encoder", "vae"),
+            "preset": [
+                preset.proxy.time_ratio,
+                preset.proxy.flow_shift,
+                preset.detail.flow_shift,
+                preset.detail.streams,
+            ],
+            "windows": [preset.detail.windows, preset.detail.margin, preset.detail.proxy_window],
+            "centre": preset.detail.proxy_centre,
+            "job": [job.stage, job.steps, job.lr, job.rank, job.seed],
+            "data": [[group[0].get("clip"), group[0]["caption"]] for group in groups],
+        }
+    )
+    check_output(job.output, key)
+    trained, held_out = split_groups(groups)
+    if not held_out:
+        console.warn(f"with fewer than {HELD_OUT} clips none is held out, so there is no validation loss")
+    embed = embedder(session, [s["caption"] for s in (*trained, *held_out)], job.work, console)
+    ratios: Sequence[object] = [s["ratio"] for s in trained] if job.stage == "detail" else ()
+    metadata = train.adapter_metadata(
+        job.stage, base, preset.proxy.time_ratio, ratios, preset.detail.windows, preset.detail.streams
+    )
+    folder = store.run_directory(job.work, f"{job.stage}-{key}")
+    model = load_transformer(session.folder)
+    bare = load_transformer(session.folder) if job.stage == "detail" and preset.detail.streams == "proxy" else model
+    torch.manual_seed(job.seed)
+    model.add_adapter(train.lora_config(job.rank))
+    with store.lock(folder), console.stage(f"train {job.stage}", job.steps) as advance:
+        if job.stage == "proxy":
+            train.train_clips(
+                model,
+                folder,
+                [],
+                trained,
+                embed,
+                job.steps,
+                job.lr,
+                preset.proxy.time_ratio,
+                BATCH * preset.proxy.base_tokens * corpus.proxy_latents(preset),
+                shift=preset.proxy.flow_shift,
+                seed=job.seed,
+                held_out=held_out,
+                on_step=advance,
+            )
+        else:
+            train.train_detail(
+                bare,
+                model,
+                folder,
+                trained,
+                embed,
+                job.steps,
+                job.lr,
+                preset.detail.windows,
+                preset.detail.margin,
+                preset.detail.flow_shift,
+                ACCUMULATED,
+                job.seed,
+                preset.proxy.time_ratio,
+                preset.detail.proxy_window,
+                preset.detail.proxy_centre,
+                held_out,
+                advance,
+            )
+        train.save_adapter(model, job.output, metadata | {"run": key})
+    return job.output
+
+
+def check_output(output: Path, key: str) -> None:
+    """Refuses to overwrite a file that this training did not make."""
+    try:
+        same = not output.exists() or store.read_header(output)[0].get("run") == key
+    except InputError:
+        same = False
+    if not same:
+        raise UsageError(f"{output} exists and was made from something else; choose another --output")
+
+
+def split_groups(groups: list[list[dict]]) -> tuple[list[dict], list[dict]]:
+    """The samples to train on, and some of every tenth clip's to validate with."""
+    trained = [s for i, group in enumerate(groups) if i % HELD_OUT != HELD_OUT - 1 for s in group]
+    held_out = [s for group in groups[HELD_OUT - 1 :: HELD_OUT] for s in group]
+    random.Random(0).shuffle(held_out)
+    return trained, held_out[:VALIDATED]
+
+
+def _samples(session: Session, job: Job, console: Console) -> list[list[dict]]:
+    if str(job.data) != WORLD:
+        return corpus.load_samples(session, job.stage, job.data, job.work, console)
+    preset, geometry = session.preset, session.preset.geometry
+    if (geometry.token_pixels, preset.fps, preset.proxy.time_ratio) != (dataset.TOKEN, dataset.FPS, 4):
+        raise UsageError(f"--data world is drawn for preset tiny and not for {preset.name}; give a folder of clips")
+    folder = job.work / f"data-{model_hash(session.folder, 'vae')}"
+    dataset.build(job.stage, WORLD_SAMPLES[job.stage], folder, load_vae(session.folder))
+    return [[sample] for sample in dataset.load(job.stage, folder)]
+
+
+def embedder(session: Session, prompts: list[str], work: Path, console: Console) -> train.Embed:
+    """Prompt -> embedding (tokens, text_dim) fp32, of `prompts` and the empty one, encoded once and kept in `work`."""
+    cache = store.run_directory(work, f"text-{model_hash(session.folder, 'text_encoder')}")
+    paths = {p: cache / f"{store.artefact_hash({'prompt': p})}.safetensors" for p in ("", *prompts)}
+    missing = [p for p, path in paths.items() if not path.exists()]
+    if missing:
+        tokenizer, encoder = load_text(session.folder)
+        unknown = list(dict.fromkeys(w for p in missing for w in unknown_words(p, tokenizer)))
+        if unknown:
+            console.warn(
+                f"preset {session.preset.name} does not know these words and ignores them: {' '.join(unknown)}"
+            )
+        for prompt in missing:
+            embedding = encode_prompts([prompt], tokenizer, encoder, session.preset.transformer.text_length)[0]
+            store.save_tensors(paths[prompt], {"embedding": embedding}, {"prompt": prompt})
+    return lru_cache(maxsize=1024)(lambda prompt: store.open_tensors(paths[prompt])[0]["embedding"])

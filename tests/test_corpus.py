@@ -1,0 +1,166 @@
+"""Folders of clips as samples: read, cut, encoded once; what cannot be used is named and passed over."""
+
+import json
+import math
+from fractions import Fraction
+from itertools import pairwise
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from atlasvid_cli import corpus, footage
+from atlasvid_cli.console import Console
+from atlasvid_cli.encode import encode_clips
+from atlasvid_cli.errors import InputError
+from atlasvid_cli.session import Session
+from atlasvid_cli.video import write_video
+
+
+@pytest.fixture(scope="module")
+def session(random_preset):
+    return Session(str(random_preset))
+
+
+@pytest.fixture
+def console():
+    return Console(interactive=False)
+
+
+def clip(path, seconds, size=(160, 128), fps=16, seed=0):
+    """Colours that drift, with a bright bar that moves over them."""
+    width, height = size
+    count = round(seconds * fps)
+    generator = torch.Generator().manual_seed(seed)
+    frames = torch.rand(1, 3, 1, 1, generator=generator).repeat(count, 1, height, width) * 0.5
+    for i in range(count):
+        frames[i, :, :, (4 * i) % width : (4 * i) % width + 16] += 0.4
+    write_video(path, iter(frames.split(8)), width=width, height=height, fps=fps, frame_count=count)
+    return path
+
+
+def pairs(folder, **seconds):
+    for i, (name, length) in enumerate(seconds.items()):
+        clip(folder / f"{name}.mp4", length, seed=i)
+        (folder / f"{name}.txt").write_text(f"clip {name}\n")
+    return folder
+
+
+@given(st.integers(1, 400), st.integers(1, 12), st.integers(1, 4))
+def test_pieces_are_as_long_as_they_may_be(frames, k, step):
+    longest = k * step + 1
+    pieces = corpus.cut(frames, longest, step + 1, step)
+    assert sum(pieces) <= frames and all(p <= longest and p % step == 1 % step and p > step for p in pieces)
+    assert all(a == longest for a, _ in pairwise(pieces))
+    assert frames - sum(pieces) <= step  # what is left is no piece
+
+
+def test_a_folder_and_an_index_say_the_same(tmp_path, console, capsys):
+    pairs(tmp_path, a=0.5, b=0.5)
+    clip(tmp_path / "silent.mp4", 0.5)
+    (tmp_path / "notes.md").write_text("no clip")
+    found = corpus.read_index(tmp_path, console)
+    assert [(e.path.name, e.caption) for e in found] == [("a.mp4", "clip a"), ("b.mp4", "clip b")]
+    warned = capsys.readouterr().err
+    assert "silent.mp4" in warned and "silent.txt" in warned and "notes" not in warned
+    index = tmp_path / "index.jsonl"
+    index.write_text("".join(json.dumps({"video": e.path.name, "caption": e.caption}) + "\n" for e in found) + "\n")
+    assert corpus.read_index(index, console) == found
+
+
+@pytest.mark.parametrize("line", ["no json", '"text"', '{"video": "a.mp4"}', '{"video": 3, "caption": "x"}'])
+def test_a_bad_index_line_is_named(tmp_path, console, line):
+    index = tmp_path / "index.jsonl"
+    index.write_text(json.dumps({"video": "a.mp4", "caption": "x"}) + "\n" + line)
+    with pytest.raises(InputError, match="line 2"):
+        corpus.read_index(index, console)
+    with pytest.raises(InputError, match="absent"):
+        corpus.read_index(tmp_path / "absent", console)
+
+
+def test_stage_1_gets_the_clip_at_the_proxys_rate(session, tmp_path, console, monkeypatch):
+    """Two pieces of 13 frames at 4 fps, then what is left."""
+    monkeypatch.setattr(corpus, "proxy_latents", lambda preset: 4)
+    pairs(tmp_path, a=8.5)
+    [samples] = corpus.load_samples(session, "proxy", tmp_path, tmp_path / "work", console)
+    assert [s["latents"].shape[1] for s in samples] == [4, 4, 2]
+    assert {s["caption"] for s in samples} == {"clip a"}
+    _, _, h, w = samples[0]["latents"].shape
+    assert h * w <= 4 * session.preset.proxy.base_tokens and w / h == pytest.approx(1.25, rel=0.35)
+    source = footage.open_clip(tmp_path / "a.mp4")
+    frames = torch.stack(list(footage.read_clip(source, Fraction(4), 26, (w * 16, h * 16))), 1)
+    second = encode_clips(session.vae(), frames[None, :, 13:26])[0]
+    torch.testing.assert_close(samples[1]["latents"].float(), second, atol=2e-3, rtol=2e-3)  # kept as fp16
+
+
+def test_stage_2_gets_crops_with_their_proxies(session, tmp_path, console):
+    pairs(tmp_path, a=4.3)
+    [samples] = corpus.load_samples(session, "detail", tmp_path, tmp_path / "work", console)
+    latents, tokens = corpus.detail_size(session.preset)
+    assert len(samples) == 2  # of 33 frames at 16 fps
+    for sample in samples:
+        ratio = int(sample["ratio"])
+        assert ratio in (2, 4)
+        side = tokens * session.preset.geometry.patch
+        assert sample["latents"].shape[1:] == (latents, side, side)
+        assert sample["proxy_4"].shape[1:] == (3, side // ratio, side // ratio)
+        assert sample["proxy_1"].shape[1:] == (latents, side // ratio, side // ratio)
+
+
+def test_a_crop_is_never_enlarged_and_its_proxy_shows_the_same(session, tmp_path, monkeypatch):
+    seen = []
+    monkeypatch.setattr(corpus, "encode_clips", lambda vae, x: seen.append(x[0]) or x)
+    monkeypatch.setattr(footage, "_fit", lambda *a, real=footage._fit: seen.append(a[3].zoom) or real(*a))
+    source = footage.open_clip(clip(tmp_path / "a.mp4", 2.2, size=(512, 256)))
+    corpus.encode_for_detail(None, session.preset, source)
+    zooms = {z for z in seen if isinstance(z, float)}
+    assert len(zooms) == 1 and 1 <= zooms.pop() <= 2
+    dense, sparse, small = (x for x in seen if torch.is_tensor(x))
+    assert torch.equal(sparse, small[:, ::4])
+    ratio = dense.shape[-1] // small.shape[-1]
+    boxed = torch.nn.functional.avg_pool2d(dense.transpose(0, 1), ratio).transpose(0, 1)
+    assert (boxed - small).abs().mean() < 0.02
+
+
+def test_what_cannot_be_used_is_named_and_passed_over(session, tmp_path, console, capsys):
+    pairs(tmp_path, good=2.5, short=0.9)
+    (tmp_path / "broken.mp4").write_bytes(b"no video")
+    (tmp_path / "broken.txt").write_text("broken")
+    for stage, named in (("proxy", ["broken", "short"]), ("detail", ["broken", "short"])):
+        groups = corpus.load_samples(session, stage, tmp_path, tmp_path / "work", console)
+        assert [g[0]["caption"] for g in groups] == ["clip good"]
+        warned = capsys.readouterr().err
+        assert all(f"{name}.mp4" in warned for name in named) and "2 of 3 clips were skipped" in warned
+    clip(tmp_path / "good.mp4", 2.5, size=(96, 64))
+    with pytest.raises(InputError, match="no clip that can be used"):
+        corpus.load_samples(session, "detail", tmp_path, tmp_path / "work", console)
+    assert "96x64" in capsys.readouterr().err
+
+
+def test_latents_are_made_once_a_content_and_caption_apart(session, tmp_path, console, monkeypatch):
+    pairs(tmp_path, a=1.5, b=1.5)
+    work = tmp_path / "work"
+    first = corpus.load_samples(session, "proxy", tmp_path, work, console)
+    monkeypatch.setattr(corpus, "load_vae", lambda folder: pytest.fail("loaded again"))
+    (tmp_path / "a.mp4").rename(tmp_path / "c.mp4")
+    (tmp_path / "c.txt").write_text("told anew")
+    again = corpus.load_samples(session, "proxy", tmp_path, work, console)
+    assert [g[0]["caption"] for g in again] == ["clip b", "told anew"]
+    assert torch.equal(again[1][0]["latents"], first[0][0]["latents"])
+    monkeypatch.undo()
+    [damaged, _] = sorted(work.glob("latents-*/*.safetensors"))
+    damaged.write_bytes(damaged.read_bytes()[:100])
+    mended = corpus.load_samples(session, "proxy", tmp_path, work, console)
+    assert all(torch.equal(a[0]["latents"], b[0]["latents"]) for a, b in zip(again, mended, strict=True))
+
+
+def test_sizes_of_the_embedded_preset_are_those_it_was_trained_with():
+    from atlasvid_cli import dataset
+    from atlasvid_cli.presets import load_preset
+
+    tiny = load_preset("tiny")
+    assert corpus.detail_size(tiny) == (dataset.DETAIL_LATENTS, dataset.DETAIL_TOKENS)
+    assert set(corpus.detail_ratios(tiny)) == set(dataset.DETAIL_RATIOS)
+    assert (corpus.proxy_latents(tiny) - 1) * 4 + 1 == 49
+    assert math.isclose(tiny.fps, dataset.FPS)

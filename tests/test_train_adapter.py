@@ -1,0 +1,178 @@
+"""`atlasvid train proxy|detail` from clips to an adapter that diffusers and the tool load, resumed after a kill."""
+
+import json
+import shutil
+from dataclasses import replace
+from fractions import Fraction
+from pathlib import Path
+
+import pytest
+import torch
+from diffusers import WanPipeline
+
+from atlasvid_cli import dataset, store, train, train_adapter, weights
+from atlasvid_cli.console import Console
+from atlasvid_cli.corpus import load_samples
+from atlasvid_cli.errors import UsageError
+from atlasvid_cli.session import Session
+from atlasvid_cli.train_adapter import Job, embedder, make, split_groups
+from tests.test_corpus import pairs
+
+
+@pytest.fixture(scope="module")
+def clips(tmp_path_factory):
+    """Ten clips, of which the last is held out."""
+    folder = tmp_path_factory.mktemp("clips")
+    return pairs(folder, **{f"clip{i}": 2.1 for i in range(10)})
+
+
+@pytest.fixture
+def session(random_preset):
+    return Session(str(random_preset))
+
+
+@pytest.fixture(scope="module")
+def encoded(clips, random_preset, tmp_path_factory):
+    """A work folder with the latents of both stages, which every test would make alike."""
+    work = tmp_path_factory.mktemp("work")
+    for stage in ("proxy", "detail"):
+        load_samples(Session(str(random_preset)), stage, clips, work, quiet())
+    return work
+
+
+@pytest.fixture(params=["proxy", "detail"])
+def job(request, clips, encoded, tmp_path, monkeypatch):
+    shutil.copytree(encoded, tmp_path / "work")
+    for name, steps in (("CHECKPOINT_STEPS", 4), ("VALIDATION_STEPS", 4), ("LOG_STEPS", 2)):
+        monkeypatch.setattr(train, name, steps)
+    monkeypatch.setattr(train_adapter, "ACCUMULATED", 1)
+    return Job(request.param, clips, tmp_path / "a.safetensors", tmp_path / "work", steps=9, lr=0.03, rank=4)
+
+
+def rows(job):
+    [log] = job.work.glob(f"{job.stage}-*/log.jsonl")
+    return [json.loads(line) for line in log.read_text().splitlines()]
+
+
+def quiet():
+    return Console(interactive=False)
+
+
+def test_an_adapter_is_trained_validated_and_loads(session, job, tmp_path):
+    assert make(session, job, quiet()) == job.output
+    logged = rows(job)
+    assert [r["step"] for r in logged] == [2, 4, 6, 8, 9]
+    assert [("validation_loss" in r) for r in logged] == [False, True, False, True, True]
+    metadata, _ = store.read_header(job.output)
+    assert metadata["stage"] == job.stage and metadata["base"] == weights.model_hash(session.folder, "transformer")
+    assert metadata["time_ratio"] == ("4" if job.stage == "proxy" else "4,1")
+    if job.stage == "detail":
+        assert json.loads(metadata["windows"]) == [[2, 3, 3], [3, 2, 2]] and set(metadata["ratio"].split(",")) <= {
+            *"24"
+        }
+    # the tool's own loading, which refuses other stages and bases, and diffusers'
+    model = shutil.copytree(session.folder, tmp_path / "model")
+    shutil.copy(job.output, model / "own.safetensors")
+    fused = weights.load_transformer(model, "own.safetensors", job.stage)
+    pipeline = WanPipeline.from_pretrained(session.folder, torch_dtype=torch.float32)
+    pipeline.load_lora_weights(tmp_path, weight_name=job.output.name)
+    x, t = torch.randn(1, 4, 2, 4, 6), torch.tensor([300])
+    text = torch.randn(1, 5, 16)
+    with torch.no_grad():
+        ours, theirs = (m(x, t, text, return_dict=False)[0] for m in (fused, pipeline.transformer))
+        bare = weights.load_transformer(model)(x, t, text, return_dict=False)[0]
+    torch.testing.assert_close(ours, theirs, atol=1e-5, rtol=0)
+    assert (ours - bare).abs().max() > 1e-3
+
+
+def test_a_killed_training_goes_on_to_the_same_losses_and_weights(session, job, tmp_path, monkeypatch):
+    make(session, job, quiet())
+    whole, weights_ = rows(job), store.open_tensors(job.output)[0]
+    shutil.rmtree(next(job.work.glob(f"{job.stage}-*")))
+    job.output.unlink()
+    rate = train.learning_rate
+    count = 0
+
+    def dies(*arguments):
+        nonlocal count
+        count += 1
+        if count == 8:  # after the checkpoint at 4 and the log at 6
+            raise KeyboardInterrupt
+        return rate(*arguments)
+
+    monkeypatch.setattr(train, "learning_rate", dies)
+    with pytest.raises(KeyboardInterrupt):
+        make(session, job, quiet())
+    assert not job.output.exists()
+    monkeypatch.setattr(train, "learning_rate", rate)
+    make(session, job, quiet())
+    for a, b in zip(whole, rows(job), strict=True):
+        assert a["step"] == b["step"] and a["loss"] == pytest.approx(b["loss"], abs=1e-6)
+        assert a.get("validation_loss") == pytest.approx(b.get("validation_loss"), abs=1e-6)
+    for name, tensor in store.open_tensors(job.output)[0].items():
+        torch.testing.assert_close(tensor, weights_[name], atol=1e-6, rtol=0)
+
+
+def test_other_settings_start_anew_and_do_not_overwrite(session, job):
+    job = replace(job, steps=2)
+    make(session, job, quiet())
+    make(session, job, quiet())  # finished: the same file again
+    with pytest.raises(UsageError, match="made from something else"):
+        make(session, replace(job, seed=1), quiet())
+    other = replace(job, seed=1, output=job.output.with_name("b.safetensors"))
+    make(session, other, quiet())
+    a, b = (store.open_tensors(j.output)[0] for j in (job, other))
+    assert any(not torch.equal(a[name], b[name]) for name in a)
+
+
+def test_the_procedural_world_is_one_more_source(session, job, monkeypatch):
+    monkeypatch.setattr(train_adapter, "WORLD_SAMPLES", {"proxy": 10, "detail": 10})
+    monkeypatch.setattr(dataset, "FRAME_GRIDS", (((2, 3), 1),))
+    monkeypatch.setattr(dataset, "DETAIL_TOKENS", 4)
+    monkeypatch.setattr(dataset, "DETAIL_RATIOS", (Fraction(4), Fraction(2)))
+    make(session, replace(job, data=Path("world"), steps=2), quiet())
+    assert "validation_loss" in rows(job)[-1]
+    session.preset = replace(session.preset, fps=24)
+    with pytest.raises(UsageError, match="folder of clips"):
+        make(session, replace(job, data=Path("world")), quiet())
+
+
+def test_where_the_adapter_is_for_the_proxy_stream_only_that_one_learns(session, job, monkeypatch):
+    if job.stage == "proxy":
+        pytest.skip("has one stream")
+    monkeypatch.setattr(
+        train, "PROXY_DROP", 1.0
+    )  # of both streams only: without a proxy there would be nothing to learn
+    session.preset = replace(session.preset, detail=replace(session.preset.detail, streams="proxy"))
+    seen = []
+    real = train.train_detail
+    monkeypatch.setattr(
+        train, "train_detail", lambda bare, model, *a, **k: seen.append(bare) or real(bare, model, *a, **k)
+    )
+    before = weights.load_transformer(session.folder).state_dict()
+    make(session, replace(job, steps=3), quiet())
+    assert store.read_header(job.output)[0]["streams"] == "proxy"
+    assert all(torch.equal(before[n], p) for n, p in seen[0].state_dict().items())
+    assert any(t.abs().max() > 0 for n, t in store.open_tensors(job.output)[0].items() if "lora_B" in n)
+
+
+def test_validation_is_of_whole_clips_at_the_same_noise(session, clips, tmp_path):
+    groups = [[{"n": (i, j)} for j in range(3)] for i in range(21)]
+    trained, held_out = split_groups(groups)
+    assert {s["n"][0] for s in held_out} == {9, 19} and not {9, 19} & {s["n"][0] for s in trained}
+    draws = []
+    validate = train.validation(
+        held_out, lambda s, rng, g: draws.append(torch.rand(2, generator=g)) or draws[-1].mean()
+    )
+    assert validate() == validate()
+    assert all(torch.equal(a, b) for a, b in zip(draws[:6], draws[6:], strict=True))
+    assert not torch.equal(draws[0], draws[1])
+    assert train.validation([], None)() is None
+
+
+def test_embeddings_are_made_once(session, tmp_path, monkeypatch):
+    embed = embedder(session, ["a red ball", "a zebra"], tmp_path, quiet())
+    assert torch.equal(embed("a red ball"), session.embeddings(("a red ball",), quiet())[0])
+    assert len(embed("")) == 1
+    monkeypatch.setattr(train_adapter, "load_text", lambda folder: pytest.fail("loaded again"))
+    assert torch.equal(embedder(session, ["a zebra"], tmp_path, quiet())("a zebra"), embed("a zebra"))
