@@ -137,9 +137,8 @@ def test_the_procedural_world_is_one_more_source(session, job, monkeypatch):
         make(session, replace(job, data=Path("world")), quiet())
 
 
+@pytest.mark.parametrize("job", ["detail"], indirect=True)
 def test_where_the_adapter_is_for_the_proxy_stream_only_that_one_learns(session, job, monkeypatch):
-    if job.stage == "proxy":
-        pytest.skip("has one stream")
     monkeypatch.setattr(
         train, "PROXY_DROP", 1.0
     )  # of both streams only: without a proxy there would be nothing to learn
