@@ -316,17 +316,18 @@ def _note(times: list[float], _: int) -> None:
 
 
 def mux_alone(frames: list[torch.Tensor], plan: Plan, folder: Path, repeats: int) -> Timing:
-    """Encoding the whole video while nothing decodes, from some of its frames (3, H, W)."""
-    request = plan.request
+    """Encoding the whole video while nothing decodes, from some of its frames (3, H, W), or of a part of each."""
+    request, (_, height, width) = plan.request, frames[0].shape
+    more = plan.frames / len(frames) * request.width * request.height / (width * height)
 
     def run() -> None:
         write_video(
             folder / "mux.mp4",
             (f[None] for f in frames),
-            width=request.width,
-            height=request.height,
+            width=width,
+            height=height,
             fps=Fraction(plan.fps),
             frame_count=len(frames),
         )
 
-    return timed(run, repeats, warm_up=False).times(plan.frames / len(frames))
+    return timed(run, repeats, warm_up=False).times(more)

@@ -148,6 +148,13 @@ def test_self_attention_alone_is_left_out_and_comes_back(transformer, padded):
     assert not torch.equal(without, other), "the text is still attended to"
 
 
+def test_muxing_a_part_of_the_frames_scales_by_number_and_area(tmp_path, monkeypatch):
+    plan = make_plan(Request("tiny", 960, 540, Fraction(1)))
+    monkeypatch.setattr(measure, "timed", lambda run, repeats, warm_up: run() or timing(1.0))
+    frames = [torch.rand(3, 270, 480)] * 2
+    assert measure.mux_alone(frames, plan, tmp_path, 1).seconds == pytest.approx(16 / 2 * 4)
+
+
 def test_random_weights_stand_at_every_layer_and_have_the_presets_sizes():
     size = replace(load_preset("tiny").transformer, layers=40)
     model = measure.random_model(size, 2)
