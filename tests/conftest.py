@@ -44,6 +44,18 @@ def padded(prompt: torch.Tensor) -> torch.Tensor:
     return torch.cat((prompt, torch.zeros(512 - len(prompt), 16)))[None]
 
 
+def small_pipeline(vae: AutoencoderKLWan) -> WanPipeline:
+    """Random weights around `vae`, in the classes of the real ones."""
+    tokenizer = build_tokenizer()
+    encoder = UMT5EncoderModel(
+        UMT5Config(vocab_size=len(tokenizer), d_model=16, d_kv=8, d_ff=16, num_layers=1, num_heads=2)
+    )
+    config = {"num_attention_heads": 2, "attention_head_dim": 12, "in_channels": 4, "out_channels": 4, "text_dim": 16}
+    model = WanTransformer3DModel(**config, freq_dim=16, ffn_dim=32, num_layers=2)
+    scheduler = UniPCMultistepScheduler(prediction_type="flow_prediction", use_flow_sigmas=True, flow_shift=3.0)
+    return WanPipeline(tokenizer, encoder, vae, scheduler, model)
+
+
 @pytest.fixture(scope="session")
 def random_preset(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A preset file beside a model folder with random weights and adapters: everything of `tiny` but its size."""
@@ -65,14 +77,9 @@ def random_preset(tmp_path_factory: pytest.TempPathFactory) -> Path:
         latents_mean=[0.0] * 4,
         latents_std=[1.0] * 4,
     )
-    tokenizer = build_tokenizer()
-    encoder = UMT5EncoderModel(
-        UMT5Config(vocab_size=len(tokenizer), d_model=16, d_kv=8, d_ff=16, num_layers=1, num_heads=2)
-    )
-    config = {"num_attention_heads": 2, "attention_head_dim": 12, "in_channels": 4, "out_channels": 4, "text_dim": 16}
-    model = WanTransformer3DModel(**config, freq_dim=16, ffn_dim=32, num_layers=2)
-    scheduler = UniPCMultistepScheduler(prediction_type="flow_prediction", use_flow_sigmas=True, flow_shift=3.0)
-    WanPipeline(tokenizer, encoder, vae, scheduler, model).save_pretrained(folder)
+    pipe = small_pipeline(vae)
+    pipe.save_pretrained(folder)
+    model = pipe.transformer
     for stage in ("proxy", "detail"):
         model.add_adapter(lora_config(2))
         for name, parameter in model.named_parameters():
@@ -118,14 +125,7 @@ def stock_preset(tmp_path_factory: pytest.TempPathFactory) -> Path:
         latents_mean=[0.1] * 4,
         latents_std=[1.2] * 4,
     )
-    tokenizer = build_tokenizer()
-    encoder = UMT5EncoderModel(
-        UMT5Config(vocab_size=len(tokenizer), d_model=16, d_kv=8, d_ff=16, num_layers=1, num_heads=2)
-    )
-    config = {"num_attention_heads": 2, "attention_head_dim": 12, "in_channels": 4, "out_channels": 4, "text_dim": 16}
-    model = WanTransformer3DModel(**config, freq_dim=16, ffn_dim=32, num_layers=2)
-    scheduler = UniPCMultistepScheduler(prediction_type="flow_prediction", use_flow_sigmas=True, flow_shift=3.0)
-    WanPipeline(tokenizer, encoder, vae, scheduler, model).save_pretrained(root / "stock", max_shard_size="20KB")
+    small_pipeline(vae).save_pretrained(root / "stock", max_shard_size="20KB")
     text = (presets_folder() / "wan2.1-1.3b.toml").read_text()
     for old, new in (
         ('model = "Wan-AI/Wan2.1-T2V-1.3B-Diffusers"', 'model = "stock"'),
