@@ -10,6 +10,8 @@ import torch
 
 from .attention import check_backend
 from .console import Console
+from .embeddings import Embedding, EmbeddingCache, cache_folder
+from .errors import ResourceError
 from .lora import check_lora, merge_lora
 from .machine import available_vram, compute_device
 from .memory import Offload
@@ -57,6 +59,8 @@ class Session:
         self._warned: set[str] = set()
         self._embeddings: dict[str, torch.Tensor] = {}
         self._expected: list[str] = []
+        encoder = model_hash(self.folder, "text_encoder")
+        self._cache = EmbeddingCache(cache_folder() / f"text-{encoder}-{self.device.type}")
 
     def hash(self, stage: str) -> str:
         """Identity of the weights that make a stage's latents."""
@@ -111,21 +115,41 @@ class Session:
         self._expected += [p for p in prompts if p not in self._expected]
 
     def embeddings(self, prompts: tuple[str, ...], console: Console) -> list[torch.Tensor]:
-        """Embeddings (tokens, text_dim) fp32 of prompts, which are encoded together with those that are expected."""
+        """Embeddings (tokens, text_dim) fp32 of prompts: from the cache, or made together with those expected."""
+        for prompt in prompts:
+            if prompt not in self._embeddings and (kept := self._cache.read(prompt)):
+                self._warn_unknown(kept, console)
+                self._embeddings[prompt] = kept.states
         if any(p not in self._embeddings for p in prompts):
-            self._encode([p for p in dict.fromkeys((*prompts, *self._expected)) if p not in self._embeddings], console)
+            wanted = dict.fromkeys((*prompts, *self._expected))
+            missing = [p for p in wanted if p not in self._embeddings and not self._cache.read(p)]
+            for prompt, made in zip(missing, self.encode(missing), strict=True):
+                self._warn_unknown(made, console)
+                self._embeddings[prompt] = made.states
+                try:
+                    self._cache.write(prompt, made)
+                except ResourceError as error:
+                    console.note(f"{error}; embeddings are not kept")
         return [self._embeddings[p] for p in prompts]
 
-    def _encode(self, prompts: list[str], console: Console) -> None:
+    def encode(self, prompts: list[str]) -> list[Embedding]:
+        """What the text encoder makes of prompts; it is loaded for them and let go."""
         self._make_room("text")
         tokenizer, encoder = load_text(self.folder, self.dtype)
-        for word in dict.fromkeys(w for p in prompts for w in unknown_words(p, tokenizer)):
-            console.warn(f"the model of preset {self.preset.name} does not know the word {word!r} and ignores it")
         size = sum(p.nbytes for p in encoder.parameters())
         on_gpu = self.device.type == "cuda" and size * 1.2 < available_vram()
         encoder = encoder.to(self.device) if on_gpu else encoder.float()  # few CPUs compute in bfloat16
         made = encode_prompts(prompts, tokenizer, encoder, self.preset.transformer.text_length)
-        self._embeddings |= {p: e.cpu() for p, e in zip(prompts, made, strict=True)}
+        return [
+            Embedding(states.cpu(), tuple(unknown_words(prompt, tokenizer)))
+            for prompt, states in zip(prompts, made, strict=True)
+        ]
+
+    def _warn_unknown(self, embedding: Embedding, console: Console) -> None:
+        for word in embedding.unknown:
+            if f"word {word}" not in self._warned:
+                self._warned.add(f"word {word}")
+                console.warn(f"the model of preset {self.preset.name} does not know the word {word!r} and ignores it")
 
     def _adapter(self, stage: str) -> str | None:
         return self.preset.proxy.lora if stage == "proxy" else self.preset.detail.lora

@@ -8,7 +8,8 @@ import json
 import math
 import random
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from fractions import Fraction
 from pathlib import Path
 from typing import Any
@@ -117,16 +118,24 @@ def detail_loss(
     return (out - (noise - clean)).square().mean()
 
 
-def batches(data: list[dict], rng: random.Random, tokens: int) -> Iterator[list[dict]]:
-    """Endless batches of one latent shape holding about `tokens` tokens, shapes drawn by how many samples have them."""
-    by_shape: dict[tuple, list[dict]] = {}
+def by_shape(data: list[dict]) -> list[list[dict]]:
+    """Samples in groups whose latents have one shape, so that they can share a batch."""
+    groups: dict[tuple, list[dict]] = {}
     for sample in data:
-        by_shape.setdefault(tuple(sample["latents"].shape), []).append(sample)
-    shapes = sorted(by_shape)
-    while True:
-        shape = rng.choices(shapes, [len(by_shape[s]) for s in shapes])[0]
-        count = max(1, tokens // grid_of(by_shape[shape][0]["latents"]).tokens)
-        yield rng.choices(by_shape[shape], k=count)
+        groups.setdefault(tuple(sample["latents"].shape), []).append(sample)
+    return [groups[shape] for shape in sorted(groups)]
+
+
+def draw_batch(groups: list[list[dict]], rng: random.Random, tokens: int) -> tuple[list[dict], list[torch.Tensor]]:
+    """Samples of one shape, drawn by how many have it, and their latents, which hold about `tokens` tokens in all.
+
+    Half of the batches of clips are cut to a shorter length: a causal VAE's prefix is a shorter clip.
+    """
+    group = rng.choices(groups, [len(g) for g in groups])[0]
+    grid = grid_of(group[0]["latents"])
+    length = rng.randint(2, grid.t) if grid.t > 1 and rng.random() < 0.5 else grid.t
+    picked = rng.choices(group, k=max(1, tokens // (length * grid.h * grid.w)))
+    return picked, [s["latents"][:, :length].float() for s in picked]
 
 
 def run(
@@ -142,36 +151,49 @@ def run(
 ) -> None:
     """The loop: `loss_at(step, rng, generator)` over `accumulate` draws a step; logs and checkpoints to `folder`.
 
-    `validate()` is the loss on held-out samples, None without any; `on_step` gets the steps newly known to be done.
+    On a CPU the draws of a step run side by side, a thread each: small models keep more cores busy so than by splitting
+    every product over all of them. `validate()` is the loss on held-out samples, None without any; `on_step` gets the
+    steps newly known to be done.
     """
     named = [(n, p) for n, p in model.named_parameters() if p.requires_grad]
+    trained = [p for _, p in named]
+    threads = torch.get_num_threads()
+    workers = min(accumulate, threads) if trained[0].device.type == "cpu" else 1
+
+    def gradients(draw: str) -> tuple[float, tuple[torch.Tensor | None, ...]]:
+        rng = random.Random(draw)
+        generator = torch.Generator().manual_seed(rng.getrandbits(60))
+        loss = loss_at(step, rng, generator) / accumulate
+        return loss.item(), torch.autograd.grad(loss, trained, allow_unused=True)
+
     optimizer = MuonAdamW(named, lr, ("patch_embedding", "condition_embedder", "proj_out", "scale_shift_table"))
     step = load_checkpoint(folder, model, optimizer)
     _cut_log(folder / "log.jsonl", step)
     on_step(step)
     started, recent = time.monotonic(), []
-    while step < steps:
-        total = 0.0
-        for part in range(accumulate):
-            rng = random.Random(f"{seed}/{step}/{part}")
-            generator = torch.Generator().manual_seed(rng.getrandbits(60))
-            loss = loss_at(step, rng, generator) / accumulate
-            loss.backward()
-            total += loss.item()
-        torch.nn.utils.clip_grad_norm_([p for _, p in named], 1.0)
-        optimizer.step(learning_rate(step, steps, lr))
-        step += 1
-        on_step(1)
-        recent.append(total)
-        if step % LOG_STEPS == 0 or step == steps:
-            row = {"step": step, "loss": round(sum(recent) / len(recent), 5)}
-            recent.clear()
-            if (step % VALIDATION_STEPS == 0 or step == steps) and (held_out := validate()) is not None:
-                row["validation_loss"] = round(held_out, 5)
-            with (folder / "log.jsonl").open("a") as log:
-                log.write(json.dumps(row | {"seconds": round(time.monotonic() - started, 1)}) + "\n")
-        if step % CHECKPOINT_STEPS == 0 or step == steps:
-            save_checkpoint(folder, model, optimizer, step)
+    with ThreadPoolExecutor(workers, initializer=torch.set_num_threads, initargs=(threads // workers,)) as pool:
+        while step < steps:
+            draws = [f"{seed}/{step}/{part}" for part in range(accumulate)]
+            total = 0.0
+            for loss, grads in pool.map(gradients, draws):
+                total += loss
+                for p, grad in zip(trained, grads, strict=True):
+                    if grad is not None:
+                        p.grad = grad if p.grad is None else p.grad.add_(grad)
+            torch.nn.utils.clip_grad_norm_(trained, 1.0)
+            optimizer.step(learning_rate(step, steps, lr))
+            step += 1
+            on_step(1)
+            recent.append(total)
+            if step % LOG_STEPS == 0 or step == steps:
+                row = {"step": step, "loss": round(sum(recent) / len(recent), 5)}
+                recent.clear()
+                if (step % VALIDATION_STEPS == 0 or step == steps) and (held_out := validate()) is not None:
+                    row["validation_loss"] = round(held_out, 5)
+                with (folder / "log.jsonl").open("a") as log:
+                    log.write(json.dumps(row | {"seconds": round(time.monotonic() - started, 1)}) + "\n")
+            if step % CHECKPOINT_STEPS == 0 or step == steps:
+                save_checkpoint(folder, model, optimizer, step)
 
 
 def _cut_log(path: Path, step: int) -> None:
@@ -197,27 +219,30 @@ def train_clips(
     time_ratio: int,
     tokens: int,
     stills: tuple[float, float] = (0.0, 0.0),
-    shift: float = 3.0,
+    shift_of: Callable[[int], float] = lambda latents: 3.0,
+    accumulate: int = 1,
     seed: int = 0,
     held_out: Sequence[dict] = (),
     on_step: Callable[[int], None] = lambda done: None,
 ) -> None:
-    """Stage 1 training on clips, and on single `images` at a share of steps going from `stills[0]` to `stills[1]`."""
+    """Stage 1 training on clips, and on single `images` at a share of draws going from `stills[0]` to `stills[1]`.
+
+    A step sees `accumulate` batches of about `tokens` tokens; `shift_of` gives a clip's shift by its latent frames.
+    """
+    stills_by_shape, clips_by_shape = by_shape(images), by_shape(clips)
 
     def loss_at(step: int, rng: random.Random, generator: torch.Generator) -> torch.Tensor:
         still = rng.random() < stills[0] + (stills[1] - stills[0]) * step / steps
-        picked = next(batches(images if still else clips, rng, tokens))
-        latents = [s["latents"].float() for s in picked]
-        if not still and rng.random() < 0.5:  # a causal VAE's prefix is a shorter clip
-            length = rng.randint(2, latents[0].shape[1])
-            latents = [x[:, :length] for x in latents]
+        picked, latents = draw_batch(stills_by_shape if still else clips_by_shape, rng, tokens)
         prompts = [pick_prompt(s, embed, rng) for s in picked]
-        return clip_loss(model, latents, prompts, generator, time_ratio, shift)
+        return clip_loss(model, latents, prompts, generator, time_ratio, shift_of(latents[0].shape[1]))
 
     def held_out_loss(sample: dict, rng: random.Random, generator: torch.Generator) -> torch.Tensor:
-        return clip_loss(model, [sample["latents"].float()], [embed(sample["caption"])], generator, time_ratio, shift)
+        latents = sample["latents"].float()
+        shift = shift_of(latents.shape[1])
+        return clip_loss(model, [latents], [embed(sample["caption"])], generator, time_ratio, shift)
 
-    run(model, folder, steps, lr, seed, loss_at, validate=validation(held_out, held_out_loss), on_step=on_step)
+    run(model, folder, steps, lr, seed, loss_at, accumulate, validation(held_out, held_out_loss), on_step)
 
 
 def train_detail(

@@ -13,10 +13,10 @@ import torch
 
 from . import corpus, dataset, store, train
 from .console import Console
+from .embeddings import EmbeddingCache
 from .errors import InputError, UsageError
 from .session import Session
-from .text import encode_prompts, unknown_words
-from .weights import load_text, load_transformer, load_vae, model_hash
+from .weights import load_transformer, load_vae, model_hash
 
 WORLD = "world"
 WORLD_SAMPLES = {"proxy": 1200, "detail": 300}
@@ -88,7 +88,7 @@ def make(session: Session, job: Job, console: Console) -> Path:
                 job.lr,
                 preset.proxy.time_ratio,
                 BATCH * preset.proxy.base_tokens * corpus.proxy_latents(preset),
-                shift=preset.proxy.flow_shift,
+                shift_of=lambda latents: preset.proxy.flow_shift,
                 seed=job.seed,
                 held_out=held_out,
                 on_step=advance,
@@ -148,17 +148,17 @@ def _samples(session: Session, job: Job, console: Console) -> list[list[dict]]:
 
 def embedder(session: Session, prompts: list[str], work: Path, console: Console) -> train.Embed:
     """Prompt -> embedding (tokens, text_dim) fp32, of `prompts` and the empty one, encoded once and kept in `work`."""
-    cache = store.run_directory(work, f"text-{model_hash(session.folder, 'text_encoder')}")
-    paths = {p: cache / f"{store.artefact_hash({'prompt': p})}.safetensors" for p in ("", *prompts)}
-    missing = [p for p, path in paths.items() if not path.exists()]
-    if missing:
-        tokenizer, encoder = load_text(session.folder)
-        unknown = list(dict.fromkeys(w for p in missing for w in unknown_words(p, tokenizer)))
-        if unknown:
-            console.warn(
-                f"preset {session.preset.name} does not know these words and ignores them: {' '.join(unknown)}"
-            )
-        for prompt in missing:
-            embedding = encode_prompts([prompt], tokenizer, encoder, session.preset.transformer.text_length)[0]
-            store.save_tensors(paths[prompt], {"embedding": embedding}, {"prompt": prompt})
-    return lru_cache(maxsize=1024)(lambda prompt: store.open_tensors(paths[prompt])[0]["embedding"])
+    cache = EmbeddingCache(work / f"text-{model_hash(session.folder, 'text_encoder')}")
+    missing = [p for p in dict.fromkeys(("", *prompts)) if cache.read(p) is None]
+    made = session.encode(missing) if missing else []
+    if unknown := list(dict.fromkeys(word for embedding in made for word in embedding.unknown)):
+        console.warn(f"preset {session.preset.name} does not know these words and ignores them: {' '.join(unknown)}")
+    for prompt, embedding in zip(missing, made, strict=True):
+        cache.write(prompt, embedding)
+
+    def embed(prompt: str) -> torch.Tensor:
+        embedding = cache.read(prompt)
+        assert embedding is not None
+        return embedding.states
+
+    return lru_cache(maxsize=1024)(embed)

@@ -1,5 +1,6 @@
 """Small seeded models that have the classes and the layout of the real ones."""
 
+import os
 from pathlib import Path
 
 import pytest
@@ -14,6 +15,14 @@ from atlasvid_cli.train_text import build_tokenizer
 
 settings.register_profile("atlasvid", deadline=None)  # a busy machine is no failure
 settings.load_profile("atlasvid")
+
+
+@pytest.fixture(scope="session", autouse=True)
+def cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A cache of the test run's own."""
+    folder = tmp_path_factory.mktemp("cache")
+    os.environ["ATLASVID_CACHE"] = str(folder)
+    return folder
 
 
 @pytest.fixture(scope="session")

@@ -44,9 +44,17 @@ def test_training_free_detail_starts_from_the_proxy(stock_preset, console, tmp_p
     assert results[0] != results[1]
 
 
-def test_the_text_encoder_is_loaded_once_for_a_batch(stock_preset, console, monkeypatch):
-    ours, loaded, load = Session(str(stock_preset)), [], session.load_text
-    monkeypatch.setattr(session, "load_text", lambda *a: loaded.append(a) or load(*a))
+@pytest.fixture
+def loaded(monkeypatch, tmp_path):
+    """Grows with each loading of the text encoder; no embedding is cached yet."""
+    monkeypatch.setenv("ATLASVID_CACHE", str(tmp_path / "cache"))
+    times, load = [], session.load_text
+    monkeypatch.setattr(session, "load_text", lambda *a: times.append(a) or load(*a))
+    return times
+
+
+def test_the_text_encoder_is_loaded_once_for_a_batch(stock_preset, console, loaded):
+    ours = Session(str(stock_preset))
     ours.expect(["a red ball", "a blue star", ""])
     first = ours.embeddings(("a blue star", ""), console)
     assert len(loaded) == 1 and len(first) == 2
@@ -54,6 +62,20 @@ def test_the_text_encoder_is_loaded_once_for_a_batch(stock_preset, console, monk
     assert len(loaded) == 1
     ours.embeddings(("a green ring",), console)
     assert len(loaded) == 2
+
+
+def test_prompts_seen_by_an_earlier_run_need_no_text_encoder(stock_preset, console, loaded, capsys):
+    made = Session(str(stock_preset)).embeddings(("a red zebra", ""), console)
+    assert capsys.readouterr().err.count("zebra") == 1
+    again = Session(str(stock_preset)).embeddings(("a red zebra", ""), console)
+    assert len(loaded) == 1 and all(a.equal(b) for a, b in zip(again, made, strict=True))
+    assert capsys.readouterr().err.count("zebra") == 1
+
+
+def test_a_cache_that_cannot_be_written_stops_nothing(stock_preset, console, loaded, tmp_path, capsys):
+    (tmp_path / "cache").write_text("in the way")
+    assert len(Session(str(stock_preset)).embeddings(("a red ball", ""), console)) == 2
+    assert "not kept" in capsys.readouterr().err
 
 
 def test_a_lora_changes_the_identity_of_the_latents(stock_preset, console, tmp_path):

@@ -1,0 +1,53 @@
+"""Embeddings of prompts on disk, so that a text encoder of gigabytes is loaded only for prompts not seen before."""
+
+import json
+import os
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+
+from . import store
+from .errors import AtlasError
+
+
+class Embedding(NamedTuple):
+    """A prompt's states (tokens, text_dim) fp32, and the words in it that the tokenizer does not know."""
+
+    states: torch.Tensor
+    unknown: tuple[str, ...]
+
+
+class EmbeddingCache:
+    """A folder of embeddings, a file a prompt, made by one text encoder in one dtype."""
+
+    def __init__(self, folder: Path):
+        self.folder = folder
+
+    def read(self, prompt: str) -> Embedding | None:
+        """The embedding of `prompt`; None where it is not there or damaged, and so has to be made again."""
+        path = self._path(prompt)
+        if not path.exists():
+            return None
+        try:
+            tensors, metadata = store.open_tensors(path)
+            return Embedding(tensors["embedding"], tuple(json.loads(metadata["unknown"])))
+        except (AtlasError, KeyError, ValueError):
+            return None
+
+    def write(self, prompt: str, embedding: Embedding) -> None:
+        """Keeps an embedding; ResourceError where the folder cannot take it."""
+        store.run_directory(self.folder.parent, self.folder.name)
+        store.save_tensors(
+            self._path(prompt), {"embedding": embedding.states}, {"unknown": json.dumps(embedding.unknown)}
+        )
+
+    def _path(self, prompt: str) -> Path:
+        return self.folder / f"{store.artefact_hash({'prompt': prompt})}.safetensors"
+
+
+def cache_folder() -> Path:
+    """Where results are kept between runs: $ATLASVID_CACHE, else atlasvid/ in $XDG_CACHE_HOME or ~/.cache."""
+    if own := os.environ.get("ATLASVID_CACHE"):
+        return Path(own)
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "atlasvid"
