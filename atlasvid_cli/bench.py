@@ -100,7 +100,8 @@ def _load(plan: Plan, has_weights: bool, folder: Path, seconds: float, repeats: 
     request, rate = plan.request, gemm_rate(*GEMM)
     if has_weights:
         # one session keeps one stage's adapter at a time: with two, no arm loads while it is timed
-        proxy, detail = (Session(request.preset, request.model_path) for _ in range(2))
+        # and they share a cache that each run begins without
+        proxy, detail = (Session(request.preset, request.model_path, cache=folder / "run") for _ in range(2))
         model, text, vae = load_transformer(proxy.folder), load_text(proxy.folder), load_vae(proxy.folder)
         return Bench(proxy, detail, text, model, vae, folder, rate, seconds, repeats)
     model = random_model(plan.preset.transformer, plan.preset.geometry.patch)

@@ -6,7 +6,7 @@ from typing import Any
 
 from .errors import ResourceError
 from .machine import available_ram, available_vram, compute_device, disk_of, gemm_rate
-from .memory import OFFLOADS, Memory, Offload, detail_memory, proxy_memory
+from .memory import OFFLOADS, Memory, Offload, detail_memory, proxy_memory, text_memory
 from .plan import Plan, Stage
 from .presets import Preset
 
@@ -50,7 +50,7 @@ def offload_of(plan: Plan) -> Offload:
 def rows(plan: Plan) -> list[dict[str, Any]]:
     """One row a stage: tokens, windows, flops, bytes, seconds (a projection from a GEMM timed just now)."""
     gemm = gemm_rate()
-    made = []
+    made = [_text_row(plan, gemm * EFFICIENCY)]
     for name, stage in plan.own_stages():
         flops, needed = plan.flops(stage), memory(plan, stage, offload_of(plan))
         disk = stage.grid.tokens * plan.preset.transformer.channels * plan.preset.geometry.patch**2 * 4
@@ -70,6 +70,25 @@ def rows(plan: Plan) -> list[dict[str, Any]]:
         )
     made.append(_decode_row(plan, gemm * DECODE_EFFICIENCY))
     return made
+
+
+def _text_row(plan: Plan, rate: float) -> dict[str, Any]:
+    """The text encoder on a prompt of full length, as if no embedding were cached."""
+    text, tokens = plan.preset.text, plan.preset.transformer.text_length
+    needed = text_memory(plan.preset, available_vram(), compute_device())
+    flops = 2 * (text.parameters - text.looked_up) * tokens
+    return {
+        "stage": "text",
+        "grid": "",
+        "tokens": tokens,
+        "windows": 0,
+        "steps": 1,
+        "flops": flops,
+        "ram_bytes": PROGRAM_BYTES + needed.host,
+        "vram_bytes": needed.device and PROGRAM_VRAM + needed.device,
+        "disk_bytes": 0,
+        "seconds": round(flops / rate, 1),
+    }
 
 
 def video_bytes(plan: Plan) -> int:

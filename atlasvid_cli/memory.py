@@ -25,6 +25,18 @@ class Memory:
     host: int
 
 
+def text_memory(preset: Preset, free: int, device: Device) -> Memory:
+    """The text encoder, alone in memory: on the GPU where it fits in `free` bytes, else on the CPU in fp32."""
+    if device.kind == "cuda" and fits_gpu(preset.text.parameters * device.bytes_per_value, free):
+        return Memory(preset.text.parameters * device.bytes_per_value, 0)
+    return Memory(0, 4 * preset.text.parameters)
+
+
+def fits_gpu(weights: int, free: int) -> bool:
+    """Whether a text encoder of `weights` bytes, with what it computes, fits in `free` bytes of GPU memory."""
+    return weights * 1.2 < free
+
+
 def proxy_memory(preset: Preset, tokens: int, offload: Offload, device: Device) -> Memory:
     """Stage 1: under full attention every token is in the block at once, so its states are never offloaded."""
     latents = 8 * tokens * _patch_values(preset) * 4  # the sample and a multistep scheduler's history

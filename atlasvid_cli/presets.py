@@ -44,6 +44,14 @@ class Vae:
 
 
 @dataclass(frozen=True)
+class Text:
+    """The text encoder, for planning: its `parameters`, and how many of them only look words up."""
+
+    parameters: int
+    looked_up: int
+
+
+@dataclass(frozen=True)
 class Proxy:
     """Stage 1: `base_tokens` a latent frame, `time_ratio` r_t, and its sampling."""
 
@@ -102,6 +110,7 @@ class Preset:
     geometry: Geometry
     transformer: Transformer
     vae: Vae
+    text: Text
     proxy: Proxy
     detail: Detail
     revision: str | None = None

@@ -14,7 +14,7 @@ from .embeddings import Embedding, EmbeddingCache, cache_folder
 from .errors import ResourceError
 from .lora import check_lora, merge_lora
 from .machine import available_vram, compute_device
-from .memory import Offload
+from .memory import Offload, fits_gpu
 from .offload import place
 from .parse import Lora
 from .presets import load_preset
@@ -43,6 +43,7 @@ class Session:
         backend: str | None = None,
         loras: tuple[Lora, ...] = (),
         strict: bool = False,
+        cache: Path | None = None,
     ):
         self.preset = load_preset(preset)
         self.backend, self.loras, self.strict = backend, loras, strict
@@ -57,10 +58,10 @@ class Session:
         self._parts: dict[str, Any] = {}
         self._hashes: dict[str, str] = {}
         self._warned: set[str] = set()
-        self._embeddings: dict[str, torch.Tensor] = {}
+        self._embeddings: dict[str, Embedding] = {}
         self._expected: list[str] = []
         encoder = model_hash(self.folder, "text_encoder")
-        self._cache = EmbeddingCache(cache_folder() / f"text-{encoder}-{self.device.type}")
+        self._cache = EmbeddingCache((cache or cache_folder()) / f"text-{encoder}-{self.device.type}")
 
     def hash(self, stage: str) -> str:
         """Identity of the weights that make a stage's latents."""
@@ -116,40 +117,42 @@ class Session:
 
     def embeddings(self, prompts: tuple[str, ...], console: Console) -> list[torch.Tensor]:
         """Embeddings (tokens, text_dim) fp32 of prompts: from the cache, or made together with those expected."""
-        for prompt in prompts:
-            if prompt not in self._embeddings and (kept := self._cache.read(prompt)):
-                self._warn_unknown(kept, console)
-                self._embeddings[prompt] = kept.states
-        if any(p not in self._embeddings for p in prompts):
-            wanted = dict.fromkeys((*prompts, *self._expected))
-            missing = [p for p in wanted if p not in self._embeddings and not self._cache.read(p)]
+        found = {p: self._kept(p) for p in (*prompts, *self._expected)}
+        if any(found[p] is None for p in prompts):
+            missing = [p for p, embedding in found.items() if embedding is None]
             for prompt, made in zip(missing, self.encode(missing), strict=True):
-                self._warn_unknown(made, console)
-                self._embeddings[prompt] = made.states
-                try:
-                    self._cache.write(prompt, made)
-                except ResourceError as error:
-                    console.note(f"{error}; embeddings are not kept")
-        return [self._embeddings[p] for p in prompts]
+                self._keep(prompt, made, console)
+                found[prompt] = made
+        known = [embedding for p in prompts if (embedding := found[p])]
+        for word in dict.fromkeys(word for embedding in known for word in embedding.unknown):
+            if f"word {word}" not in self._warned:
+                self._warned.add(f"word {word}")
+                console.warn(f"the model of preset {self.preset.name} does not know the word {word!r} and ignores it")
+        return [embedding.states for embedding in known]
+
+    def _kept(self, prompt: str) -> Embedding | None:
+        return self._embeddings.get(prompt) or self._cache.read(prompt)
+
+    def _keep(self, prompt: str, embedding: Embedding, console: Console) -> None:
+        """In the cache, or where that cannot be written in memory."""
+        try:
+            self._cache.write(prompt, embedding)
+        except ResourceError as error:
+            self._embeddings[prompt] = embedding
+            console.note(f"{error}; embeddings are not kept")
 
     def encode(self, prompts: list[str]) -> list[Embedding]:
         """What the text encoder makes of prompts; it is loaded for them and let go."""
         self._make_room("text")
         tokenizer, encoder = load_text(self.folder, self.dtype)
         size = sum(p.nbytes for p in encoder.parameters())
-        on_gpu = self.device.type == "cuda" and size * 1.2 < available_vram()
+        on_gpu = self.device.type == "cuda" and fits_gpu(size, available_vram())
         encoder = encoder.to(self.device) if on_gpu else encoder.float()  # few CPUs compute in bfloat16
         made = encode_prompts(prompts, tokenizer, encoder, self.preset.transformer.text_length)
         return [
             Embedding(states.cpu(), tuple(unknown_words(prompt, tokenizer)))
             for prompt, states in zip(prompts, made, strict=True)
         ]
-
-    def _warn_unknown(self, embedding: Embedding, console: Console) -> None:
-        for word in embedding.unknown:
-            if f"word {word}" not in self._warned:
-                self._warned.add(f"word {word}")
-                console.warn(f"the model of preset {self.preset.name} does not know the word {word!r} and ignores it")
 
     def _adapter(self, stage: str) -> str | None:
         return self.preset.proxy.lora if stage == "proxy" else self.preset.detail.lora

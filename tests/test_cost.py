@@ -3,11 +3,13 @@
 from fractions import Fraction
 
 import pytest
+from transformers import UMT5EncoderModel
 
 from atlasvid_cli import cost
 from atlasvid_cli.cost import VIDEO_BYTES, check_resources, rows
 from atlasvid_cli.errors import ResourceError
 from atlasvid_cli.plan import Request, make_plan
+from atlasvid_cli.presets import load_preset
 from atlasvid_cli.video import CODECS
 
 
@@ -46,3 +48,16 @@ def test_too_little_memory_is_said(tmp_path, monkeypatch):
     monkeypatch.setattr(cost, "available_ram", lambda: 1 << 28)
     with pytest.raises(ResourceError, match="memory"):
         check_resources(job(), tmp_path)
+
+
+def test_the_text_encoder_is_counted():
+    """A laptop that holds the transformer of Wan2.1 1.3B does not hold its text encoder in fp32."""
+    text, *others = rows(make_plan(Request("wan2.1-1.3b", 832, 480, Fraction(1))))
+    assert text["stage"] == "text" and text["ram_bytes"] > max(row["ram_bytes"] for row in others)
+
+
+def test_the_embedded_text_encoder_is_as_large_as_its_preset_says():
+    preset = load_preset("tiny")
+    encoder = UMT5EncoderModel.from_pretrained(preset.folder / "text_encoder")
+    assert sum(p.numel() for p in encoder.parameters()) == preset.text.parameters
+    assert encoder.shared.weight.numel() == preset.text.looked_up
