@@ -32,7 +32,7 @@ ModelPath = Annotated[
 ]
 Loras = Annotated[
     list[str] | None,
-    typer.Option("--lora", metavar="PATH[:WEIGHT]", help="A LoRA for both stages; repeat for several."),
+    typer.Option("--lora", metavar="PATH[:WEIGHT][@high|@low]", help="A LoRA; repeatable. @ for one expert only."),
 ]
 Strict = Annotated[bool, typer.Option("--strict", help="Refuse a LoRA of which any key fits no layer.")]
 Backend = Annotated[

@@ -5,7 +5,7 @@ import re
 from dataclasses import dataclass
 from fractions import Fraction
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 from .errors import UsageError
 
@@ -30,20 +30,19 @@ MAX_SECONDS = 600
 
 @dataclass(frozen=True)
 class Lora:
-    """A LoRA file and the weight that it is merged with."""
+    """A LoRA file, the weight that it is merged with, and the one of a model's two experts that it is for."""
 
     path: Path
     weight: float = 1.0
+    expert: Literal["high", "low"] | None = None
 
 
 def parse_lora(text: str) -> Lora:
-    """ "style.safetensors" or "style.safetensors:0.8"."""
-    path, colon, weight = text.rpartition(":")
-    if not colon or not re.fullmatch(r"-?\d*\.?\d+", weight, re.ASCII):
-        path, weight = text, "1"
-    if not Path(path).is_file():
+    """ "style.safetensors", "style.safetensors:0.8", and for one of two experts "style.safetensors:0.8@high"."""
+    match = re.fullmatch(r"(.+?)(?::(-?\d*\.?\d+))?(?:@(high|low))?", text, re.ASCII | re.DOTALL)
+    if match is None or not Path(match[1]).is_file():
         raise UsageError(f"--lora {text!r} names no file: give a path, or a path and a weight (style.safetensors:0.8)")
-    return Lora(Path(path), float(weight))
+    return Lora(Path(match[1]), float(match[2] or 1), match[3])  # type: ignore[arg-type]
 
 
 def parse_resolution(text: str) -> tuple[int, int]:

@@ -32,7 +32,7 @@ from .encode import encode_stream
 from .footage import Clip, read_clip
 from .model import TextContext, text_context
 from .plan import Plan, Request, Stage, make_plan
-from .proxy import sample_proxy
+from .proxy import Expert, sample_proxy
 from .refine import Region, sample_detail
 from .session import Session
 from .shapes import Grid
@@ -136,20 +136,29 @@ def encode_proxy(session: Session, plan: Plan, clip: Clip, progress: Console) ->
 def _sample_proxy(
     session: Session, plan: Plan, prompts: tuple[str, str], state: Path, key: str, progress: Console
 ) -> torch.Tensor:
-    stage = plan.proxy
-    model = session.transformer("proxy", offload_of(plan), progress)
-    contexts = _contexts(session, prompts, model, progress)
+    stage, size = plan.proxy, session.preset.transformer
+    held: dict[bool, Expert] = {}  # one at a time: two do not fit
+
+    def expert_at(timestep: float) -> Expert:
+        second = stage.experts is not None and timestep < 1000 * stage.experts.boundary
+        if second not in held:
+            held.clear()
+            model = session.transformer("proxy", offload_of(plan), progress, second)
+            scale = stage.experts.guidance_scale if second and stage.experts else stage.guidance_scale
+            prompt, negative = _contexts(session, prompts, model, progress)
+            held[second] = Expert(model, prompt, negative, scale)
+        return held[second]
+
     resume = _resume(state, key, progress)
     with progress.stage("proxy", stage.steps) as advance:
         advance(resume[0] if resume else 0)
         return sample_proxy(
-            model,
+            expert_at,
             load_scheduler(session.folder, stage.flow_shift),
             stage,
+            size.channels,
             session.preset.geometry.patch,
             plan.request.seed,
-            contexts[0],
-            contexts[1],
             resume,
             lambda step, tensors: store.save_state(state, step, tensors, key),
             advance,

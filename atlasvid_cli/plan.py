@@ -12,7 +12,7 @@ from .errors import UsageError
 from .flops import context_flops, detail_flops, full_flops, linear_flops
 from .memory import Offload
 from .parse import Lora
-from .presets import Preset, Transformer, load_preset
+from .presets import Experts, Preset, Transformer, load_preset
 from .shapes import Grid
 
 if TYPE_CHECKING:
@@ -56,6 +56,7 @@ class Stage:
     strength: float
     guidance_scale: float
     flow_shift: float
+    experts: Experts | None = None
 
     @property
     def passes(self) -> int:
@@ -227,6 +228,7 @@ def make_plan(request: Request, proxy: Grid | None = None, proxy_fps: Fraction |
         1.0,
         preset.proxy.guidance_scale if request.guidance_scale is None else request.guidance_scale,
         request.flow_shift or preset.proxy.flow_shift,
+        _experts(preset, request.guidance_scale),
     )
     levels = []
     for i, (grid, ratio) in enumerate(shapes.climb(base, target, detail.max_ratio, detail.ratio_steps)):
@@ -243,6 +245,13 @@ def make_plan(request: Request, proxy: Grid | None = None, proxy_fps: Fraction |
             )
         )
     return Plan(request, preset, fps, written, scale, stage_1, tuple(levels), proxy is not None)
+
+
+def _experts(preset: Preset, guidance_scale: float | None) -> Experts | None:
+    """The preset's, of which both follow a guidance scale that the user gives."""
+    if preset.experts is None or guidance_scale is None:
+        return preset.experts
+    return dataclasses.replace(preset.experts, guidance_scale=guidance_scale)
 
 
 def _plain(value: Any) -> Any:

@@ -64,6 +64,17 @@ class Proxy:
 
 
 @dataclass(frozen=True)
+class Experts:
+    """Two experts, as in Wan2.2 A14B: `transformer` works at sigmas from `boundary` up, `transformer_2` below.
+
+    `guidance_scale` is the second's, in the proxy. Detail levels start below the boundary and need the second alone.
+    """
+
+    boundary: float
+    guidance_scale: float
+
+
+@dataclass(frozen=True)
 class Level:
     """Sampling of a detail level; `strength` in (0, 1] is the sigma that it starts from."""
 
@@ -113,6 +124,7 @@ class Preset:
     text: Text
     proxy: Proxy
     detail: Detail
+    experts: Experts | None = None
     revision: str | None = None
 
 
@@ -136,7 +148,11 @@ def load_preset(name: str) -> Preset:
     except (tomli.TOMLDecodeError, UnicodeDecodeError) as error:
         raise UsageError(f"preset {path} is not valid TOML ({error}); mend that line") from None
     table |= {"name": path.stem, "folder": path.parent / str(table.get("model", path.stem))}
-    return _parse(Preset, table, path.name)
+    preset = _parse(Preset, table, path.name)
+    for name, level in (("first", preset.detail.first), ("upper", preset.detail.upper)):
+        if preset.experts and level.strength > preset.experts.boundary:
+            raise UsageError(f"{path.name}: detail: {name}: strength must not be above the boundary of the experts")
+    return preset
 
 
 def _parse(kind: Any, value: Any, where: str) -> Any:

@@ -1,6 +1,8 @@
 """Stage 1: the global proxy, by the base scheduler with guidance, resumable after every step (DESIGN §3)."""
 
 from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -10,32 +12,45 @@ from .model import TextContext, clip_forward, patchify, unpatchify
 from .plan import Stage
 from .schedule import noise
 
+
+@dataclass(frozen=True)
+class Expert:
+    """The model that works at a noise level, the prompts as it sees them, and its guidance scale."""
+
+    model: WanTransformer3DModel
+    prompt: TextContext
+    negative: TextContext
+    guidance_scale: float
+
+
 SaveState = Callable[[int, dict[str, torch.Tensor]], None]
 NOISE_STAGE = 0
 
 
 def sample_proxy(
-    model: WanTransformer3DModel,
+    expert_at: Callable[[float], Expert],
     scheduler: UniPCMultistepScheduler,
     stage: Stage,
+    channels: int,
     patch: int,
     seed: int,
-    prompt: TextContext,
-    negative: TextContext,
     resume: tuple[int, dict[str, torch.Tensor]] | None = None,
     save: SaveState | None = None,
     on_step: Callable[[], None] | None = None,
     latents: torch.Tensor | None = None,
     backend: str | None = None,
 ) -> torch.Tensor:
-    """Latents (C, T, H, W) fp32 of the proxy. With time_ratio 1 and given `latents` this is WanPipeline's own loop."""
+    """Latents (channels, T, H, W) fp32 of the proxy. `expert_at` gives who works at a timestep in 0..1000.
+
+    With time_ratio 1 and given `latents` this is WanPipeline's own loop.
+    """
     grid = stage.grid
     scheduler.set_timesteps(stage.steps)
     scheduler.set_begin_index(0)
     done = 0
     if latents is None:
         box = range(grid.t), range(grid.h * patch), range(grid.w * patch)
-        latents = noise(seed, NOISE_STAGE, model.config.in_channels, *box)
+        latents = noise(seed, NOISE_STAGE, channels, *box)
     if resume:
         done, tensors = resume
         latents = tensors["latents"]
@@ -43,13 +58,8 @@ def sample_proxy(
     for i, timestep in enumerate(scheduler.timesteps):
         if i < done:
             continue
-        tokens = patchify(latents, patch)[None]
-        t = timestep[None]
-        with torch.no_grad():
-            velocity = clip_forward(model, tokens, grid, t, prompt, stage.time_ratio, backend)
-            if stage.guidance_scale > 1:
-                base = clip_forward(model, tokens, grid, t, negative, stage.time_ratio, backend)
-                velocity = base + stage.guidance_scale * (velocity - base)
+        # no name here holds an expert: the first is let go when the second is loaded
+        velocity = _guided(expert_at(float(timestep)), patchify(latents, patch)[None], stage, timestep[None], backend)
         velocity = unpatchify(velocity[0], grid, patch)
         latents = scheduler.step(velocity[None], timestep, latents[None], return_dict=False)[0][0]
         if save:
@@ -57,6 +67,18 @@ def sample_proxy(
         if on_step:
             on_step()
     return latents
+
+
+@torch.no_grad()
+def _guided(
+    expert: Expert, tokens: torch.Tensor, stage: Stage, timestep: torch.Tensor, backend: str | None
+) -> torch.Tensor:
+    forward = partial(clip_forward, expert.model, tokens, stage.grid, timestep)
+    velocity = forward(expert.prompt, stage.time_ratio, backend)
+    if expert.guidance_scale > 1:
+        base = forward(expert.negative, stage.time_ratio, backend)
+        velocity = base + expert.guidance_scale * (velocity - base)
+    return velocity
 
 
 def _history(scheduler: UniPCMultistepScheduler) -> dict[str, torch.Tensor]:

@@ -11,7 +11,7 @@ import torch
 from .attention import check_backend
 from .console import Console
 from .embeddings import Embedding, EmbeddingCache, cache_folder
-from .errors import ResourceError
+from .errors import ResourceError, UsageError
 from .lora import check_lora, merge_lora
 from .machine import available_vram, compute_device
 from .memory import Offload, fits_gpu
@@ -51,6 +51,8 @@ class Session:
             check_backend(backend)
         for lora in loras:
             check_lora(lora.path)
+            if lora.expert and not self.preset.experts:
+                raise UsageError(f"preset {preset} has one transformer; give --lora {lora.path} without @{lora.expert}")
         self.folder = model_folder(self.preset, model_path)
         check_config(self.folder, self.preset)
         self.device = torch.device(compute_device().kind)
@@ -66,9 +68,11 @@ class Session:
     def hash(self, stage: str) -> str:
         """Identity of the weights that make a stage's latents."""
         if stage not in self._hashes:
-            self._hashes[stage] = model_hash(self.folder, "transformer", "text_encoder", self._adapter(stage))
+            parts = dict.fromkeys(self._part(stage, second) for second in (False, True))
+            self._hashes[stage] = model_hash(self.folder, *parts, "text_encoder", self._adapter(stage))
             for lora in self.loras:
-                made = f"{self._hashes[stage]} {model_hash(Path(), str(lora.path.absolute()))} {lora.weight}"
+                file = model_hash(Path(), str(lora.path.absolute()))
+                made = f"{self._hashes[stage]} {file} {lora.weight} {lora.expert}"
                 self._hashes[stage] = hashlib.sha256(made.encode()).hexdigest()[:16]
         return self._hashes[stage]
 
@@ -79,13 +83,14 @@ class Session:
             self._hashes["vae"] = model_hash(self.folder, "vae")
         return self._hashes["vae"]
 
-    def transformer(self, stage: str, offload: Offload, console: Console) -> Any:
-        """The model with the adapter of stage `proxy` or `detail`, on the compute device as far as `offload` says."""
-        adapter = self._adapter(stage)
-        key = f"transformer {adapter or 'base'} {offload}"
+    def transformer(self, stage: str, offload: Offload, console: Console, second: bool = False) -> Any:
+        """The model with the adapter of stage `proxy` or `detail`, on the compute device as far as `offload` says;
+        of the proxy's two experts, if it has two, the `second` on demand."""
+        adapter, part = self._adapter(stage), self._part(stage, second)
+        key = f"{part} {adapter or 'base'} {offload}"
         if key not in self._parts:
             self._make_room("transformer")
-            self._parts[key] = self._load(adapter, stage, offload, console)
+            self._parts[key] = self._load(part, adapter, stage, offload, console)
         if adapter is None and stage not in self._warned:
             self._warned.add(stage)
             console.warn(UNTRAINED[stage].format(preset=self.preset.name))
@@ -96,11 +101,13 @@ class Session:
         proxy_stream = self.transformer("detail", offload, console)
         if self.preset.detail.streams == "both" or self.preset.detail.lora is None:
             return proxy_stream, proxy_stream
-        return self._load(None, "detail", offload, console), proxy_stream
+        return self._load(self._part("detail"), None, "detail", offload, console), proxy_stream
 
-    def _load(self, adapter: str | None, stage: str, offload: Offload, console: Console) -> Any:
-        model = load_transformer(self.folder, adapter, stage, self.dtype)
+    def _load(self, part: str, adapter: str | None, stage: str, offload: Offload, console: Console) -> Any:
+        model = load_transformer(self.folder, adapter, stage, self.dtype, part)
         for lora in self.loras:
+            if lora.expert not in (None, "low" if part == "transformer_2" else "high"):
+                continue
             matched = merge_lora(model, lora, self.strict, console.warn)
             console.note(f"{lora.path}: {matched} layers changed in the {stage} stage")
         return place(model, self.device, offload)
@@ -156,6 +163,10 @@ class Session:
 
     def _adapter(self, stage: str) -> str | None:
         return self.preset.proxy.lora if stage == "proxy" else self.preset.detail.lora
+
+    def _part(self, stage: str, second: bool = False) -> str:
+        """The folder of the weights: of two experts, the detail's are the second's."""
+        return "transformer_2" if self.preset.experts and (second or stage == "detail") else "transformer"
 
     def _make_room(self, part: str) -> None:
         """Lets go of what `part` replaces, and on a GPU of everything: 4K leaves no room for two models."""

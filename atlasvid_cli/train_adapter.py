@@ -45,6 +45,8 @@ def make(session: Session, job: Job, console: Console) -> Path:
 
     `InputError` where no clip can be used, `UsageError` where the output is another file.
     """
+    if session.preset.experts:
+        raise UsageError(f"preset {session.preset.name} has two experts, which are not trained yet; choose another")
     preset, base = session.preset, model_hash(session.folder, "transformer")
     groups = _samples(session, job, console)
     key = store.artefact_hash(

@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from diffusers import AutoencoderKLWan, UniPCMultistepScheduler, WanTransformer3DModel
+from diffusers.utils import logging as diffusers_logging
 from huggingface_hub import snapshot_download
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OfflineModeIsEnabled
 from safetensors import SafetensorError, safe_open
@@ -19,7 +20,9 @@ from transformers.utils.logging import disable_progress_bar
 from .errors import InputError, one_line
 from .presets import Preset
 
-disable_progress_bar()  # ours are the only bars on stderr
+# ours are the only bars on stderr
+disable_progress_bar()
+diffusers_logging.disable_progress_bar()
 
 
 def model_folder(preset: Preset, model_path: str | None) -> Path:
@@ -78,17 +81,18 @@ def model_hash(folder: Path, *names: str | None) -> str:
 
 def check_config(folder: Path, preset: Preset) -> None:
     """Raises InputError where the transformer or VAE in `folder` is not the one that the preset plans with."""
-    config = _config(folder, "transformer")
-    heads = config.get("num_attention_heads", 0)
-    found = {
-        "dim": heads * config.get("attention_head_dim", 0),
-        "ffn": config.get("ffn_dim"),
-        "layers": config.get("num_layers"),
-        "heads": heads,
-        "channels": config.get("in_channels"),
-        "text_dim": config.get("text_dim"),
-    }
-    _check_same("transformer", found, preset.transformer, folder, preset)
+    for part in ("transformer", "transformer_2") if preset.experts else ("transformer",):
+        config = _config(folder, part)
+        heads = config.get("num_attention_heads", 0)
+        found = {
+            "dim": heads * config.get("attention_head_dim", 0),
+            "ffn": config.get("ffn_dim"),
+            "layers": config.get("num_layers"),
+            "heads": heads,
+            "channels": config.get("in_channels"),
+            "text_dim": config.get("text_dim"),
+        }
+        _check_same(part, found, preset.transformer, folder, preset)
     config = _config(folder, "vae")
     defaults = {"is_residual": False, "out_channels": 3, "patch_size": None}
     found = {f.name: config.get(f.name, defaults.get(f.name)) for f in dataclasses.fields(preset.vae)}
@@ -126,15 +130,19 @@ def check_adapter(folder: Path, lora: str, stage: str) -> None:
 
 
 def load_transformer(
-    folder: Path, lora: str | None = None, stage: str = "", dtype: torch.dtype = torch.float32
+    folder: Path,
+    lora: str | None = None,
+    stage: str = "",
+    dtype: torch.dtype = torch.float32,
+    part: str = "transformer",
 ) -> WanTransformer3DModel:
-    """The transformer, with the adapter `lora` of a stage (a file in the folder) merged into this copy of the weights.
+    """The transformer in `part`, with the adapter `lora` of a stage (a file in the folder) merged into this copy.
 
     InputError where the adapter says that it is for another stage or base, or where weights are missing or unknown.
     """
     if lora:
         check_adapter(folder, lora, stage)
-    model = _load(WanTransformer3DModel, folder, "transformer", dtype)
+    model = _load(WanTransformer3DModel, folder, part, dtype)
     if lora:
         model.load_lora_adapter(folder / lora, prefix="transformer")
         model.fuse_lora()

@@ -1,6 +1,7 @@
 """Small seeded models that have the classes and the layout of the real ones."""
 
 import os
+import shutil
 from pathlib import Path
 
 import pytest
@@ -157,4 +158,19 @@ def stock_preset(tmp_path_factory: pytest.TempPathFactory) -> Path:
         text = text.replace(old, new)
     path = root / "stock.toml"
     path.write_text(text)
+    return path
+
+
+@pytest.fixture(scope="session")
+def experts_preset(stock_preset: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The stock weights with a second expert, other weights of the same sizes, as Wan2.2 A14B has."""
+    root = tmp_path_factory.mktemp("experts")
+    shutil.copytree(stock_preset.parent / "stock", root / "stock")
+    second = WanTransformer3DModel.from_pretrained(root / "stock" / "transformer")
+    for parameter in second.parameters():
+        parameter.data.mul_(0.5)
+    second.save_pretrained(root / "stock" / "transformer_2")
+    text = stock_preset.read_text().replace("strength = 0.95", "strength = 0.875")
+    path = root / "experts.toml"
+    path.write_text(text + "\n[experts]\nboundary = 0.9\nguidance_scale = 3.0\n")
     return path

@@ -1,10 +1,12 @@
+import copy
+
 import pytest
 import torch
 from diffusers import AutoencoderKLWan, UniPCMultistepScheduler, WanPipeline
 
 from atlasvid_cli.model import text_context
 from atlasvid_cli.plan import Stage
-from atlasvid_cli.proxy import sample_proxy
+from atlasvid_cli.proxy import Expert, sample_proxy
 from atlasvid_cli.shapes import Grid
 
 
@@ -12,20 +14,40 @@ def scheduler():
     return UniPCMultistepScheduler(prediction_type="flow_prediction", use_flow_sigmas=True, flow_shift=3.0)
 
 
-def stage(time_ratio=1, guidance=3.0):
-    return Stage(Grid(3, 4, 5), 1, time_ratio, 5, 1.0, guidance, 3.0)  # type: ignore[arg-type]
+def stage(time_ratio=1):
+    return Stage(Grid(3, 4, 5), 1, time_ratio, 5, 1.0, 3.0, 3.0)  # type: ignore[arg-type]
 
 
 @pytest.fixture
-def texts(transformer, prompt):
-    return text_context(transformer, [prompt], 512), text_context(transformer, [prompt[:1] * 0.5], 512)
+def experts(transformer, prompt):
+    """Two experts, the second with other weights and guidance, which take turns at sigma 0.7."""
+    other = copy.deepcopy(transformer)
+    for parameter in other.parameters():
+        parameter.mul_(0.9)
+    return [
+        Expert(model, *(text_context(model, [p], 512) for p in (prompt, prompt[:1] * 0.5)), scale)
+        for model, scale in ((transformer, 3.0), (other, 2.0))
+    ]
 
 
-def test_without_time_scaling_it_is_wan_pipeline(transformer, texts, prompt):
+@pytest.fixture
+def sample(experts):
+    def run(stage, seed=0, count=1, **options):
+        def expert_at(timestep):
+            return experts[0] if count == 1 or timestep >= 700 else experts[1]
+
+        return sample_proxy(expert_at, scheduler(), stage, 4, 2, seed, **options)
+
+    return run
+
+
+@pytest.mark.parametrize("count", [1, 2])
+def test_without_time_scaling_it_is_wan_pipeline(sample, experts, prompt, count):
     vae = AutoencoderKLWan(
         base_dim=4, z_dim=4, dim_mult=[1, 1, 1, 1], num_res_blocks=1, latents_mean=[0.0] * 4, latents_std=[1.0] * 4
     )
-    pipeline = WanPipeline(None, None, vae, scheduler(), transformer)
+    second = {"transformer_2": experts[1].model, "boundary_ratio": 0.7} if count == 2 else {}
+    pipeline = WanPipeline(None, None, vae, scheduler(), experts[0].model, **second)
     pipeline.set_progress_bar_config(disable=True)
     latents = torch.randn(4, 3, 8, 10, generator=torch.Generator().manual_seed(3))
     pad = torch.zeros(1, 512, 16)
@@ -37,30 +59,28 @@ def test_without_time_scaling_it_is_wan_pipeline(transformer, texts, prompt):
         num_frames=9,
         num_inference_steps=5,
         guidance_scale=3.0,
+        guidance_scale_2=2.0 if count == 2 else None,
         latents=latents[None],
         prompt_embeds=positive,
         negative_prompt_embeds=negative,
         output_type="latent",
     ).frames[0]
-    out = sample_proxy(transformer, scheduler(), stage(), 2, 0, *texts, latents=latents)
-    torch.testing.assert_close(out, expected, atol=1e-5, rtol=0)
+    torch.testing.assert_close(sample(stage(), count=count, latents=latents), expected, atol=1e-5, rtol=0)
 
 
-@pytest.mark.parametrize("killed_after", [1, 2, 4])
-def test_a_resumed_run_ends_with_the_same_bytes(transformer, texts, killed_after):
+@pytest.mark.parametrize(("killed_after", "count"), [(1, 1), (2, 2), (4, 2)])
+def test_a_resumed_run_ends_with_the_same_bytes(sample, killed_after, count):
     states = {}
 
     def save(step, tensors):
         states[step] = {k: v.clone() for k, v in tensors.items()}
 
-    whole = sample_proxy(transformer, scheduler(), stage(4), 2, 9, *texts, save=save)
-    resumed = sample_proxy(
-        transformer, scheduler(), stage(4), 2, 9, *texts, resume=(killed_after, states[killed_after])
-    )
+    whole = sample(stage(4), 9, count, save=save)
+    resumed = sample(stage(4), 9, count, resume=(killed_after, states[killed_after]))
     assert torch.equal(whole, resumed)
 
 
-def test_the_seed_decides(transformer, texts):
-    a, b, c = (sample_proxy(transformer, scheduler(), stage(4, 1.0), 2, seed, *texts) for seed in (1, 1, 2))
+def test_the_seed_decides(sample):
+    a, b, c = (sample(stage(4), seed) for seed in (1, 1, 2))
     assert torch.equal(a, b)
     assert (a - c).abs().max() > 0.1

@@ -1,5 +1,6 @@
 """A session loads each part once, for the whole batch, and says what stock weights cost."""
 
+import shutil
 from fractions import Fraction
 
 import pytest
@@ -105,3 +106,36 @@ def test_what_cannot_run_is_refused_before_weights_load(stock_preset, tmp_path):
     broken.write_bytes(b"no")
     with pytest.raises(InputError, match="safetensors"):
         Session(str(stock_preset), loras=(Lora(broken),))
+
+
+def test_the_detail_of_two_experts_needs_the_second_alone(experts_preset, console, tmp_path, monkeypatch):
+    ours, loaded, load = Session(str(experts_preset)), [], session.load_transformer
+    monkeypatch.setattr(session, "load_transformer", lambda *a: loaded.append(a[-1]) or load(*a))
+    plan = make_plan(Request(str(experts_preset), 240, 128, Fraction(1), seed=3))
+    proxy = pipeline.make_proxy(ours, plan, "a red ball", "", tmp_path, console)
+    assert loaded == ["transformer", "transformer_2"]
+    pipeline.refine(Session(str(experts_preset)), plan, proxy, tmp_path, console)
+    assert loaded[2:] == ["transformer_2"]
+
+
+def test_a_lora_may_be_for_one_expert(experts_preset, stock_preset, console, tmp_path):
+    bare = Session(str(experts_preset))
+    models = [bare.transformer("proxy", "none", console, second) for second in (False, True)]
+    path = _small_lora(tmp_path / "a.safetensors", models[0])
+    ours = Session(str(experts_preset), loras=(Lora(path, expert="low"),))
+    found = [ours.transformer("proxy", "none", console, second) for second in (False, True)]
+    weights = [[m.blocks[0].attn1.to_q.weight for m in pair] for pair in zip(models, found, strict=True)]
+    assert weights[0][0].equal(weights[0][1]) and not weights[1][0].equal(weights[1][1])
+    with pytest.raises(UsageError, match="without @low"):
+        Session(str(stock_preset), loras=(Lora(path, expert="low"),))
+
+
+def test_a_second_expert_that_is_missing_is_said(experts_preset, tmp_path):
+    shutil.copytree(experts_preset.parent, tmp_path, dirs_exist_ok=True)
+    shutil.rmtree(tmp_path / "stock" / "transformer_2")
+    with pytest.raises(InputError, match="transformer_2"):
+        Session(str(tmp_path / "experts.toml"))
+    text = experts_preset.read_text().replace("strength = 0.875", "strength = 0.95")
+    (tmp_path / "experts.toml").write_text(text)
+    with pytest.raises(UsageError, match="boundary"):
+        Session(str(tmp_path / "experts.toml"))
