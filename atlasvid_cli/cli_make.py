@@ -8,7 +8,7 @@ import typer
 from . import options as opt
 from .batch import check_writable, keep_foreign, proxy_one, render_one, run_batch, show_plan, with_clip, with_suffix
 from .errors import UsageError
-from .parse import make_request, parse_frames, parse_lora, parse_region, parse_resolution
+from .parse import make_request, parse_frames, parse_lora, parse_offload, parse_region, parse_resolution
 from .prompts import items_of, slug
 
 
@@ -27,7 +27,7 @@ def render(
     lora: opt.Loras = None,
     strict: opt.Strict = False,
     attention_backend: opt.Backend = None,
-    offload: opt.OffloadMode = None,
+    offload: opt.OffloadMode = "auto",
     chunk: opt.Chunk = None,
     codec: opt.CodecName = "h264",
     output: opt.Output = None,
@@ -82,7 +82,7 @@ def proxy(
     lora: opt.Loras = None,
     strict: opt.Strict = False,
     attention_backend: opt.Backend = None,
-    offload: opt.OffloadMode = None,
+    offload: opt.OffloadMode = "auto",
     output: opt.Output = None,
     from_video: opt.FromVideo = None,
     prompt_file: opt.PromptFile = None,
@@ -132,7 +132,7 @@ def refine(
     lora: opt.Loras = None,
     strict: opt.Strict = False,
     attention_backend: opt.Backend = None,
-    offload: opt.OffloadMode = None,
+    offload: opt.OffloadMode = "auto",
     chunk: opt.Chunk = None,
     codec: opt.CodecName = "h264",
     output: opt.Output = None,
@@ -165,7 +165,7 @@ def refine(
         region=box,
         frames=span,
         model_path=model_path,
-        offload=offload,
+        offload=parse_offload(offload),
         attention_backend=attention_backend,
         loras=tuple(map(parse_lora, lora or ())),
         strict=strict,

@@ -19,7 +19,7 @@ def plan(
     guidance_scale: opt.Guidance = None,
     preset: opt.PresetName = "tiny",
     chunk: opt.Chunk = None,
-    offload: opt.OffloadMode = None,
+    offload: opt.OffloadMode = "auto",
     codec: opt.CodecName = "h264",
     as_json: opt.Json = False,
     debug: opt.Debug = False,

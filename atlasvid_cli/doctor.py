@@ -59,18 +59,21 @@ def _importable(package: str) -> bool:
 
 
 def _verdicts(folder: Path) -> dict[str, str]:
-    """For each preset, whether 3840x2160 x 12 s can be made here, or the sentence that says why not."""
-    from .cost import check_resources
+    """For each preset, whether 3840x2160 x 12 s can be made here and in what time, or why not in a sentence."""
+    from .console import duration
+    from .cost import check_resources, rows
     from .plan import Request, make_plan
     from .presets import preset_names
 
     width, height, seconds = VERDICT_SIZE
     verdicts = {}
     for name in preset_names():
-        request = Request(name, width, height, seconds)
+        plan = make_plan(Request(name, width, height, seconds))
         try:
-            check_resources(make_plan(request), folder)
-            verdicts[name] = f"ok for {width}x{height} x {seconds} s"
+            check_resources(plan, folder)
+            verdicts[name] = (
+                f"{width}x{height} x {seconds} s fits and takes about {duration(sum(r['seconds'] for r in rows(plan)))}"
+            )
         except AtlasError as error:
             verdicts[name] = f"no: {error}"
     return verdicts

@@ -8,10 +8,12 @@ import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from fractions import Fraction
+from typing import Any
 
 import torch
 from diffusers import WanTransformer3DModel
 from diffusers.models.transformers.transformer_wan import WanTransformerBlock
+from torch.utils.checkpoint import checkpoint
 
 from .attention import attend, rope, rotate
 from .offload import compute_device, on_device
@@ -122,6 +124,13 @@ def block_forward(
     return (x.float() + block.ffn(normed).float() * ffn_gate).type_as(x), k, v
 
 
+def _run_block(model: WanTransformer3DModel, *arguments: Any, **named: Any) -> tuple[torch.Tensor, ...]:
+    """`block_forward`; in training with diffusers' `enable_gradient_checkpointing` it is computed again backwards."""
+    if model.gradient_checkpointing and torch.is_grad_enabled():
+        return checkpoint(block_forward, *arguments, use_reentrant=False, **named)
+    return block_forward(*arguments, **named)
+
+
 def patchify(latents: torch.Tensor, patch: int) -> torch.Tensor:
     """Latents (C, T, H, W) -> tokens (T*h*w, C*patch*patch) in raster order."""
     c, t, height, width = latents.shape
@@ -177,7 +186,7 @@ def clip_forward(
     temb, modulations = modulation(model, timestep)
     x = embed(model, tokens)
     for block, keys_values in zip(on_device(model.blocks, device), text.keys_values, strict=True):
-        x, _, _ = block_forward(block, x, modulations, rotation, keys_values, text.bias, backend=backend)
+        x, _, _ = _run_block(model, block, x, modulations, rotation, keys_values, text.bias, backend=backend)
     return predict(model, x, temb).to(tokens)
 
 
@@ -219,8 +228,9 @@ def proxy_context(
                 index = windows.indices(grid).to(states)
                 wt, wh, ww = windows.axes()
                 rotation = rope(wt * time_ratio, wh, ww, head_dim).to(device)
-                made = block_forward(
-                    block, x[index].to(device), modulations, rotation, text.keys_values[i], text.bias, backend=backend
+                part = x[index].to(device)
+                made = _run_block(
+                    model, block, part, modulations, rotation, text.keys_values[i], text.bias, backend=backend
                 )
                 out[index], keys[index], values[index] = (m.to(states) for m in made)
         kept.append((rotate(keys[None], detail_rotation[None])[0], values))
@@ -261,7 +271,8 @@ def detail_forward(
             for windows in group.split(chunk):
                 index = windows.indices(grid).to(states)
                 placed = windows.moved(origin)
-                made, _, _ = block_forward(
+                made, _, _ = _run_block(
+                    model,
                     block,
                     hidden[index].to(device),
                     modulations,

@@ -1,11 +1,9 @@
 """The flags that several commands share; every one with a unit has it in its help."""
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 import typer
-
-from .memory import Offload
 
 Res = Annotated[str, typer.Option("--res", help="Size in pixels: 3840x2160, 3840*2160, 4k, 1080p, 720p ...")]
 Seconds = Annotated[str, typer.Option("--seconds", help="Length in seconds; exactly seconds * fps frames are written.")]
@@ -40,8 +38,8 @@ Backend = Annotated[
     typer.Option("--attention-backend", help="flash, _flash_3_hub, sage, xformers ... [default: PyTorch's]."),
 ]
 OffloadMode = Annotated[
-    Offload | None,
-    typer.Option("--offload", help="What leaves GPU memory: none, block (weights), host (all) [default: what fits]."),
+    Literal["auto", "none", "block", "host"],
+    typer.Option("--offload", help="What leaves GPU memory: none, block (weights), host (all), or what has to (auto)."),
 ]
 Chunk = Annotated[int | None, typer.Option("--chunk", min=1, help="Windows computed at a time; bounds memory.")]
 CodecName = Annotated[str, typer.Option("--codec", help="h264 (8 bit), hevc10, av1, prores or ffv1 (10 bit).")]

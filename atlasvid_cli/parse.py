@@ -45,6 +45,11 @@ def parse_lora(text: str) -> Lora:
     return Lora(Path(match[1]), float(match[2] or 1), match[3])  # type: ignore[arg-type]
 
 
+def parse_offload(text: str) -> Any:
+    """`none`, `block` or `host`; None for `auto`, which leaves the choice to the plan."""
+    return None if text == "auto" else text
+
+
 def parse_resolution(text: str) -> tuple[int, int]:
     """Width and height in pixels of "3840x2160", "3840*2160", "4k" or "1080p"."""
     if (named := RESOLUTIONS.get(text.strip().lower())) is not None:
@@ -114,7 +119,7 @@ def check_finite(option: str, value: float | None, above: float) -> float | None
 
 
 def make_request(
-    res: str, seconds: str | None, preset: str, loras: list[str] | None = None, **fields: Any
+    res: str, seconds: str | None, preset: str, loras: list[str] | None = None, offload: str = "auto", **fields: Any
 ) -> "Request":
     """The request that flags make; `fields` are those of its fields that need no parsing. Raises UsageError."""
     width, height = parse_resolution(res)
@@ -125,4 +130,5 @@ def make_request(
     from .video import suffix_for
 
     suffix_for(fields.get("codec", "h264"))  # an unknown codec is said before anything else
-    return Request(preset, width, height, length, loras=tuple(map(parse_lora, loras or ())), **fields)
+    given = {"loras": tuple(map(parse_lora, loras or ())), "offload": parse_offload(offload)}
+    return Request(preset, width, height, length, **given, **fields)

@@ -10,6 +10,7 @@ from functools import lru_cache
 from pathlib import Path
 
 import torch
+from diffusers import WanTransformer3DModel
 
 from . import corpus, dataset, store, train
 from .console import Console
@@ -74,10 +75,13 @@ def make(session: Session, job: Job, console: Console) -> Path:
         job.stage, base, preset.proxy.time_ratio, ratios, preset.detail.windows, preset.detail.streams
     )
     folder = store.run_directory(job.work, f"{job.stage}-{key}")
-    model = load_transformer(session.folder)
-    bare = load_transformer(session.folder) if job.stage == "detail" and preset.detail.streams == "proxy" else model
+    model = _trainable(session)
+    bare = _trainable(session) if job.stage == "detail" and preset.detail.streams == "proxy" else model
     torch.manual_seed(job.seed)
     model.add_adapter(train.lora_config(job.rank))
+    for parameter in model.parameters():
+        if parameter.requires_grad:
+            parameter.data = parameter.data.float()  # bfloat16 would lose updates as small as theirs
     with store.lock(folder), console.stage(f"train {job.stage}", job.steps) as advance:
         if job.stage == "proxy":
             train.train_clips(
@@ -117,6 +121,14 @@ def make(session: Session, job: Job, console: Console) -> Path:
             )
         train.save_adapter(model, job.output, metadata | {"run": key})
     return job.output
+
+
+def _trainable(session: Session) -> WanTransformer3DModel:
+    """The base on the compute device in its dtype; on a GPU blocks are computed again backwards, to save its memory."""
+    model = load_transformer(session.folder, dtype=session.dtype).to(session.device)
+    if session.device.type == "cuda":
+        model.enable_gradient_checkpointing()
+    return model
 
 
 def check_output(output: Path, key: str) -> None:

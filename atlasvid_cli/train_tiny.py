@@ -21,7 +21,7 @@ from .encode import encode_clips
 from .text import encode_prompts
 from .weights import model_hash
 
-VAE_STEPS, COMPRESSED_STEPS, PROXY_STEPS, DETAIL_STEPS = 2200, 1400, 2600, 600
+VAE_STEPS, COMPRESSED_STEPS, PROXY_STEPS, DETAIL_STEPS = 2200, 1400, 2000, 440
 # three cosines, each (steps, share of single images at its start and end): colours, shapes and grounds, then motion
 BASE_CYCLES = ((1700, (0.9, 0.4)), (2200, (0.4, 0.2)), (3600, (0.5, 0.2)))
 SAMPLES = {"image": 12000, "clip": 1200, "proxy": 1200, "detail": 480}

@@ -1,5 +1,6 @@
 """The oracles of DESIGN §4, against diffusers' own forward where one exists."""
 
+import copy
 from fractions import Fraction
 
 import pytest
@@ -187,3 +188,21 @@ def test_time_ratio_scales_positions(transformer, latents, text):
     plain = clip_forward(transformer, tokens, GRID, torch.tensor([300]), text)
     scaled = clip_forward(transformer, tokens, GRID, torch.tensor([300]), text, time_ratio=4)
     assert (plain - scaled).abs().max() > 1e-4
+
+
+def test_blocks_computed_again_backwards_give_the_same_gradients(transformer, text):
+    proxy_tokens = torch.randn(1 * 2 * 3, 16, generator=torch.Generator().manual_seed(5))
+    tokens = torch.randn(GRID.tokens, 16, generator=torch.Generator().manual_seed(6))
+
+    def gradients(model):
+        inputs = [t.clone().requires_grad_() for t in (tokens, proxy_tokens)]
+        context = proxy_context(model, inputs[1], Grid(1, 2, 3), text, Fraction(2), 4, (0, 1, 1), (13, 9, 9))
+        out = detail_forward(model, inputs[0], GRID, 500, text, context, SHAPES, 3)
+        out = out.sum() + clip_forward(model, inputs[0][None], GRID, torch.tensor([300]), text).square().sum()
+        return torch.autograd.grad(out, inputs)
+
+    again = copy.deepcopy(transformer)
+    again.enable_gradient_checkpointing()
+    for a, b in zip(gradients(transformer), gradients(again), strict=True):
+        assert a.abs().max() > 0
+        torch.testing.assert_close(a, b)

@@ -1,6 +1,7 @@
 """`atlasvid train proxy|detail` from clips to an adapter that diffusers and the tool load, resumed after a kill."""
 
 import json
+import math
 import shutil
 from dataclasses import replace
 from fractions import Fraction
@@ -135,6 +136,26 @@ def test_the_procedural_world_is_one_more_source(session, job, monkeypatch):
     session.preset = replace(session.preset, fps=24)
     with pytest.raises(UsageError, match="folder of clips"):
         make(session, replace(job, data=Path("world")), quiet())
+
+
+def test_a_base_in_bfloat16_is_trained_through_factors_in_fp32(session, job, monkeypatch):
+    """As on a GPU: half-precision weights, blocks computed again backwards, updates that rounding does not lose."""
+    seen, real = [], train.run
+    monkeypatch.setattr(train, "run", lambda model, *a, **k: seen.append(model) or real(model, *a, **k))
+    monkeypatch.setattr(
+        train_adapter, "load_transformer", lambda *a, **k: checkpointing(weights.load_transformer(*a, **k))
+    )
+    session.dtype = torch.bfloat16
+    make(session, replace(job, steps=3), quiet())
+    dtypes = {p.requires_grad: p.dtype for p in seen[0].parameters() if p.ndim > 1}
+    assert dtypes == {True: torch.float32, False: torch.bfloat16} and seen[0].gradient_checkpointing
+    assert all(math.isfinite(row["loss"]) for row in rows(job))
+    assert any(t.abs().max() > 0 for n, t in store.open_tensors(job.output)[0].items() if "lora_B" in n)
+
+
+def checkpointing(model):
+    model.enable_gradient_checkpointing()
+    return model
 
 
 @pytest.mark.parametrize("job", ["detail"], indirect=True)
