@@ -1,7 +1,7 @@
 """The commands around making: what it would take, how fast it is, what there is, and training."""
 
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -9,6 +9,10 @@ from . import options as opt
 from .batch import check_writable, show_plan, train_part
 from .errors import UsageError
 from .parse import check_finite, make_request
+
+if TYPE_CHECKING:
+    from .console import Console
+    from .plan import Request
 
 
 def plan(
@@ -59,12 +63,19 @@ def bench(
     budget_seconds: opt.Budget = None,
     quick: opt.Quick = False,
     page: opt.Html = None,
+    quality: opt.Quality = False,
+    count: opt.Count = 40,
+    output: opt.QualityOutput = Path("quality"),
     as_json: opt.Json = False,
     debug: opt.Debug = False,
 ) -> None:
     """Times this tool against full attention with the same weights, here; says what was projected and how well."""
     from .console import Console
 
+    if quality:
+        request = make_request(res or "960x540", seconds or "4", preset, model_path=model_path)
+        show_quality(request, count, output, Console(as_json))
+        return
     size, length, runs, budget = ("512x320", "1", 1, 15.0) if quick else ("960x540", "2", 3, 60.0)
     budget = budget if budget_seconds is None else budget_seconds
     check_finite("--budget-seconds", budget, 1)
@@ -87,6 +98,21 @@ def bench(
         with atomic(page.absolute()) as file:
             file.write(report.page(found).encode())
     console.emit(found, report.sentences(found))
+
+
+def show_quality(request: "Request", count: int, folder: Path, console: "Console") -> None:
+    """Measures and prints how often prompts come true."""
+    from . import quality
+    from .plan import make_plan
+
+    make_plan(request)  # usage errors before any work
+    check_writable(folder.absolute() / "000.mp4")
+    found = quality.run(request, count, folder, console)
+    rows = [{"what": name, "right": f"{n} of {count}"} for name, n in found["right"].items()]
+    console.table(f"{found['size']} x {found['seconds']:g} s, held-out prompts of preset {found['preset']}", rows)
+    right = found["right"]["all of these"]
+    text = f"{right} of {count} prompts all right; seam {found['seam']}, coherence {found['coherence_db']} dB"
+    console.emit(found, text)
 
 
 def presets(as_json: opt.Json = False, debug: opt.Debug = False) -> None:

@@ -1,18 +1,25 @@
 """What is in a decoded video of the procedural world, found on pixels by rules that know nothing of the model.
 
 The detector labels every pixel with the nearest of the world's object colours and ground tones, and takes connected
-components of one object colour that are large enough and do not fill the frame.
+components of one object colour that are large enough and do not fill the frame. A shape is the one whose outline covers
+the component best, a ground the pattern that how dark the rest is goes with best.
 """
 
 from collections import Counter
 from dataclasses import dataclass
+from functools import cache
+from typing import NamedTuple
 
 import numpy as np
+import torch
 
 from . import world
 
 SMALLEST, LARGEST = 0.008, 0.4  # of the frame's area
-DETECTION_HEIGHT = 160
+DETECTION_HEIGHT, GROUND_HEIGHT = 160, 40
+TEMPLATE = 64
+ALIKE = 0.8  # the part of component and outline together that both cover; a square's and its ball's is pi / 4
+PHASES = np.arange(10) / 10  # tried of each of a ground's two
 
 
 @dataclass(frozen=True)
@@ -20,35 +27,59 @@ class Detection:
     """What was seen: None where nothing was. Positions in frame heights, speed in frame extents a second."""
 
     colour: str | None
+    shape: str | None
     direction: str | None
     count: int
     ground_colour: str | None
+    ground: str | None
     speed: float | None
+
+
+class Component(NamedTuple):
+    """A connected part of a mask: its pixels, their mean position, and its box (left, top, right, bottom)."""
+
+    pixels: int
+    x: float
+    y: float
+    box: tuple[int, int, int, int]
+
+
+class Thing(NamedTuple):
+    """An object in a frame: position in frame heights, and how well each shape covers it, 0..1."""
+
+    colour: str
+    x: float
+    y: float
+    likeness: dict[str, float]
 
 
 def detect(frames: list[np.ndarray], seconds: float) -> Detection:
     """Attributes of a clip given as uint8 (H, W, 3) frames that are evenly spread over `seconds`."""
-    found = [_objects(_shrink(f)) for f in frames]
-    votes = Counter(c for objects, _ in found for c, *_ in objects)
+    found = [_objects(_shrink(f, DETECTION_HEIGHT)) for f in frames]
     grounds = Counter(g for _, g in found if g)
-    ground = grounds.most_common(1)[0][0] if grounds else None
+    ground_colour = grounds.most_common(1)[0][0] if grounds else None
+    ground = _ground_pattern([_shrink(f, GROUND_HEIGHT) for f in frames], ground_colour) if ground_colour else None
+    votes = Counter(thing.colour for things, _ in found for thing in things)
     if not votes:
-        return Detection(None, None, 0, ground, None)
+        return Detection(None, None, None, 0, ground_colour, ground, None)
     colour = votes.most_common(1)[0][0]
-    counts = Counter(len(objects) for objects, _ in found)
-    centres = [next(((x, y) for c, x, y in objects if c == colour), None) for objects, _ in found]
-    seen = [(i, c) for i, c in enumerate(centres) if c is not None]
+    count = Counter(len(things) for things, _ in found).most_common(1)[0][0]
+    firsts = [next((thing for thing in things if thing.colour == colour), None) for things, _ in found]
+    seen = [(i, thing) for i, thing in enumerate(firsts) if thing is not None]
+    shape: str | None = max(world.SHAPES, key=lambda s: sum(thing.likeness[s] for _, thing in seen))
+    if shape and sum(thing.likeness[shape] for _, thing in seen) < ALIKE * len(seen):
+        shape = None
     direction = speed = None
     if len(seen) >= 2:
         (i, a), (j, b) = seen[0], seen[-1]
-        dx, dy = b[0] - a[0], b[1] - a[1]
+        dx, dy = b.x - a.x, b.y - a.y
         elapsed = max((j - i) * seconds / max(1, len(frames) - 1), 1e-6)
         if max(abs(dx), abs(dy)) > 0.01:
             horizontal = abs(dx) > abs(dy)
             direction = ("right" if dx > 0 else "left") if horizontal else ("down" if dy > 0 else "up")
             height, width, _ = frames[0].shape
             speed = abs(dx) / (width / height) / elapsed if horizontal else abs(dy) / elapsed
-    return Detection(colour, direction, counts.most_common(1)[0][0], ground, speed)
+    return Detection(colour, shape, direction, count, ground_colour, ground, speed)
 
 
 def seam_energy(frame: np.ndarray, rows: list[int], columns: list[int]) -> tuple[float, float]:
@@ -71,18 +102,20 @@ def seam_energy(frame: np.ndarray, rows: list[int], columns: list[int]) -> tuple
 
 def adherence(detection: Detection, attributes: tuple[str, str, str, str, str]) -> dict[str, bool]:
     """Which attributes of the prompt came true."""
-    colour, _, direction, ground_colour, _ = attributes
+    colour, shape, direction, ground_colour, ground = attributes
     return {
         "colour": detection.colour == colour,
+        "shape": detection.shape == shape,
         "direction": detection.direction == direction,
         "count": detection.count == 1,
         "ground colour": detection.ground_colour == ground_colour,
+        "ground": detection.ground == ground,
     }
 
 
-def _shrink(frame: np.ndarray) -> np.ndarray:
+def _shrink(frame: np.ndarray, height: int) -> np.ndarray:
     """Every n-th pixel, so that detection costs the same at any size."""
-    step = max(1, frame.shape[0] // DETECTION_HEIGHT)
+    step = max(1, frame.shape[0] // height)
     return frame[step // 2 :: step, step // 2 :: step]
 
 
@@ -100,27 +133,90 @@ def _palette() -> tuple[list[str], np.ndarray]:
 NAMES, COLOURS = _palette()
 
 
-def _objects(frame: np.ndarray) -> tuple[list[tuple[str, float, float]], str | None]:
-    """[(colour, x, y)] of the objects in a frame, positions in frame heights, and the ground's colour."""
-    height, width, _ = frame.shape
+def _nearest(frame: np.ndarray) -> np.ndarray:
+    """(H, W) indices into `COLOURS`."""
     pixels = frame.reshape(-1, 3).astype(np.float32) / 255
-    nearest = ((pixels[:, None] - COLOURS[None]) ** 2).sum(-1).argmin(1).reshape(height, width)
-    objects = []
+    distances = (COLOURS**2).sum(1) - 2 * pixels @ COLOURS.T  # squared, without what is alike for all colours
+    return distances.argmin(1).reshape(frame.shape[:2])
+
+
+def _objects(frame: np.ndarray) -> tuple[list[Thing], str | None]:
+    """The objects in a frame, largest first within a colour, and the ground's colour."""
+    height, nearest = frame.shape[0], _nearest(frame)
+    things = []
     for index in range(len(world.COLOURS)):
-        for size, x, y in components(nearest == index):
-            if SMALLEST <= size / nearest.size <= LARGEST:
-                objects.append((NAMES[index], x / height, y / height))
+        mask = nearest == index
+        for part in sorted(components(mask), reverse=True):
+            if SMALLEST <= part.pixels / nearest.size <= LARGEST:
+                left, top, right, bottom = part.box
+                things.append(
+                    Thing(NAMES[index], part.x / height, part.y / height, _likeness(mask[top:bottom, left:right]))
+                )
     grounds = Counter(NAMES[i][7:] for i in nearest[nearest >= len(world.COLOURS)].tolist())
-    return objects, grounds.most_common(1)[0][0] if grounds else None
+    return things, grounds.most_common(1)[0][0] if grounds else None
 
 
-def components(mask: np.ndarray) -> list[tuple[int, float, float]]:
-    """(pixels, x, y) of each 4-connected component of a boolean image; x, y its mean position in pixels.
+def _likeness(mask: np.ndarray) -> dict[str, float]:
+    """Of each shape, stretched to the box of `mask`: intersection over union of the two."""
+    rows, columns = (((np.arange(TEMPLATE) + 0.5) * size / TEMPLATE).astype(int) for size in mask.shape)
+    stretched = mask[rows][:, columns]
+    return {
+        shape: float((stretched & template).sum() / (stretched | template).sum())
+        for shape, template in _templates().items()
+    }
+
+
+@cache
+def _templates() -> dict[str, np.ndarray]:
+    """Each shape in its own box, (TEMPLATE, TEMPLATE) booleans."""
+    fine = torch.linspace(-1.1, 1.1, 881)
+    made = {}
+    for shape in world.SHAPES:
+        inside = (world.shape_distance(shape, fine[None, :], fine[:, None], 1.0) < 0).numpy()
+        (top, bottom), (left, right) = (np.flatnonzero(inside.any(axis))[[0, -1]] for axis in (1, 0))
+        box = inside[top : bottom + 1, left : right + 1]
+        rows, columns = (((np.arange(TEMPLATE) + 0.5) * size / TEMPLATE).astype(int) for size in box.shape)
+        made[shape] = box[rows][:, columns]
+    return made
+
+
+def _ground_pattern(frames: list[np.ndarray], colour: str) -> str:
+    """The ground whose darkness correlates best with that of the frames, at any of the phases that it may have."""
+    light, dark = (tone.numpy() for tone in world.ground_tones(colour))
+    axis = (dark - light) / ((dark - light) ** 2).sum()
+    names, patterns = _patterns(*frames[0].shape[:2])
+    scores = np.zeros(len(names))
+    for frame in frames:
+        ground = _nearest(frame).reshape(-1) >= len(world.COLOURS)
+        darkness = (frame.reshape(-1, 3)[ground] / 255 - light) @ axis
+        there = patterns[:, ground]
+        there = there - there.mean(1, keepdims=True)
+        darkness = darkness - darkness.mean()
+        scores += there @ darkness / np.maximum(np.linalg.norm(there, axis=1) * np.linalg.norm(darkness), 1e-9)
+    return names[int(scores.argmax())]
+
+
+@cache
+def _patterns(height: int, width: int) -> tuple[list[str], np.ndarray]:
+    """Every ground at every phase in a frame: names, and darkness (patterns, height * width)."""
+    pixel = 1 / height
+    x, y = ((torch.arange(size) + 0.5) * pixel for size in (width, height))
+    names, patterns = [], []
+    for ground in world.GROUNDS:
+        for a in PHASES if ground != "gradient" else PHASES[:1]:
+            for b in PHASES if ground in ("checkerboard", "hills") else PHASES[:1]:
+                names.append(ground)
+                patterns.append(world.ground_mix(ground, (float(a), float(b)), x, y, pixel).flatten().numpy())
+    return names, np.stack(patterns)
+
+
+def components(mask: np.ndarray) -> list[Component]:
+    """The 4-connected components of a boolean image, positions in pixels.
 
     Runs of each row are joined with the runs above that they touch (union-find).
     """
     parents: list[int] = []
-    sums: list[list[float]] = []
+    runs: list[tuple[int, int, int]] = []  # (row, first column, end)
 
     def root(i: int) -> int:
         while parents[i] != i:
@@ -128,22 +224,28 @@ def components(mask: np.ndarray) -> list[tuple[int, float, float]]:
             i = parents[i]
         return i
 
-    above: list[tuple[int, int, int]] = []
+    above: list[int] = []
     for y, row in enumerate(mask):
         edges = np.flatnonzero(np.diff(np.concatenate(([0], row.astype(np.int8), [0]))))
-        runs = []
+        here = []
         for a, b in zip(edges[::2].tolist(), edges[1::2].tolist(), strict=True):
             label = len(parents)
             parents.append(label)
-            sums.append([b - a, (a + b - 1) / 2 * (b - a), y * (b - a)])
-            for c, d, other in above:
+            runs.append((y, a, b))
+            for other in above:
+                _, c, d = runs[other]
                 if a < d and c < b:
                     parents[root(label)] = root(other)
-            runs.append((a, b, label))
-        above = runs
-    totals: dict[int, list[float]] = {}
-    for label, values in enumerate(sums):
-        total = totals.setdefault(root(label), [0.0, 0.0, 0.0])
-        for i, value in enumerate(values):
-            total[i] += value
-    return [(int(n), x / n, y / n) for n, x, y in totals.values()]
+            here.append(label)
+        above = here
+    members: dict[int, list[tuple[int, int, int]]] = {}
+    for label, run in enumerate(runs):
+        members.setdefault(root(label), []).append(run)
+    return [_component(np.array(parts)) for parts in members.values()]
+
+
+def _component(runs: np.ndarray) -> Component:
+    y, a, b = runs.T
+    pixels = int((b - a).sum())
+    x_mean, y_mean = float(((a + b - 1) / 2 * (b - a)).sum() / pixels), float((y * (b - a)).sum() / pixels)
+    return Component(pixels, x_mean, y_mean, (int(a.min()), int(y.min()), int(b.max()), int(y.max()) + 1))

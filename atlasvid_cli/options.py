@@ -64,6 +64,11 @@ Budget = Annotated[
     ),
 ]
 Quick = Annotated[bool, typer.Option("--quick", help="One run at a small size, in less than a minute.")]
+Quality = Annotated[
+    bool, typer.Option("--quality", help="How often held-out prompts come true, instead of how fast (preset tiny).")
+]
+Count = Annotated[int, typer.Option("--count", min=1, help="Prompts that --quality renders.")]
+QualityOutput = Annotated[Path, typer.Option("--output", "-o", help="Where --quality puts its videos.")]
 Html = Annotated[Path | None, typer.Option("--html", help="Also write the report, with figures, as one HTML page.")]
 Json = Annotated[bool, typer.Option("--json", help="JSON Lines on stdout.")]
 DryRun = Annotated[bool, typer.Option("--dry-run", help="Print the plan and stop; nothing is loaded.")]

@@ -1,21 +1,23 @@
-"""How often the embedded model does what held-out prompts say, by the detector of `metrics` on the decoded videos.
+"""`atlasvid bench --quality`: how often the embedded model does what held-out prompts say, measured on its videos.
 
-python -m atlasvid_cli.quality --count 40 --res 960x540 --seconds 4 -o quality
+The detector of `metrics` looks at the decoded files and knows nothing of the model.
 """
 
-import argparse
-import json
+import dataclasses
 import random
+from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 
-from . import pipeline, world
+from . import dataset, pipeline, world
 from .console import Console
+from .errors import UsageError
 from .metrics import adherence, detect, seam_energy
-from .parse import parse_resolution, parse_seconds
 from .plan import Plan, Request, make_plan
 from .session import Session
 from .video import read_frames
@@ -56,39 +58,72 @@ def true_frames(plan: Plan, attributes: tuple[str, str, str, str, str], seed: in
         yield ((pixels + 1) * 127.5).round().byte().permute(1, 2, 0).numpy()
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--count", type=int, default=40)
-    parser.add_argument("--res", default="960x540")
-    parser.add_argument("--seconds", default="4")
-    parser.add_argument("--preset", default="tiny")
-    parser.add_argument("-o", "--output", type=Path, default=Path("quality"))
-    arguments = parser.parse_args()
-    width, height = parse_resolution(arguments.res)
-    session = Session(arguments.preset)
-    console = Console(json_lines=True)
-    totals: dict[str, int] = {}
+def coherence(plan: Plan, frames: list[np.ndarray], proxy: list[np.ndarray]) -> float:
+    """PSNR in dB between (H, W, 3) uint8 `frames`, made as small as their proxy, and the proxy's at those times."""
+    width, height = plan.proxy_size
+    shown = [F.adaptive_avg_pool2d(_pixels(f), (height, width)) for f in frames]
+    return float(np.mean([_psnr(a, _pixels(b[:height, :width])) for a, b in zip(shown, proxy, strict=True)]))
+
+
+def _pixels(frame: np.ndarray) -> torch.Tensor:
+    return torch.from_numpy(np.ascontiguousarray(frame)).permute(2, 0, 1).float() / 255
+
+
+def _psnr(a: torch.Tensor, b: torch.Tensor) -> float:
+    return -10 * float(torch.log10(F.mse_loss(a, b).clamp_min(1e-10)))
+
+
+def check(request: Request) -> Plan:
+    """The plan of one video; UsageError for a preset whose world the detector does not know."""
+    plan = make_plan(request)
+    if plan.preset.geometry.token_pixels != dataset.TOKEN or plan.preset.fps != dataset.FPS:
+        raise UsageError(f"--quality knows the world of preset tiny only, not what {plan.preset.name} shows")
+    return plan
+
+
+def run(request: Request, count: int, folder: Path, console: Console) -> dict[str, Any]:
+    """Renders `count` held-out prompts into `folder` and looks at them; finished identical ones are kept.
+
+    In how many each attribute came true, and all of them; in how many no object appears twice; the seam statistic; the
+    mean coherence in dB (DESIGN §9).
+    """
+    plan = check(request)
+    session = Session(request.preset, request.model_path)
+    right: Counter[str] = Counter()
     energy = np.zeros((2, 2))  # (made, true) x (on window borders, elsewhere)
-    for i, (prompt, attributes) in enumerate(held_out_prompts(arguments.count)):
-        plan = make_plan(Request(arguments.preset, width, height, parse_seconds(arguments.seconds), seed=i))
-        video = arguments.output / f"{i:03}.mp4"
-        pipeline.render(session, plan, prompt, "", arguments.output / f"{i:03}", video, console)
-        wanted = {round(k * (plan.frames - 1) / (FRAMES - 1)) for k in range(FRAMES)}
-        frames = [f for n, f in enumerate(read_frames(video)) if n in wanted]
-        found = detect(frames, (plan.frames - 1) / plan.fps)
-        right = adherence(found, attributes)
-        right["colour, direction, count"] = right["colour"] and right["direction"] and right["count"]
-        for name, value in right.items():
-            totals[name] = totals.get(name, 0) + value
+    likeness = []
+    for i, (prompt, attributes) in enumerate(held_out_prompts(count)):
+        plan = make_plan(dataclasses.replace(request, seed=i))
+        video, run_dir = folder / f"{i:03}.mp4", folder / f"{i:03}"
+        if not pipeline.finished_video(session, plan, prompt, "", run_dir, video):
+            console.note(f"{i + 1} of {count}: {prompt}")
+            pipeline.render(session, plan, prompt, "", run_dir, video, console)
+        # evenly spread, at times that the proxy shows too
+        sparse = range(0, plan.frames, plan.proxy.time_ratio)
+        wanted = [sparse[round(k * (len(sparse) - 1) / (FRAMES - 1))] for k in range(FRAMES)]
+        frames = _frames_at(video, wanted)
+        proxy = _frames_at(run_dir / "proxy.mp4", [n // plan.proxy.time_ratio for n in wanted])
+        found = adherence(detect(frames, wanted[-1] / plan.fps), attributes)
+        right.update(name for name, is_right in found.items() if is_right)
+        right["all of these"] += all(found.values())
+        likeness.append(coherence(plan, frames, proxy))
         lines = window_borders(plan)
         for row, source in enumerate((frames, true_frames(plan, attributes, i))):
             energy[row] += np.mean([seam_energy(f, *lines) for f in source], axis=0)
-        console.emit({"prompt": prompt, "found": found.__dict__, "right": right}, "")
     made, true = energy[:, 0] / energy[:, 1]
-    result = {name: f"{value}/{arguments.count}" for name, value in totals.items()} | {"seam": round(made / true, 3)}
-    console.emit(result, "")
-    (arguments.output / "quality.json").write_text(json.dumps(result) + "\n")
+    names = [*found, "all of these"]
+    return {
+        "preset": plan.preset.name,
+        "size": plan.summary["size"],
+        "seconds": plan.summary["seconds"],
+        "prompts": count,
+        "right": {name: right[name] for name in names},
+        "seam": round(float(made / true), 3),
+        "coherence_db": round(float(np.mean(likeness)), 1),
+    }
 
 
-if __name__ == "__main__":
-    main()
+def _frames_at(path: Path, wanted: list[int]) -> list[np.ndarray]:
+    """Frames of a video by number, in ascending order and perhaps more than once."""
+    found = {n: frame for n, frame in enumerate(read_frames(path)) if n in set(wanted)}
+    return [found[n] for n in wanted]

@@ -155,7 +155,7 @@ def render(
     frames = []
     for t in times.tolist():
         cx, cy = scene.start[0] + dx * scene.speed * t, scene.start[1] + dy * scene.speed * t
-        distance = _shape_distance(scene.shape, (x - cx)[None, :], (y - cy)[:, None], scene.size)
+        distance = shape_distance(scene.shape, (x - cx)[None, :], (y - cy)[:, None], scene.size)
         cover = (0.5 - distance / pixel).clamp_(0.0, 1.0)
         frames.append(torch.lerp(ground, colour.expand_as(ground), cover))
     return torch.stack(frames, dim=1).mul_(2.0).sub_(1.0)
@@ -167,7 +167,7 @@ def ground_tones(colour: str) -> tuple[torch.Tensor, torch.Tensor]:
     return light, light * 0.7
 
 
-def _shape_distance(shape: str, x: torch.Tensor, y: torch.Tensor, r: float) -> torch.Tensor:
+def shape_distance(shape: str, x: torch.Tensor, y: torch.Tensor, r: float) -> torch.Tensor:
     """Signed distance to the outline, negative inside, scene units."""
     if shape == "ball":
         return torch.hypot(x, y) - r
@@ -194,29 +194,29 @@ def _shape_distance(shape: str, x: torch.Tensor, y: torch.Tensor, r: float) -> t
 
 def _ground(scene: Scene, x: torch.Tensor, y: torch.Tensor, pixel: float) -> torch.Tensor:
     light, dark = (tone.view(3, 1, 1) for tone in ground_tones(scene.ground_colour))
-    px, py = scene.phase
-    if scene.ground == "checkerboard":
+    return torch.lerp(light, dark, ground_mix(scene.ground, scene.phase, x, y, pixel))
+
+
+def ground_mix(ground: str, phase: tuple[float, float], x: torch.Tensor, y: torch.Tensor, pixel: float) -> torch.Tensor:
+    """How dark a ground is, (H, W) from 0 (its light tone) to 1, at x (W,) and y (H,), box-filtered over `pixel`."""
+    px, py = phase
+    if ground == "checkerboard":
         cell = 0.25
-        mix = (
-            0.5
-            - 0.5
-            * _square_wave(x / cell + px, pixel / cell)[None, :]
-            * (_square_wave(y / cell + py, pixel / cell)[:, None])
-        )
-    elif scene.ground == "stripes":  # diagonal
+        columns, rows = (_square_wave(at / cell + p, pixel / cell) for at, p in ((x, px), (y, py)))
+        return 0.5 - 0.5 * columns[None, :] * rows[:, None]
+    if ground == "stripes":  # diagonal
         cell = 0.2
-        mix = 0.5 - 0.5 * _square_wave((x[None, :] + y[:, None]) / cell / math.sqrt(2) + px, pixel / cell)
-    elif scene.ground == "hills":  # three ridges, each darker than the one behind it
+        return 0.5 - 0.5 * _square_wave((x[None, :] + y[:, None]) / cell / math.sqrt(2) + px, pixel / cell)
+    if ground == "hills":  # three ridges, each darker than the one behind it
         mix = torch.zeros(len(y), len(x))
         for i in range(3):
             ridge = 0.3 + 0.25 * i + 0.09 * torch.sin(2 * math.pi * (x * (0.8 + 0.23 * i) + px + i * py))
             cover = ((y[:, None] - ridge[None, :]) / pixel + 0.5).clamp(0.0, 1.0)
             mix = torch.lerp(mix, torch.full_like(mix, (i + 1) / 3), cover)
-    elif scene.ground == "gradient":  # light at the top
-        mix = y[:, None].clamp(0.0, 1.0).expand(len(y), len(x))
-    else:
-        raise ValueError(f"unknown ground {scene.ground!r}")
-    return torch.lerp(light, dark, mix)
+        return mix
+    if ground == "gradient":  # light at the top
+        return y[:, None].clamp(0.0, 1.0).expand(len(y), len(x))
+    raise ValueError(f"unknown ground {ground!r}")
 
 
 def _square_wave(phase: torch.Tensor, footprint: float) -> torch.Tensor:

@@ -26,6 +26,7 @@ def test_true_renders_score_nearly_all(scenes):
 
 
 def test_corrupted_renders_fail(scenes):
+    scenes = scenes[:20]
     backwards = [adherence(detect(frames_of(s)[::-1], 4.0), s.attributes)["direction"] for s in scenes]
     frozen = [adherence(detect(frames_of(s)[:1] * 5, 4.0), s.attributes)["direction"] for s in scenes]
     doubled = [
@@ -36,6 +37,28 @@ def test_corrupted_renders_fail(scenes):
     assert not any(backwards) and not any(frozen)
     assert np.mean(doubled) < 0.05
     assert np.mean(swapped) < 0.6  # white, black, green and purple survive a swap of red and blue
+
+
+def test_shapes_that_are_not_what_was_asked_for_fail(scenes):
+    scenes = scenes[:30]
+
+    def smeared(frame):  # a blob: every pixel takes the colour of one up to 24 px away
+        rng = np.random.default_rng(0)
+        moved = [np.clip(np.arange(n)[:, None] + rng.integers(-24, 25, (n, 1)), 0, n - 1) for n in frame.shape[:2]]
+        return frame[moved[0], moved[1].T]
+
+    upside_down = [f for s in scenes if s.shape == "triangle" for f in [[g[::-1] for g in frames_of(s)]]]
+    assert upside_down and not any(detect(f, 4.0).shape == "triangle" for f in upside_down)
+    blobs = [adherence(detect([smeared(f) for f in frames_of(s, count=2)], 4.0), s.attributes)["shape"] for s in scenes]
+    assert np.mean(blobs) < 0.2
+
+
+def test_a_ground_turned_by_a_quarter_is_another(scenes):
+    turned = []
+    for scene in scenes[:20]:
+        frames = [np.ascontiguousarray(np.rot90(f, -1)) for f in frames_of(scene)]
+        turned.append((scene.ground, detect(frames, 4.0).ground))
+    assert all(found != ground for ground, found in turned if ground == "gradient")
 
 
 def test_speed_is_measured(scenes):
@@ -50,7 +73,9 @@ def test_components_of_a_ring_and_a_dot():
     mask[1:8, 1:8] = True
     mask[3:6, 3:6] = False
     mask[4, 4] = True
-    assert sorted(n for n, _, _ in components(mask)) == [1, 40]
+    dot, ring = sorted(components(mask))
+    assert (dot.pixels, dot.box) == (1, (4, 4, 5, 5)) and (ring.pixels, ring.box) == (40, (1, 1, 8, 8))
+    assert (ring.x, ring.y) == (4.0, 4.0)
 
 
 def test_seams_are_seen_where_they_are(scenes):

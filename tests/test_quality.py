@@ -1,0 +1,52 @@
+"""What is counted is what was rendered: prompts are held out, and true renders would pass."""
+
+from fractions import Fraction
+
+import numpy as np
+import pytest
+
+from atlasvid_cli import pipeline, quality, world
+from atlasvid_cli.console import Console
+from atlasvid_cli.errors import UsageError
+from atlasvid_cli.metrics import adherence, detect
+from atlasvid_cli.plan import Request, make_plan
+
+
+def test_the_prompts_are_held_out_and_stay_the_same():
+    prompts = quality.held_out_prompts(40)
+    assert prompts[:10] == quality.held_out_prompts(10)
+    assert all(world.is_held_out(attributes) for _, attributes in prompts)
+
+
+def test_a_run_counts_its_videos_and_is_kept(random_preset, tmp_path, monkeypatch):
+    request = Request(str(random_preset), 200, 120, Fraction(2))
+    found = quality.run(request, 2, tmp_path, Console(interactive=False))
+    assert len(list(tmp_path.glob("*.mp4"))) == found["prompts"] == 2
+    assert set(found["right"]) == {"colour", "shape", "direction", "count", "ground colour", "ground", "all of these"}
+    assert all(0 <= n <= 2 for n in found["right"].values())
+    monkeypatch.setattr(pipeline, "render", lambda *a: pytest.fail("rendered again"))
+    assert quality.run(request, 2, tmp_path, Console(interactive=False)) == found
+
+
+def test_true_renders_pass_and_have_no_seams():
+    plan = make_plan(Request("tiny", 480, 272, Fraction(4)))
+    (_, attributes), *_ = quality.held_out_prompts(1)
+    frames = list(quality.true_frames(plan, attributes, 0))
+    assert all(adherence(detect(frames, 4.0), attributes).values())
+
+
+def test_coherence_is_the_likeness_to_the_proxy():
+    plan = make_plan(Request("tiny", 480, 270, Fraction(4)))
+    width, height = plan.proxy_size
+    rng = np.random.default_rng(0)
+    proxy = rng.integers(40, 200, (height + 5, width, 3), np.uint8)
+    shown = np.zeros((270, 480, 3), np.uint8)
+    rows, columns = (np.arange(a) * b // a for a, b in ((270, height), (480, width)))
+    shown[:] = proxy[rows][:, columns]
+    close = quality.coherence(plan, [shown], [proxy])
+    assert close > quality.coherence(plan, [np.roll(shown, 40, 1)], [proxy]) + 3
+
+
+def test_another_world_is_refused(stock_preset):
+    with pytest.raises(UsageError, match="tiny only"):
+        quality.run(Request(str(stock_preset), 200, 120, Fraction(1)), 1, None, None)
