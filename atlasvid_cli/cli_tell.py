@@ -103,9 +103,8 @@ def bench(
 def show_quality(request: "Request", count: int, folder: Path, console: "Console") -> None:
     """Measures and prints how often prompts come true."""
     from . import quality
-    from .plan import make_plan
 
-    make_plan(request)  # usage errors before any work
+    quality.check(request)  # usage errors before any work
     check_writable(folder.absolute() / "000.mp4")
     found = quality.run(request, count, folder, console)
     rows = [{"what": name, "right": f"{n} of {count}"} for name, n in found["right"].items()]

@@ -124,12 +124,13 @@ class Session:
 
     def embeddings(self, prompts: tuple[str, ...], console: Console) -> list[torch.Tensor]:
         """Embeddings (tokens, text_dim) fp32 of prompts: from the cache, or made together with those expected."""
-        found = {p: self._kept(p) for p in (*prompts, *self._expected)}
-        if any(found[p] is None for p in prompts):
-            missing = [p for p, embedding in found.items() if embedding is None]
+        found = {p: self._kept(p) for p in prompts}
+        if None in found.values():
+            missing = [p for p in dict.fromkeys((*prompts, *self._expected)) if self._kept(p) is None]
             for prompt, made in zip(missing, self.encode(missing), strict=True):
                 self._keep(prompt, made, console)
-                found[prompt] = made
+                if prompt in found:
+                    found[prompt] = made
         known = [embedding for p in prompts if (embedding := found[p])]
         for word in dict.fromkeys(word for embedding in known for word in embedding.unknown):
             if f"word {word}" not in self._warned:
