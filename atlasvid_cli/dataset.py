@@ -1,7 +1,8 @@
 """Training clips of the procedural world as latents on disk, encoded once, in shards that can be resumed.
 
 Kinds: `image` and `clip` (1 and 33 frames at 16 fps) train the base, `proxy` (49 frames at 4 fps) its stage 1 adapter,
-`detail` (33 frames at 16 fps of a crop at any zoom, with its own proxies at 4 and at 16 fps) the stage 2 adapter.
+`still` and `detail` (1 and 33 frames at 16 fps of a crop at any zoom, with its own proxies at 4 and at 16 fps) the
+stage 2 adapter.
 """
 
 import json
@@ -25,10 +26,9 @@ SHARD = 20
 FRAME_GRIDS = (((5, 8), 6), ((8, 5), 1), ((6, 6), 1), ((4, 9), 1))
 CLIP_FRAMES = 33
 HASTE = 4.0  # the fastest of the base's clips: as in footage, some objects cross a good part of the frame in 2 s
-CLOSE_UPS = 0.15  # of the base's samples, as footage has them
-ENCODED_TOGETHER = {"image": 20, "clip": 4, "proxy": 4, "detail": 2}
+CLOSE_UPS = 0.35  # of the base's samples, as footage has them
+ENCODED_TOGETHER = {"image": 20, "clip": 4, "proxy": 4, "still": 20, "detail": 2}
 DETAIL_TOKENS = 12
-DETAIL_LATENTS = 9
 DETAIL_RATIOS = (Fraction(4), Fraction(4), Fraction(3), Fraction(2))
 
 
@@ -66,7 +66,7 @@ def close_up(rng: random.Random, pixels: int, seconds: float, lowest: float) -> 
 def sample(
     kind: str, rng: random.Random, grid: tuple[int, int], ratio: Fraction
 ) -> tuple[dict[str, torch.Tensor], dict]:
-    """Pixels of one training sample by name, and its caption (and ratio). `detail` is square, whatever the grid."""
+    """Pixels of one training sample by name, and its caption (and ratio). Crops are square, whatever the grid."""
     if kind == "proxy":
         pixels, text = whole_frame(rng, grid, 49, FPS // 4)
         return {"latents": pixels}, {"caption": text}
@@ -83,9 +83,9 @@ def sample(
     size = DETAIL_TOKENS * TOKEN
     scene, window, start = close_up(rng, size, 9.0, size)
     small = int(size / ratio)
-    frames = (DETAIL_LATENTS - 1) * 4 + 1
+    frames = 1 if kind == "still" else CLIP_FRAMES
     dense = start + torch.arange(frames) / FPS
-    sparse = start + torch.arange((DETAIL_LATENTS - 1) // 4 * 4 + 1) / (FPS / 4)
+    sparse = dense[::4]
     pixels_by_name = {
         "latents": world.render(scene, dense, size, size, window),
         "proxy_4": world.render(scene, sparse, small, small, window),

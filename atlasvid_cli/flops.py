@@ -42,13 +42,13 @@ def detail_flops(
     text: int = PROMPT_KEYS,
 ) -> int:
     """Of one forward of the first `layers` blocks on the detail, each window with its aligned proxy of `below`."""
-    from .windows import aligned_span, block_cut, cut
+    from .windows import aligned_span, cut
 
     sizes = dataclasses.astuple(grid)
     layers = size.layers if layers is None else layers
     pairs = layers * grid.tokens * text
     for block in range(layers):
-        shape, shifted = block_cut(block, detail.windows)
+        shape, shifted = detail.layouts[block % len(detail.layouts)]
         lengths = [[n for _, n in cut(s, w, shifted)] for s, w in zip(sizes, shape, strict=True)]
         pairs += math.prod(sum(n * n for n in axis) for axis in lengths)
         if not detail.proxy_attention:
@@ -64,11 +64,11 @@ def detail_flops(
 
 def context_flops(size: Transformer, patch: int, window: Shape, grid: Grid, text: int = PROMPT_KEYS) -> int:
     """Of the proxy stream: `grid` once through all blocks, in windows of one shape."""
-    from .windows import block_cut, cut
+    from .windows import cut
 
     pairs = size.layers * grid.tokens * text
     for block in range(size.layers):
-        shape, shifted = block_cut(block, (window,))
-        sides = zip(dataclasses.astuple(grid), shape, strict=True)
+        sides = zip(dataclasses.astuple(grid), window, strict=True)
+        shifted = block % 2 == 1
         pairs += math.prod(sum(n * n for _, n in cut(s, w, shifted)) for s, w in sides)
     return grid.tokens * linear_flops(size, patch) + attention_flops(size, pairs)

@@ -220,7 +220,7 @@ def detail_sample(model: Any, plan: Plan, stage: Stage, rate: float, seconds: fl
     size, detail, patch = plan.preset.transformer, plan.preset.detail, plan.preset.geometry.patch
     largest = max(max(w[1:]) for w in detail.windows)
     budget = rate * EFFICIENCY * min(seconds, SAMPLE_SECONDS) / (repeats + 1)
-    layers, cycle = size.layers, min(size.layers, 2 * len(detail.windows))
+    layers, cycle = size.layers, min(size.layers, len(detail.layouts))
 
     def cost(grid: Grid, below: Grid, layers: int) -> int:
         return detail_flops(size, patch, detail, grid, below, stage.ratio, stage.time_ratio, layers)
@@ -244,7 +244,7 @@ def detail_sample(model: Any, plan: Plan, stage: Stage, rate: float, seconds: fl
             context = proxy_context(
                 model, guide, low, text, stage.ratio, stage.time_ratio, detail.margin, detail.proxy_window
             )
-        arguments = (model, tokens, part, 500.0, text, context, detail.windows, plan.chunk)
+        arguments = (model, tokens, part, 500.0, text, context, detail.layouts, plan.chunk)
         one = timed(lambda: detail_forward(*arguments), repeats)
     done, whole = cost(part, low, layers), plan.flops(stage)
     return one.times(whole / done, done / whole)

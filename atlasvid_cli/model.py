@@ -5,7 +5,7 @@ owns a parameter. Parity with its `forward` is a test.
 """
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
 from typing import Any
@@ -17,8 +17,9 @@ from torch.utils.checkpoint import checkpoint
 
 from .attention import attend, rope, rotate
 from .offload import compute_device, on_device
+from .presets import Layout, Shape, window_cycle
 from .shapes import Grid
-from .windows import Shape, Windows, aligned_proxy, block_layout
+from .windows import Windows, aligned_proxy, block_layout
 
 KeyValue = tuple[torch.Tensor, torch.Tensor]
 PART = 1 << 13  # tokens embedded or projected, or taken through the proxy stream, at a time
@@ -200,6 +201,7 @@ def proxy_context(
     margin: tuple[int, int, int],
     window: Shape,
     centre: bool = False,
+    scaled_positions: bool = True,
     timestep: float = 0.0,
     backend: str | None = None,
     states: torch.device | None = None,
@@ -208,7 +210,8 @@ def proxy_context(
 
     It attends to itself, in windows no larger than its training grid, and to the text, at timestep 0. For the detail's
     queries its keys are rotated at detail coordinates: a proxy token sits at the middle of what it covers, in time at
-    the end of its group of latents or (`centre`) at its middle. `states` is where hidden state, keys and values live.
+    the end of its group of latents or (`centre`) at its middle; without `scaled_positions` at its own. `states` is
+    where hidden state, keys and values live.
     """
     head_dim, device = model.config.attention_head_dim, compute_device(model)
     states = states or device
@@ -217,13 +220,14 @@ def proxy_context(
     t = torch.arange(grid.t, dtype=torch.float64) * time_ratio
     if centre:
         t[1:] -= (time_ratio - 1) / 2
-    h, w = (float(ratio) * (torch.arange(size, dtype=torch.float64) + 0.5) - 0.5 for size in (grid.h, grid.w))
+    scale = float(ratio) if scaled_positions else 1.0
+    h, w = (scale * (torch.arange(size, dtype=torch.float64) + 0.5) - 0.5 for size in (grid.h, grid.w))
     detail_rotation = rope(t[None], h[None], w[None], head_dim)[0].to(states)
     kept: list[KeyValue] = []
     for i, block in enumerate(on_device(model.blocks, device)):
         out = torch.empty_like(x)
         keys, values = (torch.empty_like(x).unflatten(-1, (model.config.num_attention_heads, -1)) for _ in range(2))
-        for group in block_layout(i, (window,), grid):
+        for group in block_layout(i, window_cycle([window]), grid):
             for windows in group.split(max(1, PART // math.prod(group.shape))):
                 index = windows.indices(grid).to(states)
                 wt, wh, ww = windows.axes()
@@ -245,7 +249,7 @@ def detail_forward(
     timestep: float,
     text: TextContext,
     proxy: ProxyContext | None,
-    shapes: tuple[Shape, ...],
+    layouts: Sequence[Layout],
     chunk: int,
     phase: int = 0,
     origin: Shape = (0, 0, 0),
@@ -255,7 +259,7 @@ def detail_forward(
 ) -> torch.Tensor:
     """Velocity (L, P) of the detail `tokens` (L, P), on their device: a block is a map over windows.
 
-    `phase` is where the blocks' cycle of window layouts begins, `origin` places the grid in the whole video when it is
+    `phase` is where the blocks' cycle of `layouts` begins, `origin` places the grid in the whole video when it is
     only a region of it, `states` is where the hidden state lives (by default where the model computes).
 
     Windows partition the tokens and read only themselves, the cached proxy and the text, so without gradients each
@@ -267,7 +271,7 @@ def detail_forward(
     hidden = embed_parts(model, tokens, states)
     for i, block in enumerate(on_device(model.blocks, device)):
         out = torch.empty_like(hidden) if torch.is_grad_enabled() else hidden
-        for group in block_layout(i, shapes, grid, phase):
+        for group in block_layout(i, layouts, grid, phase):
             for windows in group.split(chunk):
                 index = windows.indices(grid).to(states)
                 placed = windows.moved(origin)

@@ -265,7 +265,7 @@ def _refine_level(
             model,
             proxy_model,
             stage,
-            session.preset.detail,
+            plan.preset.detail,
             session.preset.geometry.patch,
             plan.request.seed,
             number,

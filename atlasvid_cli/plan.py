@@ -19,6 +19,20 @@ if TYPE_CHECKING:
     from .footage import Clip
 
 
+# what of a preset's `Detail` decides latents, beside the sampling of its levels
+METHOD = (
+    "windows",
+    "shifted",
+    "proxy_attention",
+    "margin",
+    "proxy_window",
+    "proxy_centre",
+    "scaled_positions",
+    "clean_proxy",
+    "streams",
+)
+
+
 @dataclass(frozen=True)
 class Request:
     """What the user asked for. Sizes in pixels; `region` (x, y, w, h), `frames` (first, end), `clip` as the proxy."""
@@ -57,6 +71,7 @@ class Stage:
     guidance_scale: float
     flow_shift: float
     experts: Experts | None = None
+    scaled_time: bool = True
 
     @property
     def passes(self) -> int:
@@ -112,7 +127,7 @@ class Plan:
         fields = {"preset": self.preset.name, "seed": self.request.seed, "stage": _plain(stage)}
         if stage is not self.proxy:
             detail = self.preset.detail
-            fields |= {n: _plain(getattr(detail, n)) for n in ("windows", "margin", "proxy_window", "proxy_centre")}
+            fields |= {n: _plain(getattr(detail, n)) for n in METHOD}
         if stage is self.levels[-1]:
             fields |= {"size": [self.request.width, self.request.height, self.frames, self.scale, self.fps]}
         return fields
@@ -229,6 +244,7 @@ def make_plan(request: Request, proxy: Grid | None = None, proxy_fps: Fraction |
         preset.proxy.guidance_scale if request.guidance_scale is None else request.guidance_scale,
         request.flow_shift or preset.proxy.flow_shift,
         _experts(preset, request.guidance_scale),
+        preset.proxy.scaled_time,
     )
     levels = []
     for i, (grid, ratio) in enumerate(shapes.climb(base, target, detail.max_ratio, detail.ratio_steps)):

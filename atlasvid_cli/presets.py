@@ -3,6 +3,7 @@
 import dataclasses
 import types
 import typing
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -13,6 +14,7 @@ from .errors import UsageError
 from .shapes import Geometry
 
 Shape = tuple[int, int, int]
+Layout = tuple[Shape, bool]  # the shape of a block's windows, and whether their grid is shifted by half a window
 
 
 @dataclass(frozen=True)
@@ -53,13 +55,17 @@ class Text:
 
 @dataclass(frozen=True)
 class Proxy:
-    """Stage 1: `base_tokens` a latent frame, `time_ratio` r_t, and its sampling."""
+    """Stage 1: `base_tokens` a latent frame, `time_ratio` r_t, and its sampling.
+
+    Without `scaled_time` its positions are (t, y, x) and not (r_t t, y, x).
+    """
 
     base_tokens: int
     time_ratio: int
     steps: int
     guidance_scale: float
     flow_shift: float
+    scaled_time: bool = True
     lora: str | None = None
 
 
@@ -88,7 +94,9 @@ class Detail:
     """Stage 2: windows in tokens (t, h, w), ratios r_s, and the sampling of its levels.
 
     Ratios are multiples of 1/`ratio_steps` where the grids allow. Without `proxy_attention` (training-free) windows see
-    only themselves, and what they show comes from the level below by way of the noise that they start from.
+    only themselves, and what they show comes from the level below by way of the noise that they start from. `shifted`,
+    `scaled_positions` and `clean_proxy` are parts of the method that a preset may leave out: the shifts of the window
+    grid, proxy keys at detail coordinates (else at their own), and the proxy stream at timestep 0 (else the detail's).
     """
 
     min_ratio: float
@@ -104,7 +112,15 @@ class Detail:
     flow_shift: float
     first: Level
     upper: Level
+    shifted: bool = True
+    scaled_positions: bool = True
+    clean_proxy: bool = True
     lora: str | None = None
+
+    @property
+    def layouts(self) -> tuple[Layout, ...]:
+        """What the blocks' windows cycle through."""
+        return window_cycle(self.windows, self.shifted)
 
 
 @dataclass(frozen=True)
@@ -126,6 +142,11 @@ class Preset:
     detail: Detail
     experts: Experts | None = None
     revision: str | None = None
+
+
+def window_cycle(shapes: Sequence[Shape], shifted: bool = True) -> tuple[Layout, ...]:
+    """Layouts that blocks cycle through: each shape plain, then, where `shifted`, shifted by half."""
+    return tuple((shape, moved) for shape in shapes for moved in ((False, True) if shifted else (False,)))
 
 
 def presets_folder() -> Path:

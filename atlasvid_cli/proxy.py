@@ -74,9 +74,10 @@ def _guided(
     expert: Expert, tokens: torch.Tensor, stage: Stage, timestep: torch.Tensor, backend: str | None
 ) -> torch.Tensor:
     forward = partial(clip_forward, expert.model, tokens, stage.grid, timestep)
-    velocity = forward(expert.prompt, stage.time_ratio, backend)
+    time_ratio = stage.time_ratio if stage.scaled_time else 1
+    velocity = forward(expert.prompt, time_ratio, backend)
     if expert.guidance_scale > 1:
-        base = forward(expert.negative, stage.time_ratio, backend)
+        base = forward(expert.negative, time_ratio, backend)
         velocity = base + expert.guidance_scale * (velocity - base)
     return velocity
 

@@ -9,11 +9,10 @@ from diffusers import WanTransformer3DModel
 
 from .model import ProxyContext, TextContext, detail_forward, patchify, proxy_context, unpatchify
 from .plan import Stage
-from .presets import Detail
+from .presets import Detail, Shape
 from .proxy import SaveState
 from .schedule import noise, sigmas
 from .shapes import Grid, proxy_grid
-from .windows import Shape
 
 
 @dataclass(frozen=True)
@@ -81,26 +80,18 @@ def sample_detail(
     """
     grid = stage.grid
     below = crop_to_stage(below, stage, patch)
-    _, pt, ph, pw = below.shape
-    proxies: list[ProxyContext | None] = []
+
+    def guides(timestep: float) -> list[ProxyContext | None]:
+        if not detail.proxy_attention:
+            return [None] * len(texts)
+        _, t, h, w = below.shape
+        tokens, below_grid = patchify(below, patch), Grid(t, h // patch, w // patch)
+        figures = stage.ratio, stage.time_ratio, detail.margin, detail.proxy_window, detail.proxy_centre
+        rest = detail.scaled_positions, timestep, backend, states
+        return [proxy_context(proxy_model, tokens, below_grid, text, *figures, *rest) for _, text in texts]
+
     with torch.no_grad():
-        for _, proxy_text in texts:
-            context = None
-            if detail.proxy_attention:
-                context = proxy_context(
-                    proxy_model,
-                    patchify(below, patch),
-                    Grid(pt, ph // patch, pw // patch),
-                    proxy_text,
-                    stage.ratio,
-                    stage.time_ratio,
-                    detail.margin,
-                    detail.proxy_window,
-                    detail.proxy_centre,
-                    backend=backend,
-                    states=states,
-                )
-            proxies.append(context)
+        proxies = guides(0.0)
 
     origin, end = (0, 0, 0), (grid.t, grid.h, grid.w)
     if region:
@@ -138,6 +129,8 @@ def sample_detail(
             x[frozen] = torch.lerp(known, frozen_noise, now)[frozen]
         velocity = None
         with torch.no_grad():
+            if not detail.clean_proxy:
+                proxies = guides(int(now * 1000))
             for (text, _), proxy in zip(texts, proxies, strict=True):
                 out = detail_forward(
                     model,
@@ -146,7 +139,7 @@ def sample_detail(
                     int(now * 1000),
                     text,
                     proxy,
-                    detail.windows,
+                    detail.layouts,
                     chunk,
                     i,
                     origin,

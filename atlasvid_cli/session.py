@@ -17,7 +17,7 @@ from .machine import available_vram, compute_device
 from .memory import Offload, fits_gpu
 from .offload import place
 from .parse import Lora
-from .presets import load_preset
+from .presets import Preset, load_preset
 from .text import encode_prompts, unknown_words
 from .weights import check_config, load_text, load_transformer, load_vae, model_folder, model_hash
 
@@ -38,21 +38,23 @@ class Session:
 
     def __init__(
         self,
-        preset: str,
+        preset: str | Preset,
         model_path: str | None = None,
         backend: str | None = None,
         loras: tuple[Lora, ...] = (),
         strict: bool = False,
         cache: Path | None = None,
     ):
-        self.preset = load_preset(preset)
+        self.preset = load_preset(preset) if isinstance(preset, str) else preset
         self.backend, self.loras, self.strict = backend, loras, strict
         if backend:
             check_backend(backend)
         for lora in loras:
             check_lora(lora.path)
             if lora.expert and not self.preset.experts:
-                raise UsageError(f"preset {preset} has one transformer; give --lora {lora.path} without @{lora.expert}")
+                raise UsageError(
+                    f"preset {self.preset.name} has one transformer; give --lora {lora.path} without @{lora.expert}"
+                )
         self.folder = model_folder(self.preset, model_path)
         check_config(self.folder, self.preset)
         self.device = torch.device(compute_device().kind)

@@ -21,6 +21,7 @@ from peft import LoraConfig, get_peft_model_state_dict
 from .checkpoint import load_checkpoint, save_checkpoint
 from .model import clip_forward, detail_forward, patchify, proxy_context, text_context
 from .optim import MuonAdamW, learning_rate
+from .presets import Layout
 from .schedule import shift_sigma
 from .shapes import Grid
 from .store import atomic, save_tensors
@@ -75,7 +76,7 @@ def detail_loss(
     prompt: torch.Tensor,
     rng: random.Random,
     generator: torch.Generator,
-    shapes: tuple[tuple[int, int, int], ...],
+    layouts: Sequence[Layout],
     margin: tuple[int, int, int],
     shift: float,
     time_ratios: tuple[int, int],
@@ -111,9 +112,9 @@ def detail_loss(
         int(sigma * 1000),
         text_context(model, [prompt], TEXT_LENGTH),
         context,
-        shapes,
+        layouts,
         chunk=64,
-        phase=rng.randrange(2 * len(shapes)),
+        phase=rng.randrange(len(layouts)),
     )
     return (out - (noise - clean)).square().mean()
 
@@ -136,6 +137,21 @@ def draw_batch(groups: list[list[dict]], rng: random.Random, tokens: int) -> tup
     length = rng.randint(2, grid.t) if grid.t > 1 and rng.random() < 0.5 else grid.t
     picked = rng.choices(group, k=max(1, tokens // (length * grid.h * grid.w)))
     return picked, [s["latents"][:, :length].float() for s in picked]
+
+
+def draw_crops(data: list[dict], rng: random.Random, time_ratio: int) -> list[dict]:
+    """Crops of stage 2 of one length, together about as long as the longest, and their proxies as long as they are.
+
+    Every length that the proxy can have is as likely, a still too: many stills show more than one clip of their cost.
+    """
+    longest = max(s["latents"].shape[1] for s in data)
+    length = rng.choice(range(1, longest + 1, time_ratio))
+    long_enough = [s for s in data if s["latents"].shape[1] >= length]
+    lengths = {"latents": length, "proxy_1": length, f"proxy_{time_ratio}": (length - 1) // time_ratio + 1}
+    return [
+        picked | {name: picked[name][:, :n] for name, n in lengths.items()}
+        for picked in rng.choices(long_enough, k=round(longest / length))
+    ]
 
 
 def run(
@@ -253,7 +269,7 @@ def train_detail(
     embed: Embed,
     steps: int,
     lr: float,
-    shapes: tuple[tuple[int, int, int], ...],
+    layouts: Sequence[Layout],
     margin: tuple[int, int, int],
     shift: float = 3.0,
     accumulate: int = 3,
@@ -265,12 +281,14 @@ def train_detail(
     on_step: Callable[[int], None] = lambda done: None,
 ) -> None:
     """Stage 2 training of `proxy_model`, which is `model` itself where the adapter acts on both streams."""
-    figures = shapes, margin, shift, (time_ratio, 1), proxy_window, proxy_centre
+    figures = layouts, margin, shift, (time_ratio, 1), proxy_window, proxy_centre
 
     def loss_at(step: int, rng: random.Random, generator: torch.Generator) -> torch.Tensor:
-        sample = rng.choice(data)
-        prompt = pick_prompt(sample, embed, rng)
-        return detail_loss(model, proxy_model, sample, prompt, rng, generator, *figures)
+        losses = [
+            detail_loss(model, proxy_model, sample, pick_prompt(sample, embed, rng), rng, generator, *figures)
+            for sample in draw_crops(data, rng, time_ratio)
+        ]
+        return torch.stack(losses).mean()
 
     def held_out_loss(sample: dict, rng: random.Random, generator: torch.Generator) -> torch.Tensor:
         return detail_loss(model, proxy_model, sample, embed(sample["caption"]), rng, generator, *figures)

@@ -108,7 +108,7 @@ def make(session: Session, job: Job, console: Console) -> Path:
                 embed,
                 job.steps,
                 job.lr,
-                preset.detail.windows,
+                preset.detail.layouts,
                 preset.detail.margin,
                 preset.detail.flow_shift,
                 ACCUMULATED,

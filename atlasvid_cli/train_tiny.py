@@ -9,6 +9,7 @@ import json
 import math
 import random
 from collections.abc import Callable
+from copy import deepcopy
 from functools import lru_cache
 from pathlib import Path
 
@@ -18,15 +19,17 @@ from transformers import AutoTokenizer, UMT5EncoderModel
 
 from . import dataset, train, train_text, train_vae
 from .encode import encode_clips
+from .presets import window_cycle
 from .text import encode_prompts
 from .weights import model_hash
 
-VAE_STEPS, COMPRESSED_STEPS, PROXY_STEPS, DETAIL_STEPS = 2200, 1400, 2000, 440
+VAE_STEPS, COMPRESSED_STEPS, SETTLED_STEPS, PROXY_STEPS, DETAIL_STEPS = 2200, 1400, 1100, 2000, 440
 # three cosines, each (steps, share of single images at its start and end): colours, shapes and grounds, then motion
 BASE_CYCLES = ((1700, (0.9, 0.4)), (2200, (0.4, 0.2)), (3600, (0.5, 0.2)))
-SAMPLES = {"image": 12000, "clip": 1200, "proxy": 1200, "detail": 480}
+SAMPLES = {"image": 9000, "clip": 800, "proxy": 800, "still": 3000, "detail": 300}
 DETAIL_SHIFT = 1.5  # levels start at sigma 0.75 and 0.5: that, and not noise alone, is what the adapter learns from
 LATENT_CHANNELS = 16  # what is left of the VAE's first 32
+LONG_CLIPS = ((3, 96, 9), (2, 96, 17), (2, 64, 29))  # of the VAE's last training: clips, pixels a side, frames
 LORA_RANK = 64
 WINDOWS = ((7, 8, 8), (13, 6, 6))
 MARGIN = (0, 1, 1)
@@ -113,6 +116,8 @@ def make(work: Path, out: Path) -> None:
         vae = train_vae.train(train_vae.build(VAE_CONFIG, seed=0), work / "vae", VAE_STEPS, lr=3e-3)
         vae = train_vae.compress(vae, LATENT_CHANNELS)
         vae = train_vae.train(vae, work / "vae-compressed", COMPRESSED_STEPS, lr=2.5e-3, noise=0.25, seed=1)
+        teacher, run = deepcopy(vae).requires_grad_(False), work / "vae-settled"
+        vae = train_vae.train(vae, run, SETTLED_STEPS, lr=2e-3, noise=0.25, seed=2, shapes=LONG_CLIPS, teacher=teacher)
         finish_vae(vae, out)
     vae = AutoencoderKLWan.from_pretrained(out / "vae", torch_dtype=torch.float32)
     embed = embedder(out)
@@ -171,13 +176,14 @@ def make(work: Path, out: Path) -> None:
         metadata = train.adapter_metadata("proxy", model_hash(out, "transformer"), 4)
         train.save_adapter(model, out / "proxy_lora.safetensors", metadata)
     if not (out / "detail_lora.safetensors").exists():
-        dataset.build("detail", SAMPLES["detail"], latents, vae)
+        for kind in ("still", "detail"):
+            dataset.build(kind, SAMPLES[kind], latents, vae)
         model = base_model(out)
         torch.manual_seed(2)
         model.add_adapter(train.lora_config(LORA_RANK))
-        data = dataset.load("detail", latents)
+        data = dataset.load("still", latents) + dataset.load("detail", latents)
         run = work / f"detail-{base}"
-        figures = DETAIL_STEPS, 3e-3, WINDOWS, MARGIN, DETAIL_SHIFT
+        figures = DETAIL_STEPS, 3e-3, window_cycle(WINDOWS), MARGIN, DETAIL_SHIFT
         train.train_detail(model, model, run, data, embed, *figures, accumulate=4)
         fits = model_hash(out, "transformer")
         metadata = train.adapter_metadata("detail", fits, 4, dataset.DETAIL_RATIOS, WINDOWS)

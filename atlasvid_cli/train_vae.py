@@ -8,6 +8,7 @@ import json
 import math
 import random
 import time
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -18,7 +19,8 @@ from . import world
 from .checkpoint import load_checkpoint, save_checkpoint
 from .optim import MuonAdamW, learning_rate
 
-KL_WEIGHT = 1e-6
+KL_WEIGHT, DRIFT_WEIGHT = 1e-6, 0.2
+HELD_FRAMES = 24  # a multiple of the temporal stride
 
 
 def build(config: dict, seed: int = 0) -> AutoencoderKLWan:
@@ -104,16 +106,26 @@ def psnr(a: torch.Tensor, b: torch.Tensor) -> float:
 
 
 @torch.no_grad()
-def evaluate(vae: AutoencoderKLWan, clips: int = 6, size: int = 160) -> dict[str, float]:
+def evaluate(vae: AutoencoderKLWan, clips: int = 4, size: int = 160, frames: int = 25) -> dict[str, float]:
     """Mean PSNR (dB) of held-out clips at each zoom from whole frame (1) to 4K crop (13.5)."""
     result = {}
     for zoom in (1.0, 2.0, 4.0, 8.0, 13.5):
         rng = random.Random(f"held-out/{zoom}")
-        x = torch.stack([crop(rng, size, 9, zoom) for _ in range(clips)])
+        x = torch.stack([crop(rng, size, frames, zoom) for _ in range(clips)])
         y = vae.decode(vae.encode(x).latent_dist.mode()).sample
         result[f"{zoom:g}"] = round(sum(psnr(a, b) for a, b in zip(y, x, strict=True)) / clips, 2)
     result["mean"] = round(sum(result.values()) / len(result), 2)
     return result
+
+
+@torch.no_grad()
+def settled(vae: AutoencoderKLWan, x: torch.Tensor) -> torch.Tensor:
+    """The latents of clips (n, 3, f, h, w) as if their first frame had stood still for long before them.
+
+    `vae` sees zeros before a clip, and what they do to its latents fades over some 16 frames.
+    """
+    held = x[:, :, :1].expand(-1, -1, HELD_FRAMES, -1, -1)
+    return vae.encode(torch.cat([held, x], dim=2)).latent_dist.mean[:, :, HELD_FRAMES // 4 :]
 
 
 def train(
@@ -123,20 +135,24 @@ def train(
     lr: float,
     noise: float = 0.0,
     seed: int = 0,
-    count: int = 3,
-    size: int = 96,
-    frames: int = 9,
+    shapes: Sequence[tuple[int, int, int]] = ((3, 96, 9),),
+    teacher: AutoencoderKLWan | None = None,
 ) -> AutoencoderKLWan:
     """Trains `vae` for `steps`, resuming from `folder` where it holds a checkpoint; logs to `folder/log.jsonl`.
 
+    Steps take the `shapes` (clips, pixels a side, frames) in turn.
+
     With `noise`, latents are noised by up to that part of their RMS spread before decoding, which makes them smooth and
     the decoder forgiving of what a diffusion model leaves (Latent Denoising Makes Good Tokenizers, arXiv 2507.15856).
+    With a `teacher`, the encoder also learns to give from the first frame on what the teacher gives once settled:
+    a diffusion model that does not know how long ago a clip began cannot follow latents that drift.
     """
     named = [(n, p) for n, p in vae.named_parameters() if p.requires_grad]
     optimizer = MuonAdamW(named, lr, adamw_names=("conv_in", "conv_out", "quant_conv"))
     step = load_checkpoint(folder, vae, optimizer)
     started = time.monotonic()
     while step < steps:
+        count, size, frames = shapes[step % len(shapes)]
         x = batch(seed, step, count, size, frames)
         posterior = vae.encode(x).latent_dist
         generator = torch.Generator().manual_seed(seed * 1_000_003 + step)
@@ -149,7 +165,11 @@ def train(
         # L1 keeps edges sharp, L2 is what PSNR counts
         loss = error.abs().mean() * 0.5 + error.square().mean()
         kl = 0.5 * (posterior.mean.square() + posterior.var - 1 - posterior.logvar).mean()
-        (loss + KL_WEIGHT * 100 * kl).backward()
+        drift = torch.zeros(())
+        if teacher:
+            target = settled(teacher, x)
+            drift = F.mse_loss(posterior.mean, target) / target.var(dim=(0, 2, 3, 4)).mean()
+        (loss + KL_WEIGHT * 100 * kl + DRIFT_WEIGHT * drift).backward()
         torch.nn.utils.clip_grad_norm_([p for _, p in named], 1.0)
         optimizer.step(learning_rate(step, steps, lr))
         step += 1
@@ -159,6 +179,7 @@ def train(
                 "loss": round(loss.item(), 5),
                 "psnr": round(10 * math.log10(4 / error.square().mean().item()), 2),
                 "kl": round(kl.item(), 3),
+                "drift": round(drift.item(), 4),
                 "seconds": round(time.monotonic() - started, 1),
             }
             if step % 500 == 0 or step == steps:

@@ -6,16 +6,15 @@ no mask exists.
 """
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
 from itertools import pairwise, product
 
 import torch
 
+from .presets import Layout, Shape
 from .shapes import Grid, proxy_latent
-
-Shape = tuple[int, int, int]
 
 
 @dataclass(frozen=True)
@@ -71,19 +70,13 @@ def layout(grid: Grid, shape: Shape, shifted: bool) -> list[Windows]:
     return [Windows(s, torch.tensor(starts)) for s, starts in groups.items()]
 
 
-def block_cut(block: int, shapes: tuple[Shape, ...], phase: int = 0) -> tuple[Shape, bool]:
-    """The window shape of a block and whether it is shifted: shapes cycle, each plain, then shifted by half.
+def block_layout(block: int, layouts: Sequence[Layout], grid: Grid, phase: int = 0) -> list[Windows]:
+    """The windows of a block: blocks cycle through the layouts.
 
     `phase` is where the cycle begins. Sampling begins one layout further at every step, so that no border stays in the
     same block: what one step leaves there, the next one attends across.
     """
-    turn = block + phase
-    return shapes[turn // 2 % len(shapes)], turn % 2 == 1
-
-
-def block_layout(block: int, shapes: tuple[Shape, ...], grid: Grid, phase: int = 0) -> list[Windows]:
-    """The layout of a block, see `block_cut`."""
-    return layout(grid, *block_cut(block, shapes, phase))
+    return layout(grid, *layouts[(block + phase) % len(layouts)])
 
 
 def window(x: torch.Tensor, grid: Grid, windows: list[Windows]) -> list[torch.Tensor]:

@@ -160,7 +160,7 @@ def test_sizes_of_the_embedded_preset_are_those_it_was_trained_with():
     from atlasvid_cli.presets import load_preset
 
     tiny = load_preset("tiny")
-    assert corpus.detail_size(tiny) == (dataset.DETAIL_LATENTS, dataset.DETAIL_TOKENS)
+    assert corpus.detail_size(tiny) == ((dataset.CLIP_FRAMES - 1) // 4 + 1, dataset.DETAIL_TOKENS)
     assert set(corpus.detail_ratios(tiny)) == set(dataset.DETAIL_RATIOS)
     assert (corpus.proxy_latents(tiny) - 1) * 4 + 1 == 49
     assert math.isclose(tiny.fps, dataset.FPS)

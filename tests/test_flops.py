@@ -10,7 +10,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from atlasvid_cli import flops
 from atlasvid_cli.plan import Request, make_plan
-from atlasvid_cli.presets import load_preset
+from atlasvid_cli.presets import load_preset, window_cycle
 from atlasvid_cli.shapes import Grid, proxy_grid
 from atlasvid_cli.windows import aligned_proxy, block_layout
 
@@ -31,7 +31,7 @@ def test_pairs_of_the_detail_equal_those_of_its_layouts(ratio, time_ratio):
     below = proxy_grid(grid, ratio, time_ratio)
     pairs = size.layers * grid.tokens * 7
     for block in range(size.layers):
-        for windows in block_layout(block, detail.windows, grid):
+        for windows in block_layout(block, detail.layouts, grid):
             own = len(windows.indices(grid)[0])
             proxy = aligned_proxy(windows, below, ratio, time_ratio, detail.margin).shape[1]
             pairs += len(windows) * own * (own + proxy)
@@ -41,7 +41,7 @@ def test_pairs_of_the_detail_equal_those_of_its_layouts(ratio, time_ratio):
 
 def test_pairs_of_the_proxy_stream_equal_those_of_its_layouts():
     grid, size = Grid(13, 17, 30), TINY.transformer
-    layouts = [w for block in range(size.layers) for w in block_layout(block, ((13, 9, 9),), grid)]
+    layouts = [w for block in range(size.layers) for w in block_layout(block, window_cycle([(13, 9, 9)]), grid)]
     pairs = size.layers * grid.tokens * 7 + sum(len(w) * len(w.indices(grid)[0]) ** 2 for w in layouts)
     found = flops.context_flops(size, 2, (13, 9, 9), grid, 7)
     assert found == grid.tokens * flops.linear_flops(size, 2) + flops.attention_flops(size, pairs)

@@ -15,12 +15,13 @@ from atlasvid_cli.model import (
     text_context,
     unpatchify,
 )
+from atlasvid_cli.presets import window_cycle
 from atlasvid_cli.shapes import Grid
 from atlasvid_cli.windows import layout
 
 GRID = Grid(5, 6, 7)
-WHOLE = ((9, 9, 9),)
-SHAPES = ((3, 4, 4), (5, 2, 3))
+WHOLE = window_cycle([(9, 9, 9)])
+LAYOUTS = window_cycle([(3, 4, 4), (5, 2, 3)])
 
 
 @pytest.fixture
@@ -33,10 +34,10 @@ def text(transformer, prompt):
     return text_context(transformer, [prompt], 512)
 
 
-def proxy_of(model, text, seed=3, time_ratio=4, ratio=Fraction(3), timestep=0.0):
+def proxy_of(model, text, seed=3, time_ratio=4, ratio=Fraction(3), **more):
     grid = Grid(2 if time_ratio == 4 else 5, 2, 3)
     tokens = torch.randn(grid.tokens, 16, generator=torch.Generator().manual_seed(seed))
-    return proxy_context(model, tokens, grid, text, ratio, time_ratio, (0, 1, 1), (13, 9, 9), timestep=timestep)
+    return proxy_context(model, tokens, grid, text, ratio, time_ratio, (0, 1, 1), (13, 9, 9), **more)
 
 
 def test_patchify_round_trip(latents):
@@ -109,22 +110,22 @@ def test_one_window_without_proxy_equals_diffusers(transformer, latents, text, p
 def test_any_chunk_size_gives_the_same(transformer, latents, text, chunk):
     proxy = proxy_of(transformer, text)
     tokens = patchify(latents, 2)
-    expected = detail_forward(transformer, tokens, GRID, 500, text, proxy, SHAPES, 64)
-    out = detail_forward(transformer, tokens, GRID, 500, text, proxy, SHAPES, chunk)
+    expected = detail_forward(transformer, tokens, GRID, 500, text, proxy, LAYOUTS, 64)
+    out = detail_forward(transformer, tokens, GRID, 500, text, proxy, LAYOUTS, chunk)
     torch.testing.assert_close(out, expected, atol=1e-5, rtol=0)
 
 
 def test_window_order_does_not_matter(transformer, latents, text, monkeypatch):
     proxy = proxy_of(transformer, text)
     tokens = patchify(latents, 2)
-    expected = detail_forward(transformer, tokens, GRID, 500, text, proxy, SHAPES, 3)
+    expected = detail_forward(transformer, tokens, GRID, 500, text, proxy, LAYOUTS, 3)
 
-    def backwards(block, shapes, grid, phase):
-        groups = layout(grid, shapes[block // 2 % len(shapes)], block % 2 == 1)
+    def backwards(block, layouts, grid, phase):
+        groups = layout(grid, *layouts[block % len(layouts)])
         return [type(g)(g.shape, g.starts.flip(0)) for g in reversed(groups)]
 
     monkeypatch.setattr("atlasvid_cli.model.block_layout", backwards)
-    out = detail_forward(transformer, tokens, GRID, 500, text, proxy, SHAPES, 3)
+    out = detail_forward(transformer, tokens, GRID, 500, text, proxy, LAYOUTS, 3)
     torch.testing.assert_close(out, expected, atol=1e-5, rtol=0)
 
 
@@ -132,9 +133,9 @@ def test_with_gradients_the_result_is_the_same(transformer, latents, text):
     proxy = proxy_of(transformer, text)
     tokens = patchify(latents, 2)
     with torch.enable_grad():
-        trained = detail_forward(transformer, tokens.requires_grad_(), GRID, 500, text, proxy, SHAPES, 3)
+        trained = detail_forward(transformer, tokens.requires_grad_(), GRID, 500, text, proxy, LAYOUTS, 3)
     with torch.no_grad():
-        sampled = detail_forward(transformer, tokens, GRID, 500, text, proxy, SHAPES, 3)
+        sampled = detail_forward(transformer, tokens, GRID, 500, text, proxy, LAYOUTS, 3)
     torch.testing.assert_close(trained, sampled, atol=1e-6, rtol=0)
 
 
@@ -142,13 +143,21 @@ def test_the_proxy_guides_and_is_never_touched_by_the_detail(transformer, latent
     proxy = proxy_of(transformer, text)
     kept = [(k.clone(), v.clone()) for k, v in proxy.keys_values]
     tokens = patchify(latents, 2)
-    out = detail_forward(transformer, tokens, GRID, 500, text, proxy, SHAPES, 4)
-    alone = detail_forward(transformer, tokens, GRID, 500, text, None, SHAPES, 4)
-    other = detail_forward(transformer, tokens, GRID, 500, text, proxy_of(transformer, text, seed=4), SHAPES, 4)
+    out = detail_forward(transformer, tokens, GRID, 500, text, proxy, LAYOUTS, 4)
+    alone = detail_forward(transformer, tokens, GRID, 500, text, None, LAYOUTS, 4)
+    other = detail_forward(transformer, tokens, GRID, 500, text, proxy_of(transformer, text, seed=4), LAYOUTS, 4)
     assert (out - alone).abs().max() > 1e-3
     assert (out - other).abs().max() > 1e-4
     for (k, v), (k0, v0) in zip(proxy.keys_values, kept, strict=True):
         assert torch.equal(k, k0) and torch.equal(v, v0)
+
+
+def test_without_scaled_positions_the_keys_are_those_at_ratio_one(transformer, text):
+    plain = proxy_of(transformer, text, ratio=Fraction(1)).keys_values
+    own, scaled = (proxy_of(transformer, text, scaled_positions=s).keys_values for s in (False, True))
+    for (key, value), (own_key, own_value), (scaled_key, scaled_value) in zip(plain, own, scaled, strict=True):
+        assert torch.equal(key, own_key) and torch.equal(value, own_value) and torch.equal(value, scaled_value)
+        assert (key - scaled_key).abs().max() > 0.1
 
 
 def test_cached_proxy_equals_recomputed(transformer, text):
@@ -163,8 +172,8 @@ def test_a_change_reaches_no_further_than_the_shifts_allow(transformer, text):
     tokens = torch.randn(grid.tokens, 16, generator=torch.Generator().manual_seed(5))
     changed = tokens.clone()
     changed[0] += 1.0
-    shapes = ((1, 1, 8),)
-    a, b = (detail_forward(transformer, x, grid, 500, text, None, shapes, 4) for x in (tokens, changed))
+    layouts = window_cycle([(1, 1, 8)])
+    a, b = (detail_forward(transformer, x, grid, 500, text, None, layouts, 4) for x in (tokens, changed))
     moved = (a - b).abs().amax(1) > 0
     # plain windows end at 8, shifted ones at 12, plain ones at 16: three blocks reach token 15
     assert moved[:8].all() and moved[15]
@@ -177,9 +186,9 @@ def test_a_region_sees_the_positions_of_the_whole_video(transformer, text):
     proxy_grid_tokens = torch.randn(6, 16, generator=torch.Generator().manual_seed(3))
     proxy = proxy_context(transformer, proxy_grid_tokens, Grid(1, 2, 3), text, Fraction(4), 4, (0, 0, 0), (13, 9, 9))
     tokens = torch.randn(grid.tokens, 16, generator=torch.Generator().manual_seed(6))
-    shapes = ((1, 1, 8),)
-    whole = detail_forward(transformer, tokens, grid, 500, text, proxy, shapes, 4)
-    region = detail_forward(transformer, tokens[32:], part, 500, text, proxy, shapes, 4, origin=(0, 4, 0))
+    layouts = window_cycle([(1, 1, 8)])
+    whole = detail_forward(transformer, tokens, grid, 500, text, proxy, layouts, 4)
+    region = detail_forward(transformer, tokens[32:], part, 500, text, proxy, layouts, 4, origin=(0, 4, 0))
     torch.testing.assert_close(region, whole[32:], atol=1e-5, rtol=0)
 
 
@@ -197,7 +206,7 @@ def test_blocks_computed_again_backwards_give_the_same_gradients(transformer, te
     def gradients(model):
         inputs = [t.clone().requires_grad_() for t in (tokens, proxy_tokens)]
         context = proxy_context(model, inputs[1], Grid(1, 2, 3), text, Fraction(2), 4, (0, 1, 1), (13, 9, 9))
-        out = detail_forward(model, inputs[0], GRID, 500, text, context, SHAPES, 3)
+        out = detail_forward(model, inputs[0], GRID, 500, text, context, LAYOUTS, 3)
         out = out.sum() + clip_forward(model, inputs[0][None], GRID, torch.tensor([300]), text).square().sum()
         return torch.autograd.grad(out, inputs)
 

@@ -5,9 +5,10 @@ import torch
 
 from atlasvid_cli.model import detail_forward, text_context
 from atlasvid_cli.offload import on_device, place
+from atlasvid_cli.presets import window_cycle
 from atlasvid_cli.shapes import Grid
 
-GRID, SHAPES = Grid(3, 6, 7), ((3, 4, 4), (2, 3, 7))
+GRID, LAYOUTS = Grid(3, 6, 7), window_cycle([(3, 4, 4), (2, 3, 7)])
 
 
 def test_blocks_that_are_there_already_are_not_moved(transformer):
@@ -45,7 +46,7 @@ def test_offload_computes_the_same_on_a_gpu(transformer, prompt, offload):
 
     def forward(model, states=None):
         text = text_context(model, [prompt], 512)
-        return detail_forward(model, tokens, GRID, 500, text, None, SHAPES, 2, states=states)
+        return detail_forward(model, tokens, GRID, 500, text, None, LAYOUTS, 2, states=states)
 
     expected = forward(transformer)
     model = type(transformer).from_config(transformer.config)

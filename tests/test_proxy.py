@@ -1,4 +1,5 @@
 import copy
+from dataclasses import replace
 
 import pytest
 import torch
@@ -78,6 +79,12 @@ def test_a_resumed_run_ends_with_the_same_bytes(sample, killed_after, count):
     whole = sample(stage(4), 9, count, save=save)
     resumed = sample(stage(4), 9, count, resume=(killed_after, states[killed_after]))
     assert torch.equal(whole, resumed)
+
+
+def test_without_scaled_time_positions_are_those_of_time_ratio_one(sample):
+    plain = sample(stage=stage(1))
+    assert torch.equal(sample(stage=replace(stage(4), scaled_time=False)), plain)
+    assert not torch.equal(sample(stage=stage(4)), plain)
 
 
 def test_the_seed_decides(sample):

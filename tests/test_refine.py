@@ -24,9 +24,9 @@ def below():
 def sample(transformer, prompt, below):
     contexts = [text_context(transformer, [p], 512) for p in (prompt, prompt[:1])]
 
-    def run(stage=STAGE, seed=5, chunk=8, **more):
+    def run(stage=STAGE, seed=5, chunk=8, detail=DETAIL, **more):
         texts = [(c, c) for c in contexts[: stage.passes]]
-        return sample_detail(transformer, transformer, stage, DETAIL, 2, seed, 1, below, texts, chunk, **more)
+        return sample_detail(transformer, transformer, stage, detail, 2, seed, 1, below, texts, chunk, **more)
 
     return run
 
@@ -57,6 +57,24 @@ def test_guidance_with_the_same_prompt_twice_changes_nothing(transformer, prompt
     out = sample_detail(transformer, transformer, guided, DETAIL, 2, 5, 1, below, [(context, context)] * 2, 8)
     plain = sample_detail(transformer, transformer, STAGE, DETAIL, 2, 5, 1, below, [(context, context)], 8)
     torch.testing.assert_close(out, plain, atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize("part", ["shifted", "proxy_attention", "scaled_positions", "clean_proxy"])
+def test_each_part_of_the_method_counts(sample, part):
+    assert (sample(detail=replace(DETAIL, **{part: False})) - sample()).abs().max() > 1e-4
+
+
+def test_without_shifts_what_is_beyond_a_window_border_is_never_seen(transformer, prompt):
+    """One shape, no proxy, no shift: the windows are tiles, sampled as if each were alone."""
+    context = text_context(transformer, [prompt], 512)
+    tiles = replace(DETAIL, shifted=False, proxy_attention=False, windows=((9, 10, 6),))
+    low = torch.randn(4, 3, 8, 8, generator=torch.Generator().manual_seed(4))
+    changed = low.clone()
+    changed[..., 6:] += 1.0
+    stage = replace(STAGE, strength=0.7)
+    figures, texts = (stage, tiles, 2, 5, 1), [(context, context)]
+    a, b = (sample_detail(transformer, transformer, *figures, x, texts, 8) for x in (low, changed))
+    assert torch.equal(a[..., :12], b[..., :12]) and not torch.equal(a[..., 12:], b[..., 12:])
 
 
 def test_a_region_leaves_the_rest_as_it_was(sample):

@@ -1,6 +1,7 @@
 """Training on small random latents: it learns, it resumes to the same loss, its adapters load where they should."""
 
 import json
+import random
 
 import pytest
 import torch
@@ -9,6 +10,7 @@ from diffusers import WanTransformer3DModel
 from atlasvid_cli import train
 from atlasvid_cli.errors import InputError
 from atlasvid_cli.optim import orthogonalise
+from atlasvid_cli.presets import window_cycle
 from atlasvid_cli.weights import load_transformer
 
 CONFIG = {
@@ -56,6 +58,19 @@ def test_training_learns(tmp_path):
     assert values[-1] < 0.75 * values[0]
 
 
+def test_crops_of_a_draw_have_one_length_and_proxies_as_long():
+    still = {"latents": torch.zeros(4, 1, 8, 8), "proxy_1": torch.zeros(4, 1, 2, 2), "proxy_4": torch.zeros(4, 1, 2, 2)}
+    data = [still | {"caption": "still"} for _ in range(4)] + details()
+    seen = {}
+    for seed in range(40):
+        drawn = train.draw_crops(data, random.Random(seed), 4)
+        (length,) = {s["latents"].shape[1] for s in drawn}
+        assert len(drawn) == {1: 5, 5: 1}[length]
+        assert all(s["proxy_1"].shape[1] == length and s["proxy_4"].shape[1] == (length + 3) // 4 for s in drawn)
+        seen.setdefault(length, set()).update(s["caption"] for s in drawn)
+    assert seen == {1: {"still", "x"}, 5: {"x"}}  # a clip's first latent frame is a still
+
+
 @pytest.mark.parametrize("kind", ["clips", "detail"])
 def test_a_resumed_training_ends_with_the_same_weights(tmp_path, monkeypatch, kind):
     def run(folder):
@@ -65,8 +80,8 @@ def test_a_resumed_training_ends_with_the_same_weights(tmp_path, monkeypatch, ki
             train.train_clips(fresh, folder, clips(1), clips(), embed, 250, 5e-3, 4, tokens=18, stills=(0.9, 0.4))
         else:
             fresh.add_adapter(train.lora_config(2))
-            shapes = ((3, 2, 2),)
-            train.train_detail(fresh, fresh, folder, details(), embed, 250, 5e-3, shapes, (0, 1, 1), accumulate=1)
+            layouts = window_cycle([(3, 2, 2)])
+            train.train_detail(fresh, fresh, folder, details(), embed, 250, 5e-3, layouts, (0, 1, 1), accumulate=1)
         return fresh.state_dict()
 
     whole = run(tmp_path / "whole")

@@ -1,5 +1,8 @@
 """The VAE's training: compression keeps what the latents hold, runs resume to the same weights."""
 
+import json
+from copy import deepcopy
+
 import pytest
 import torch
 
@@ -38,7 +41,9 @@ def test_compressing_keeps_the_principal_components(channels):
 
 def test_a_resumed_training_ends_with_the_same_weights(tmp_path, monkeypatch):
     def run(folder, steps):
-        return train_vae.train(train_vae.build(CONFIG), folder, steps, lr=1e-3, noise=0.2, count=1, size=32, frames=5)
+        vae, shapes = train_vae.build(CONFIG), ((1, 32, 5), (2, 32, 1))
+        teacher = deepcopy(vae).requires_grad_(False)
+        return train_vae.train(vae, folder, steps, lr=1e-3, noise=0.2, shapes=shapes, teacher=teacher)
 
     monkeypatch.setattr(train_vae, "evaluate", lambda vae: {})
     monkeypatch.setattr(train_vae, "learning_rate", lambda step, steps, lr: lr)  # the same whatever the goal
@@ -47,3 +52,22 @@ def test_a_resumed_training_ends_with_the_same_weights(tmp_path, monkeypatch):
     resumed = run(tmp_path / "parts", 6).state_dict()
     for name, value in whole.items():
         torch.testing.assert_close(resumed[name], value, atol=1e-6, rtol=0)
+
+
+def test_settled_latents_of_a_still_clip_are_still():
+    still = train_vae.batch(0, 0, 2, 32, 1).expand(-1, -1, 9, -1, -1)
+    vae = train_vae.build(CONFIG)
+    settled = train_vae.settled(vae, still)
+    assert settled.shape == vae.encode(still).latent_dist.mean.shape
+    assert (settled - settled[:, :, -1:]).abs().max() < 1e-4
+    raw = vae.encode(still).latent_dist.mean
+    assert (raw - raw[:, :, -1:]).abs().max() > 1e-2
+
+
+def test_a_teacher_draws_the_encoder_towards_settled_latents(tmp_path, monkeypatch):
+    monkeypatch.setattr(train_vae, "evaluate", lambda vae: {})
+    vae = train_vae.build(CONFIG)
+    teacher = deepcopy(vae).requires_grad_(False)
+    train_vae.train(vae, tmp_path, 75, lr=2e-3, shapes=((1, 32, 9),), teacher=teacher)
+    first, *_, last = (json.loads(line)["drift"] for line in (tmp_path / "log.jsonl").read_text().splitlines())
+    assert last < 0.5 * first

@@ -4,6 +4,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from atlasvid_cli.presets import window_cycle
 from atlasvid_cli.shapes import Grid, proxy_grid
 from atlasvid_cli.windows import Windows, aligned_proxy, block_layout, borders, cut, layout, unwindow, window
 
@@ -37,15 +38,15 @@ def test_a_shifted_axis_breaks_in_the_middle_of_the_plain_windows():
 
 def test_blocks_cycle_through_the_shapes_plain_then_shifted():
     grid = Grid(4, 8, 8)
-    shapes = ((4, 4, 4), (2, 8, 8))
-    first = [block_layout(i, shapes, grid)[0].shape for i in range(5)]
+    layouts = window_cycle([(4, 4, 4), (2, 8, 8)])
+    first = [block_layout(i, layouts, grid)[0].shape for i in range(5)]
     assert first[0] == (4, 4, 4) and first[2] == (2, 8, 8) and first[4] == first[0]
 
 
 def test_a_phase_begins_the_cycle_later_so_that_no_border_stays_in_its_block():
-    grid, shapes = Grid(4, 8, 8), ((4, 4, 4), (2, 8, 8))
+    grid, layouts = Grid(4, 8, 8), window_cycle([(4, 4, 4), (2, 8, 8)])
     for phase in range(5):
-        moved, plain = block_layout(1, shapes, grid, phase), block_layout(1 + phase, shapes, grid)
+        moved, plain = block_layout(1, layouts, grid, phase), block_layout(1 + phase, layouts, grid)
         assert [w.shape for w in moved] == [w.shape for w in plain]
         assert all(torch.equal(a.starts, b.starts) for a, b in zip(moved, plain, strict=True))
 
