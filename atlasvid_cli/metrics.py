@@ -5,6 +5,7 @@ components of one object colour that are large enough and do not fill the frame.
 the component best, a ground the pattern that how dark the rest is goes with best.
 """
 
+import math
 from collections import Counter
 from dataclasses import dataclass
 from functools import cache
@@ -12,6 +13,7 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 
 from . import world
 
@@ -19,6 +21,7 @@ SMALLEST, LARGEST = 0.008, 0.4  # of the frame's area
 DETECTION_HEIGHT, GROUND_HEIGHT = 160, 40
 TEMPLATE = 64
 ALIKE = 0.8  # the part of component and outline together that both cover; a square's and its ball's is pi / 4
+OUTLINE_POINTS = 200
 PHASES = np.arange(10) / 10  # tried of each of a ground's two
 
 
@@ -98,6 +101,51 @@ def seam_energy(frame: np.ndarray, rows: list[int], columns: list[int]) -> tuple
         border.append(steps[on_border])
         elsewhere.append(steps[~on_border])
     return float(np.concatenate(border).mean()), float(np.concatenate(elsewhere).mean())
+
+
+def edge_width(frame: np.ndarray) -> float | None:
+    """Pixels in which a uint8 (H, W, 3) frame goes from 10 % to 90 % of the way across the outline of its largest
+    object: the median over the outline, along its normal, None where there is no object.
+
+    Each profile is measured between the colours at its own two ends, so that a ground with a pattern does not count.
+    """
+    step = max(1, frame.shape[0] // DETECTION_HEIGHT)
+    nearest = _nearest(_shrink(frame, DETECTION_HEIGHT))
+    parts = [(part, index) for index in range(len(world.COLOURS)) for part in components(nearest == index)]
+    parts = [(part, index) for part, index in parts if SMALLEST <= part.pixels / nearest.size <= LARGEST]
+    if not parts:
+        return None
+    part, index = max(parts)
+    reach = round(0.3 * step * math.sqrt(part.pixels / math.pi))  # pixels a side, of some 0.3 of the radius
+    left, top, right, bottom = (v * step for v in part.box)
+    y0, x0 = max(0, top - 2 * reach), max(0, left - 2 * reach)
+    near = frame[y0 : bottom + 2 * reach, x0 : right + 2 * reach]
+    mask = torch.from_numpy(_nearest(near) == index).float()[None, None]
+    smooth = F.avg_pool2d(mask, 2 * reach + 1, 1, reach, count_include_pad=False)[0, 0]
+    slope = torch.stack(torch.gradient(smooth)[::-1])  # points (x, y) into the object
+    inside = mask[0, 0] > 0
+    rim = inside & (F.avg_pool2d(mask, 3, 1, 1, count_include_pad=False)[0, 0] < 1) & (slope.norm(dim=0) > 1e-3)
+    ys, xs = torch.nonzero(rim, as_tuple=True)
+    if len(ys) == 0:
+        return None
+    chosen = torch.linspace(0, len(ys) - 1, min(len(ys), OUTLINE_POINTS)).long()
+    ys, xs = ys[chosen], xs[chosen]
+    outward = -slope[:, ys, xs] / slope[:, ys, xs].norm(dim=0)
+    along = torch.linspace(-reach, reach, 8 * reach + 1)
+    x, y = (at[:, None] + outward[axis, :, None] * along for axis, at in enumerate((xs, ys)))
+    pixels = torch.from_numpy(np.ascontiguousarray(near)).permute(2, 0, 1)[None].float()
+    points = torch.stack((2 * x / (near.shape[1] - 1) - 1, 2 * y / (near.shape[0] - 1) - 1), dim=-1)
+    profiles = F.grid_sample(pixels, points[None], padding_mode="border", align_corners=True)[0]  # (3, points, along)
+    ends = max(1, len(along) // 10)
+    first, last = profiles[..., :ends].mean(-1), profiles[..., -ends:].mean(-1)
+    axis = (last - first) / (last - first).square().sum(0).clamp_min(1e-6)
+    rise = ((profiles - first[..., None]) * axis[..., None]).sum(0)
+    # from the last time below 10 % before the middle is crossed, to the first above 90 % after
+    middle = (rise > 0.5).int().argmax(-1)
+    places = torch.arange(len(along))
+    low = torch.where((rise < 0.1) & (places < middle[:, None]), places, 0).amax(-1)
+    high = torch.where((rise > 0.9) & (places >= middle[:, None]), places, len(along)).amin(-1)
+    return float((high - low).float().median() * (along[1] - along[0]))
 
 
 def adherence(detection: Detection, attributes: tuple[str, str, str, str, str]) -> dict[str, bool]:

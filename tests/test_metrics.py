@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from atlasvid_cli import world
-from atlasvid_cli.metrics import adherence, components, detect, seam_energy
+from atlasvid_cli.metrics import adherence, components, detect, edge_width, seam_energy
 
 
 def frames_of(scene, seconds=4.0, count=5):
@@ -93,3 +93,26 @@ def test_seams_are_seen_where_they_are(scenes):
     assert 0.6 < ratio(clean) < 1.6
     assert ratio([with_seams(f) for f in clean]) > 1.1 * ratio(clean)
     assert seam_energy(np.zeros((8, 8, 3), np.uint8), [4], [4]) == (0.0, 0.0)
+
+
+@pytest.mark.parametrize(("height", "sigmas"), [(270, (1.0, 2.0)), (540, (2.0, 4.0))])
+def test_the_width_of_an_edge_grows_with_its_blur(scenes, height, sigmas):
+    widths = {sigma: [] for sigma in (0.0, *sigmas)}
+    for scene in scenes[:12]:
+        pixels = world.render(scene, torch.tensor([1.0]), height, round(1.6 * height))[:, 0]
+        for sigma, found in widths.items():
+            reach = torch.arange(-12.0, 13.0)
+            kernel = torch.exp(-reach.square() / (2 * sigma**2)) if sigma else (reach == 0).float()
+            kernel = (kernel / kernel.sum()).expand(3, 1, 1, -1)
+            blurred = torch.nn.functional.pad(pixels[None], (12, 12, 12, 12), mode="replicate")
+            for k in (kernel, kernel.transpose(2, 3)):
+                blurred = torch.nn.functional.conv2d(blurred, k, groups=3)
+            frame = ((blurred[0] + 1) * 127.5).round().byte().permute(1, 2, 0).numpy()
+            found.append(edge_width(frame))
+    assert np.median(widths[0.0]) < 2
+    for sigma in sigmas:  # 2.56 sigma, of a straight edge
+        assert np.median(widths[sigma]) == pytest.approx(2.56 * sigma, rel=0.25)
+
+
+def test_an_empty_frame_has_no_edge():
+    assert edge_width(np.full((90, 160, 3), 128, np.uint8)) is None
