@@ -64,17 +64,22 @@ def bench(
     quick: opt.Quick = False,
     page: opt.Html = None,
     quality: opt.Quality = False,
-    count: opt.Count = 40,
-    output: opt.QualityOutput = Path("quality"),
+    ablation: opt.Ablation = False,
+    count: opt.Count = None,
+    seeds: opt.Seeds = 3,
+    output: opt.QualityOutput = None,
     as_json: opt.Json = False,
     debug: opt.Debug = False,
 ) -> None:
     """Times this tool against full attention with the same weights, here; says what was projected and how well."""
     from .console import Console
 
-    if quality:
+    if quality or ablation:
         request = make_request(res or "960x540", seconds or "4", preset, model_path=model_path)
-        show_quality(request, count, output, Console(as_json))
+        if ablation:
+            show_ablation(request, count or 4, seeds, output or Path("ablation"), Console(as_json))
+        else:
+            show_quality(request, count or 40, output or Path("quality"), Console(as_json))
         return
     size, length, runs, budget = ("512x320", "1", 1, 15.0) if quick else ("960x540", "2", 3, 60.0)
     budget = budget if budget_seconds is None else budget_seconds
@@ -112,6 +117,19 @@ def show_quality(request: "Request", count: int, folder: Path, console: "Console
     right = found["right"]["all of these"]
     text = f"{right} of {count} prompts all right; seam {found['seam']}, coherence {found['coherence_db']} dB"
     console.emit(found, text)
+
+
+def show_ablation(request: "Request", count: int, seeds: int, folder: Path, console: "Console") -> None:
+    """Measures and prints what each part of the method is worth."""
+    from . import ablation, quality
+
+    quality.check(request)  # usage errors before any work
+    check_writable(folder.absolute() / "arm.json")
+    found = ablation.run(request, count, seeds, folder, console)
+    title = f"{found['size']} x {found['seconds']:g} s, {count} held-out prompts x {seeds} seeds"
+    console.table(f"{title}; seconds and peak after the proxy", found["arms"])
+    best = max(found["arms"], key=lambda arm: arm["adherence_percent"])
+    console.emit(found, f"most attributes right: {best['arm']}, {best['adherence_percent']} %")
 
 
 def presets(as_json: opt.Json = False, debug: opt.Debug = False) -> None:

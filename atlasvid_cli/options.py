@@ -67,8 +67,16 @@ Quick = Annotated[bool, typer.Option("--quick", help="One run at a small size, i
 Quality = Annotated[
     bool, typer.Option("--quality", help="How often held-out prompts come true, instead of how fast (preset tiny).")
 ]
-Count = Annotated[int, typer.Option("--count", min=1, help="Prompts that --quality renders.")]
-QualityOutput = Annotated[Path, typer.Option("--output", "-o", help="Where --quality puts its videos.")]
+Ablation = Annotated[
+    bool, typer.Option("--ablation", help="What each part of the method is worth, arm by arm (preset tiny).")
+]
+Count = Annotated[
+    int | None, typer.Option("--count", min=1, help="Held-out prompts [default: 40 for --quality, 4 for --ablation].")
+]
+Seeds = Annotated[int, typer.Option("--seeds", min=1, max=100, help="Seeds of each prompt that --ablation takes.")]
+QualityOutput = Annotated[
+    Path | None, typer.Option("--output", "-o", help="Where their videos go [default: quality or ablation].")
+]
 Html = Annotated[Path | None, typer.Option("--html", help="Also write the report, with figures, as one HTML page.")]
 Json = Annotated[bool, typer.Option("--json", help="JSON Lines on stdout.")]
 DryRun = Annotated[bool, typer.Option("--dry-run", help="Print the plan and stop; nothing is loaded.")]

@@ -210,9 +210,14 @@ class Plan:
         return self.preset.transformer, self.preset.geometry.patch
 
 
-def make_plan(request: Request, proxy: Grid | None = None, proxy_fps: Fraction | None = None) -> Plan:
-    """Resolves a request; with the grid and fps of a saved `proxy`, its levels climb from that. Raises UsageError."""
-    preset = load_preset(request.preset)
+def make_plan(
+    request: Request, proxy: Grid | None = None, proxy_fps: Fraction | None = None, preset: Preset | None = None
+) -> Plan:
+    """Resolves a request; with the grid and fps of a saved `proxy`, its levels climb from that. Raises UsageError.
+
+    A changed `preset` takes the place of the one that the request names.
+    """
+    preset = preset or load_preset(request.preset)
     fps = request.fps or preset.fps
     geometry, detail = preset.geometry, preset.detail
     written = shapes.frames_to_write(request.seconds, fps)

@@ -5,8 +5,8 @@ The detector of `metrics` looks at the decoded files and knows nothing of the mo
 
 import dataclasses
 import random
-from collections import Counter
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -17,13 +17,26 @@ import torch.nn.functional as F
 from . import dataset, pipeline, world
 from .console import Console
 from .errors import UsageError
-from .metrics import adherence, detect, seam_energy
+from .metrics import adherence, detect, edge_width, seam_energy
 from .plan import Plan, Request, make_plan
 from .session import Session
 from .video import read_frames
 from .windows import borders
 
 FRAMES = 9  # looked at in each video, evenly spread
+
+
+@dataclass(frozen=True)
+class Assessment:
+    """What was seen in a video: which attributes came true, how many objects there are beyond the one asked for,
+    [on window borders, elsewhere] the gradient energy, that of a true render, dB of coherence, pixels of edge width."""
+
+    right: dict[str, bool]
+    repetition: int
+    energy: list[float]
+    true_energy: list[float]
+    coherence: float
+    edge_width: float | None
 
 
 def held_out_prompts(count: int) -> list[tuple[str, tuple[str, str, str, str, str]]]:
@@ -84,46 +97,74 @@ def check(request: Request) -> Plan:
 def run(request: Request, count: int, folder: Path, console: Console) -> dict[str, Any]:
     """Renders `count` held-out prompts into `folder` and looks at them; finished identical ones are kept.
 
-    In how many each attribute came true, and all of them; in how many no object appears twice; the seam statistic; the
-    mean coherence in dB (DESIGN §9).
+    In how many each attribute came true, and all of them; in how many no object shows beside the one asked for; the
+    seam statistic; the mean coherence in dB; the median edge width (DESIGN §9).
     """
     plan = check(request)
     session = Session(request.preset, request.model_path)
-    right: Counter[str] = Counter()
-    energy = np.zeros((2, 2))  # (made, true) x (on window borders, elsewhere)
-    likeness = []
+    seen = []
     for i, (prompt, attributes) in enumerate(held_out_prompts(count)):
         plan = make_plan(dataclasses.replace(request, seed=i))
         video, run_dir = folder / f"{i:03}.mp4", folder / f"{i:03}"
         if not pipeline.finished_video(session, plan, prompt, "", run_dir, video):
             console.note(f"{i + 1} of {count}: {prompt}")
             pipeline.render(session, plan, prompt, "", run_dir, video, console)
-        # evenly spread, at times that the proxy shows too
-        sparse = range(0, plan.frames, plan.proxy.time_ratio)
-        wanted = [sparse[round(k * (len(sparse) - 1) / (FRAMES - 1))] for k in range(FRAMES)]
-        frames = _frames_at(video, wanted)
-        proxy = _frames_at(run_dir / "proxy.mp4", [n // plan.proxy.time_ratio for n in wanted])
-        found = adherence(detect(frames, wanted[-1] / plan.fps), attributes)
-        right.update(name for name, is_right in found.items() if is_right)
-        right["all of these"] += all(found.values())
-        likeness.append(coherence(plan, frames, proxy))
-        lines = window_borders(plan)
-        for row, source in enumerate((frames, true_frames(plan, attributes, i))):
-            energy[row] += np.mean([seam_energy(f, *lines) for f in source], axis=0)
-    made, true = energy[:, 0] / energy[:, 1]
-    names = [*found, "all of these"]
+        frames = frames_at(video, looked_at(plan))
+        seen.append(assess(plan, frames, proxy_frames(plan, run_dir / "proxy.mp4"), attributes))
+    right = {name: sum(s.right[name] for s in seen) for name in seen[0].right}
+    widths = [s.edge_width for s in seen if s.edge_width is not None]
     return {
         "preset": plan.preset.name,
         "size": plan.summary["size"],
         "seconds": plan.summary["seconds"],
         "prompts": count,
-        "right": {name: right[name] for name in names},
-        "seam": round(float(made / true), 3),
-        "coherence_db": round(float(np.mean(likeness)), 1),
+        "right": right | {"all of these": sum(all(s.right.values()) for s in seen)},
+        "not_repeated": sum(s.repetition <= 0 for s in seen),
+        "seam": round(seam_ratio(seen), 3),
+        "coherence_db": round(float(np.mean([s.coherence for s in seen])), 1),
+        "edge_width_px": round(float(np.median(widths)), 1) if widths else None,
     }
 
 
-def _frames_at(path: Path, wanted: list[int]) -> list[np.ndarray]:
+def looked_at(plan: Plan) -> list[int]:
+    """The numbers of the frames to look at: evenly spread, at times that the proxy shows too."""
+    sparse = range(0, plan.frames, plan.proxy.time_ratio)
+    return [sparse[round(k * (len(sparse) - 1) / (FRAMES - 1))] for k in range(FRAMES)]
+
+
+def proxy_frames(plan: Plan, preview: Path) -> list[np.ndarray]:
+    """What a proxy's preview shows at the times of the frames to look at."""
+    return frames_at(preview, [n // plan.proxy.time_ratio for n in looked_at(plan)])
+
+
+def assess(
+    plan: Plan, frames: list[np.ndarray], proxy: list[np.ndarray], attributes: tuple[str, str, str, str, str]
+) -> Assessment:
+    """Looks at the uint8 (H, W, 3) `frames` of a video and those of its proxy at the same times."""
+    found = detect(frames, looked_at(plan)[-1] / plan.fps)
+    lines = window_borders(plan)
+    made, true = (
+        np.mean([seam_energy(f, *lines) for f in source], axis=0).tolist()
+        for source in (frames, true_frames(plan, attributes, plan.request.seed))
+    )
+    widths = [w for f in frames if (w := edge_width(f)) is not None]
+    return Assessment(
+        adherence(found, attributes),
+        found.count - 1,
+        made,
+        true,
+        coherence(plan, frames, proxy),
+        float(np.median(widths)) if widths else None,
+    )
+
+
+def seam_ratio(seen: list[Assessment]) -> float:
+    """Gradient energy on window borders over that elsewhere, means over videos, against the same of true renders."""
+    made, true = (np.mean([getattr(s, name) for s in seen], axis=0) for name in ("energy", "true_energy"))
+    return float(made[0] / made[1] / (true[0] / true[1]))
+
+
+def frames_at(path: Path, wanted: list[int]) -> list[np.ndarray]:
     """Frames of a video by number, in ascending order and perhaps more than once."""
     found = {n: frame for n, frame in enumerate(read_frames(path)) if n in set(wanted)}
     return [found[n] for n in wanted]
