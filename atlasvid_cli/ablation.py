@@ -1,15 +1,17 @@
 """`atlasvid bench --ablation`: what each part of the method is worth, on held-out prompts and seeds (DESIGN §9).
 
-Every arm takes the same weights, prompts, seeds and, but for the one that changes it, the same proxies. An arm without
-a part keeps the adapters that were trained with it: those are called untrained.
+Every arm takes the same weights, prompts, seeds and, but for the one that changes it, the same proxies, from which
+sampled arms also start (the preset's `strength`). An arm called untrained samples in a way that its adapters were not
+trained for.
 """
 
 import dataclasses
 import json
+import shutil
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -19,17 +21,19 @@ import torch.nn.functional as F
 from diffusers import WanPipeline
 
 from . import pipeline, store
-from .artefacts import job_hash
+from .artefacts import job_hash, read_latents
 from .console import Console
-from .cost import GIB
+from .cost import GIB, offload_of, vae_tile
+from .decode import decode_stream
 from .machine import peak_rss, reset_peak
 from .plan import Plan, Request, make_plan
 from .presets import Preset
 from .quality import Assessment, assess, check, frames_at, held_out_prompts, looked_at, proxy_frames, seam_ratio
 from .session import Session
+from .video import write_video
 from .weights import load_scheduler, load_text, load_transformer, load_vae
 
-Frames = list[np.ndarray]
+APART = 1000  # seeds of a prompt are this far apart, so that more prompts or seeds leave the others' as they are
 
 
 def _detail(**changes: Any) -> Callable[[Preset], Preset]:
@@ -62,116 +66,88 @@ SAMPLED: dict[str, tuple[Callable[[Preset], Preset], bool]] = {
     "no detail adapter": (_detail(lora=None), False),
     "tiles, each alone": (_tiles, False),
 }
+UPSAMPLED, NATIVE = "upsampled proxy", "native full attention"
+
+
+@dataclass(frozen=True)
+class Arm:
+    """How an arm makes the video of a prompt above the proxy in a run directory: `make(plan, prompt, proxy, video)`.
+
+    `warm` loads what it needs, which is not timed.
+    """
+
+    name: str
+    session: Session
+    trained: bool
+    warm: Callable[[Plan], object]
+    make: Callable[[Plan, str, Path, Path], object]
 
 
 @dataclass(frozen=True)
 class Seen:
-    """One video of an arm: what was seen, the seconds after its proxy, and the process's peak bytes meanwhile."""
+    """One video of an arm: what was seen, the seconds that it and its proxy took, the most bytes held meanwhile."""
 
     assessment: Assessment
     seconds: float
     peak_bytes: int
 
 
-@dataclass(frozen=True)
-class Arm:
-    """How an arm makes the frames to look at, of a prompt and above the proxy in a run directory."""
-
-    name: str
-    session: Session
-    trained: bool
-    frames: Callable[[Plan, str, Path, Path], Frames]
-
-
 def run(request: Request, count: int, seeds: int, folder: Path, console: Console) -> dict[str, Any]:
-    """Makes `count` held-out prompts with `seeds` seeds each in every arm; what `folder` holds already is kept."""
-    plan = check(request)
+    """Makes `count` held-out prompts with `seeds` seeds each in every arm; videos in `folder` that are done are kept,
+    and looked at again."""
+    plan = check(request, "--ablation")
     rows = []
-    for arm in arms(request, folder, console):
+    for arm in arms(request, console):
         console.note(arm.name)
         by_seed: list[list[Seen]] = [[] for _ in range(seeds)]
         for i, (prompt, attributes) in enumerate(held_out_prompts(count)):
             for k, seen in enumerate(by_seed):
-                job = dataclasses.replace(request, seed=i * seeds + k)
-                seen.append(look(arm, make_plan(job, preset=arm.session.preset), prompt, attributes, folder, console))
-        rows.append({"arm": arm.name + ("" if arm.trained else " (untrained)"), **summary(by_seed)})
+                job = make_plan(dataclasses.replace(request, seed=k * APART + i), preset=arm.session.preset)
+                seen.append(look(arm, job, prompt, attributes, folder, console))
+        columns = summary(by_seed)
+        if arm.name == NATIVE:
+            columns["coherence_db"] = None  # it never saw that proxy
+        rows.append({"arm": arm.name + ("" if arm.trained else " (untrained)"), **columns})
     facts = {name: plan.summary[name] for name in ("preset", "size", "seconds")}
     return {**facts, "prompts": count, "seeds": seeds, "arms": rows}
 
 
-def arms(request: Request, folder: Path, console: Console) -> Iterator[Arm]:
-    """Every arm, the next one's weights loaded when the one before is done."""
+def arms(request: Request, console: Console) -> Iterator[Arm]:
+    """Every arm; of those that sample, all that the preset does not come to anyway."""
     base = Session(request.preset, request.model_path)
-    yield Arm("upsampled proxy", base, True, lambda plan, prompt, proxy, made: upsampled(plan, proxy))
+    yield Arm(UPSAMPLED, base, True, lambda plan: base.vae(), partial(upsample, base))
     for name, (change, trained) in SAMPLED.items():
-        session = Session(change(base.preset), request.model_path)
-
-        def sampled(plan: Plan, prompt: str, proxy: Path, made: Path, session: Session = session) -> Frames:
-            latents = pipeline.refine(session, plan, proxy / "proxy.safetensors", made, console)
-            video = made.with_suffix(".mp4")
-            return frames_at(pipeline.decode(session, latents, video, plan.request.codec, console), looked_at(plan))
-
-        yield Arm(name, session, trained, sampled)
-    yield Arm("native full attention", base, True, native(base))
+        if name == "the full method" or change(base.preset) != base.preset:
+            yield _sampled(name, Session(change(base.preset), request.model_path), trained, console)
+    yield _native(base)
 
 
-def look(
-    arm: Arm, plan: Plan, prompt: str, attributes: tuple[str, str, str, str, str], folder: Path, console: Console
-) -> Seen:
-    """Makes a video and looks at it, or remembers what was seen of it before."""
-    seed = str(plan.request.seed)
-    made = folder / arm.name.replace(" ", "-").replace(",", "").replace("'", "") / seed
-    record = made.with_suffix(".json")
-    job = store.artefact_hash({"arm": arm.name, "job": job_hash(arm.session, plan, prompt, "")})
-    if (kept := _kept(record, job)) is not None:
-        return kept
-    store.run_directory(made.parent, made.name)
-    # the same for all arms that sample it alike
-    proxy = folder / ("proxy" if plan.proxy.scaled_time else "proxy-unscaled") / seed
-    pipeline.make_proxy(arm.session, plan, prompt, "", proxy, console)
-    reset_peak()
-    started = time.monotonic()
-    frames = arm.frames(plan, prompt, proxy, made)
-    seconds, peak = round(time.monotonic() - started, 2), peak_rss()
-    seen = Seen(assess(plan, frames, proxy_frames(plan, proxy / "proxy.mp4"), attributes), seconds, peak)
-    store.write_json(record, {"job": job, **dataclasses.asdict(seen)})
-    return seen
+def _sampled(name: str, session: Session, trained: bool, console: Console) -> Arm:
+    def warm(plan: Plan) -> None:
+        session.detail_models(offload_of(plan), console)
+        session.vae()
+
+    def make(plan: Plan, prompt: str, proxy: Path, video: Path) -> None:
+        latents = pipeline.refine(session, plan, proxy / "proxy.safetensors", video.with_suffix(""), console)
+        pipeline.decode(session, latents, video, plan.request.codec, console)
+
+    return Arm(name, session, trained, warm, make)
 
 
-def _kept(record: Path, job: str) -> Seen | None:
-    try:
-        found = json.loads(record.read_text(encoding="utf-8"))
-        same = found.pop("job") == job
-        return Seen(**found | {"assessment": Assessment(**found["assessment"])}) if same else None
-    except (OSError, ValueError, KeyError, TypeError):
-        return None
-
-
-def upsampled(plan: Plan, proxy: Path) -> Frames:
-    """Frames of the proxy's preview, made as large as the video by bicubic interpolation."""
-    width, height = plan.proxy_size
-    size = plan.request.height, plan.request.width
-    made = []
-    for frame in proxy_frames(plan, proxy / "proxy.mp4"):
-        pixels = torch.from_numpy(np.ascontiguousarray(frame[:height, :width])).permute(2, 0, 1)[None].float()
-        large = F.interpolate(pixels, size=size, mode="bicubic").clamp(0, 255).round().byte()[0]
-        made.append(np.ascontiguousarray(large.permute(1, 2, 0).numpy()))
-    return made
-
-
-def native(session: Session) -> Callable[[Plan, str, Path, Path], Frames]:
+def _native(session: Session) -> Arm:
     """diffusers' WanPipeline with the base weights under full attention at the asked size, with the proxy's steps."""
 
     @cache
     def load() -> WanPipeline:
-        text, vae, model = load_text(session.folder), load_vae(session.folder), load_transformer(session.folder)
-        pipe = WanPipeline(*text, vae, load_scheduler(session.folder, session.preset.proxy.flow_shift), model)
+        text, model = load_text(session.folder), load_transformer(session.folder, dtype=session.dtype)
+        scheduler = load_scheduler(session.folder, session.preset.proxy.flow_shift)
+        pipe = WanPipeline(*text, load_vae(session.folder), scheduler, model).to(session.device)
         pipe.set_progress_bar_config(disable=True)
         return pipe
 
-    def frames(plan: Plan, prompt: str, proxy: Path, made: Path) -> Frames:
+    def make(plan: Plan, prompt: str, proxy: Path, video: Path) -> None:
         grid, geometry = plan.native_grid, session.preset.geometry
-        video = load()(
+        frames = load()(
             prompt,
             "",
             height=grid.h * geometry.token_pixels,
@@ -180,24 +156,92 @@ def native(session: Session) -> Callable[[Plan, str, Path, Path], Frames]:
             num_inference_steps=plan.proxy.steps,
             guidance_scale=plan.proxy.guidance_scale,
             generator=torch.Generator().manual_seed(plan.request.seed),
-            output_type="np",
+            output_type="pt",
         ).frames[0]
-        shown = (video[n, : plan.request.height, : plan.request.width] for n in looked_at(plan))
-        return [(frame * 255).round().astype(np.uint8) for frame in shown]
+        write_video(video, iter(frames.float().cpu().split(1)), **_shape(plan))
 
-    return frames
+    return Arm(NATIVE, session, True, lambda plan: load(), make)
+
+
+def upsample(session: Session, plan: Plan, prompt: str, proxy: Path, video: Path) -> None:
+    """The proxy made as large as the video by bicubic interpolation, each of its frames shown until the next."""
+    latents, _ = read_latents(proxy / "proxy.safetensors", session, "vae")
+    width, height = plan.proxy_size
+    size = plan.request.height, plan.request.width
+
+    def frames() -> Iterator[torch.Tensor]:
+        tile = vae_tile(session.preset, *latents.shape[2:])
+        for chunk in decode_stream(session.vae(), latents, tile, video.parent):
+            large = F.interpolate(chunk[..., :height, :width], size=size, mode="bicubic").clamp(0, 1)
+            yield large.repeat_interleave(plan.proxy.time_ratio, dim=0)
+
+    write_video(video, frames(), **_shape(plan))
+
+
+def _shape(plan: Plan) -> dict[str, Any]:
+    request = plan.request
+    size = {"width": request.width, "height": request.height, "fps": plan.fps, "frame_count": plan.frames}
+    return {**size, "codec": request.codec}
+
+
+def look(
+    arm: Arm, plan: Plan, prompt: str, attributes: tuple[str, str, str, str, str], folder: Path, console: Console
+) -> Seen:
+    """Makes a video where it is not there yet, and looks at it."""
+    seed = str(plan.request.seed)
+    # the same for all arms that sample it alike
+    proxy = folder / ("proxy" if plan.proxy.scaled_time else "proxy-unscaled") / seed
+    job = job_hash(arm.session, plan, prompt, "")
+    proxy_job = f"{arm.session.hash('proxy')} {store.artefact_hash(plan.key(plan.proxy))} {prompt}"
+    sample = partial(pipeline.make_proxy, arm.session, plan, prompt, "", proxy, console)
+    proxy_seconds, _ = _timed(proxy, proxy / "proxy.mp4", proxy_job, lambda: None, sample)
+    work = folder / arm.name.replace(" ", "-").replace(",", "").replace("'", "") / seed
+    video = work.with_suffix(".mp4")
+    make = partial(arm.make, plan, prompt, proxy, video)
+    seconds, peak = _timed(work, video, job, partial(arm.warm, plan), make)
+    frames = frames_at(video, looked_at(plan))
+    seen = assess(plan, frames, proxy_frames(plan, proxy / "proxy.mp4"), attributes)
+    return Seen(seen, seconds if arm.name == NATIVE else proxy_seconds + seconds, peak)
+
+
+def _timed(
+    work: Path, made: Path, job: str, warm: Callable[[], object], make: Callable[[], object]
+) -> tuple[float, int]:
+    """Seconds and peak bytes of making the file `made`, which is kept where the same `job` made it.
+
+    It is made from nothing, in an empty folder `work`: what an interrupted run left would make it look fast.
+    """
+    record = work.with_suffix(".json")
+    try:
+        found = json.loads(record.read_text(encoding="utf-8"))
+        if found["job"] == job and made.exists():
+            return found["seconds"], found["peak_bytes"]
+    except (OSError, ValueError, KeyError, TypeError):
+        pass
+    shutil.rmtree(work, ignore_errors=True)
+    store.run_directory(work.parent, work.name)
+    warm()
+    reset_peak()
+    started = time.monotonic()
+    make()
+    seconds, peak = round(time.monotonic() - started, 2), peak_rss()
+    store.write_json(record, {"job": job, "seconds": seconds, "peak_bytes": peak})
+    return seconds, peak
 
 
 def summary(by_seed: list[list[Seen]]) -> dict[str, Any]:
-    """The columns of an arm: means over prompts, with the spread (standard deviation) of adherence over seeds."""
+    """The columns of an arm, over all prompts and seeds: percent of the attributes that came true, with the standard
+    deviation over seeds; percent of the videos with no object and with more than one; seams over all; mean coherence;
+    the median edge width where there is an object; median seconds; the highest peak."""
     everything = [seen for row in by_seed for seen in row]
     assessments = [seen.assessment for seen in everything]
     adherence = [100 * float(np.mean([list(s.assessment.right.values()) for s in row])) for row in by_seed]
     widths = [a.edge_width for a in assessments if a.edge_width is not None]
     return {
         "adherence_percent": round(float(np.mean(adherence)), 1),
-        "spread_percent": round(float(np.std(adherence)), 1),
-        "repetition": round(float(np.mean([max(0, a.repetition) for a in assessments])), 2),
+        "spread": round(float(np.std(adherence, ddof=1)), 1) if len(adherence) > 1 else None,
+        "missing_percent": round(100 * float(np.mean([a.repetition < 0 for a in assessments]))),
+        "repeated_percent": round(100 * float(np.mean([a.repetition > 0 for a in assessments]))),
         "seam": round(seam_ratio(assessments), 2),
         "coherence_db": round(float(np.mean([a.coherence for a in assessments])), 1),
         "edge_width_px": round(float(np.median(widths)), 1) if widths else None,

@@ -75,6 +75,10 @@ def bench(
     from .console import Console
 
     if quality or ablation:
+        speed = {"steps": steps, "repeats": repeats, "budget-seconds": budget_seconds, "quick": quick, "html": page}
+        speed |= {"ablation": ablation and quality}
+        if ignored := next((name for name, value in speed.items() if value), None):
+            raise UsageError(f"--{ignored} does not go with --{'quality' if quality else 'ablation'}; leave one out")
         request = make_request(res or "960x540", seconds or "4", preset, model_path=model_path)
         if ablation:
             show_ablation(request, count or 4, seeds, output or Path("ablation"), Console(as_json))
@@ -113,9 +117,11 @@ def show_quality(request: "Request", count: int, folder: Path, console: "Console
     check_writable(folder.absolute() / "000.mp4")
     found = quality.run(request, count, folder, console)
     rows = [{"what": name, "right": f"{n} of {count}"} for name, n in found["right"].items()]
+    rows.append({"what": "not repeated", "right": f"{found['not_repeated']} of {count}"})
     console.table(f"{found['size']} x {found['seconds']:g} s, held-out prompts of preset {found['preset']}", rows)
     right = found["right"]["all of these"]
     text = f"{right} of {count} prompts all right; seam {found['seam']}, coherence {found['coherence_db']} dB"
+    text += f", edges {found['edge_width_px']} px wide" if found["edge_width_px"] else ""
     console.emit(found, text)
 
 
@@ -123,11 +129,11 @@ def show_ablation(request: "Request", count: int, seeds: int, folder: Path, cons
     """Measures and prints what each part of the method is worth."""
     from . import ablation, quality
 
-    quality.check(request)  # usage errors before any work
+    quality.check(request, "--ablation")  # usage errors before any work
     check_writable(folder.absolute() / "arm.json")
     found = ablation.run(request, count, seeds, folder, console)
     title = f"{found['size']} x {found['seconds']:g} s, {count} held-out prompts x {seeds} seeds"
-    console.table(f"{title}; seconds and peak after the proxy", found["arms"])
+    console.table(title, [{k: "" if v is None else v for k, v in arm.items()} for arm in found["arms"]])
     best = max(found["arms"], key=lambda arm: arm["adherence_percent"])
     console.emit(found, f"most attributes right: {best['arm']}, {best['adherence_percent']} %")
 

@@ -140,7 +140,7 @@ class Plan:
         below = self.below(stage)
         forward = detail_flops(size, patch, detail, grid, below, stage.ratio, stage.time_ratio)
         context = context_flops(size, patch, detail.proxy_window, below) if detail.proxy_attention else 0
-        return (forward * stage.steps + context) * stage.passes
+        return (forward * stage.steps + context * (1 if detail.clean_proxy else stage.steps)) * stage.passes
 
     @property
     def native_grid(self) -> Grid:

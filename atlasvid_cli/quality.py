@@ -52,10 +52,10 @@ def held_out_prompts(count: int) -> list[tuple[str, tuple[str, str, str, str, st
 
 def window_borders(plan: Plan) -> tuple[list[int], list[int]]:
     """Rows and columns of a video's pixels at which windows of its last level meet."""
-    token, windows = plan.preset.geometry.token_pixels, plan.preset.detail.windows
+    token, layouts = plan.preset.geometry.token_pixels, plan.preset.detail.layouts
     sizes = (plan.target.h, plan.target.w)
     rows, columns = (
-        [at * token // plan.scale for at in borders(size, [w[axis] for w in windows])]
+        [at * token // plan.scale for at in borders(size, [(shape[axis], shifted) for shape, shifted in layouts])]
         for axis, size in enumerate(sizes, start=1)
     )
     return rows, columns
@@ -86,11 +86,11 @@ def _psnr(a: torch.Tensor, b: torch.Tensor) -> float:
     return -10 * float(torch.log10(F.mse_loss(a, b).clamp_min(1e-10)))
 
 
-def check(request: Request) -> Plan:
+def check(request: Request, flag: str = "--quality") -> Plan:
     """The plan of one video; UsageError for a preset whose world the detector does not know."""
     plan = make_plan(request)
     if plan.preset.geometry.token_pixels != dataset.TOKEN or plan.preset.fps != dataset.FPS:
-        raise UsageError(f"--quality knows the world of preset tiny only, not what {plan.preset.name} shows")
+        raise UsageError(f"{flag} knows the world of preset tiny only, not what {plan.preset.name} shows")
     return plan
 
 

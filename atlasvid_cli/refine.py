@@ -91,7 +91,7 @@ def sample_detail(
         return [proxy_context(proxy_model, tokens, below_grid, text, *figures, *rest) for _, text in texts]
 
     with torch.no_grad():
-        proxies = guides(0.0)
+        proxies = guides(0.0) if detail.clean_proxy else []
 
     origin, end = (0, 0, 0), (grid.t, grid.h, grid.w)
     if region:
@@ -130,7 +130,8 @@ def sample_detail(
         velocity = None
         with torch.no_grad():
             if not detail.clean_proxy:
-                proxies = guides(int(now * 1000))
+                proxies.clear()  # never twice in memory
+                proxies += guides(int(now * 1000))
             for (text, _), proxy in zip(texts, proxies, strict=True):
                 out = detail_forward(
                     model,

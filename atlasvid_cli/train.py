@@ -140,9 +140,9 @@ def draw_batch(groups: list[list[dict]], rng: random.Random, tokens: int) -> tup
 
 
 def draw_crops(data: list[dict], rng: random.Random, time_ratio: int) -> list[dict]:
-    """Crops of stage 2 of one length, together about as long as the longest, and their proxies as long as they are.
+    """Crops of stage 2 of one length, together at most half as long as the longest or just one, and their proxies.
 
-    Every length that the proxy can have is as likely, a still too: many stills show more than one clip of their cost.
+    Every length that the proxy can have is as likely, a still too: several stills show more than a clip of their cost.
     """
     longest = max(s["latents"].shape[1] for s in data)
     length = rng.choice(range(1, longest + 1, time_ratio))
@@ -150,7 +150,7 @@ def draw_crops(data: list[dict], rng: random.Random, time_ratio: int) -> list[di
     lengths = {"latents": length, "proxy_1": length, f"proxy_{time_ratio}": (length - 1) // time_ratio + 1}
     return [
         picked | {name: picked[name][:, :n] for name, n in lengths.items()}
-        for picked in rng.choices(long_enough, k=round(longest / length))
+        for picked in rng.choices(long_enough, k=max(1, round(longest / length / 2)))
     ]
 
 

@@ -49,6 +49,11 @@ def make(session: Session, job: Job, console: Console) -> Path:
     if session.preset.experts:
         raise UsageError(f"preset {session.preset.name} has two experts, which are not trained yet; choose another")
     preset, base = session.preset, model_hash(session.folder, "transformer")
+    if not (preset.proxy.scaled_time and preset.detail.scaled_positions and preset.detail.clean_proxy):
+        raise UsageError(
+            f"preset {preset.name} leaves out scaled_time, scaled_positions or clean_proxy, and training does not know"
+            " how; remove that key from the preset"
+        )
     groups = _samples(session, job, console)
     key = store.artefact_hash(
         {
@@ -59,7 +64,7 @@ def make(session: Session, job: Job, console: Console) -> Path:
                 preset.detail.flow_shift,
                 preset.detail.streams,
             ],
-            "windows": [preset.detail.windows, preset.detail.margin, preset.detail.proxy_window],
+            "windows": [preset.detail.layouts, preset.detail.margin, preset.detail.proxy_window],
             "centre": preset.detail.proxy_centre,
             "job": [job.stage, job.steps, job.lr, job.rank, job.seed],
             "data": [[group[0].get("clip"), group[0]["caption"]] for group in groups],

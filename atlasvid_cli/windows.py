@@ -55,9 +55,9 @@ def cut(size: int, length: int, shifted: bool) -> list[tuple[int, int]]:
     return [(a, b - a) for a, b in pairwise(edges)]
 
 
-def borders(size: int, lengths: list[int]) -> list[int]:
-    """Where windows of any of these lengths, plain or shifted, meet along an axis: first token of the later one."""
-    pieces = [piece for length in lengths for shifted in (False, True) for piece in cut(size, length, shifted)]
+def borders(size: int, cuts: list[tuple[int, bool]]) -> list[int]:
+    """Where windows meet along an axis that is `cut` in any of these ways: first token of the later one."""
+    pieces = [piece for length, shifted in cuts for piece in cut(size, length, shifted)]
     return sorted({start for start, _ in pieces if start > 0})
 
 

@@ -6,6 +6,7 @@ from fractions import Fraction
 import pytest
 
 from atlasvid_cli import ablation, quality
+from atlasvid_cli.artefacts import describe
 from atlasvid_cli.console import Console
 from atlasvid_cli.errors import UsageError
 from atlasvid_cli.plan import Request, make_plan
@@ -30,37 +31,62 @@ def test_every_arm_is_there_with_its_columns(found):
     _, table = found
     names = [row["arm"].removesuffix(" (untrained)") for row in table["arms"]]
     assert names == ["upsampled proxy", *ablation.SAMPLED, "native full attention"]
-    assert all(0 <= row["adherence_percent"] <= 100 and row["peak_gib"] > 0 for row in table["arms"])
+    assert [row["coherence_db"] is None for row in table["arms"]].index(True) == len(names) - 1
     assert table["prompts"] == 1 and table["seeds"] == 2
 
 
 def test_sampled_arms_differ_and_share_their_proxies(found):
     folder, _ = found
     videos = {p.parent.name: next(read_frames(p)).tobytes() for p in folder.glob("*/0.mp4")}
-    assert len(videos) == len(ablation.SAMPLED)
-    assert len(set(videos.values())) == len(videos)
-    assert {p.parent.parent.name for p in folder.glob("*/0/proxy.safetensors")} == {"proxy", "proxy-unscaled"}
+    assert len(set(videos.values())) == len(videos) == len(ablation.SAMPLED) + 2
+    keys = {p.parent.parent.name: describe(p)["key"] for p in folder.glob("*/0/proxy.safetensors")}
+    assert set(keys) == {"proxy", "proxy-unscaled"}
+    below = {p.parent.parent.name: describe(p)["below"] for p in folder.glob("*/0/level-1.safetensors")}
+    assert below.pop("without-scaled-time") == keys["proxy-unscaled"]
+    assert set(below.values()) == {keys["proxy"]}
 
 
-def test_what_was_seen_is_kept(found, request_of, monkeypatch):
+def test_what_was_made_is_kept_also_with_more_seeds(found, request_of, monkeypatch):
     folder, table = found
     monkeypatch.setattr(ablation.pipeline, "refine", lambda *a: pytest.fail("refined again"))
     monkeypatch.setattr(ablation, "WanPipeline", lambda *a: pytest.fail("native again"))
     assert ablation.run(request_of, 1, 2, folder, QUIET) == table
+    fewer = ablation.run(request_of, 1, 1, folder, QUIET)
+    assert fewer["arms"][0]["spread"] is None
+
+
+def test_what_an_interrupted_run_left_is_made_anew(tmp_path):
+    work, made = tmp_path / "7", tmp_path / "7.mp4"
+    seen = []
+
+    def make():
+        seen.append(sorted(p.name for p in work.iterdir()))
+        (work / "left").touch()
+        if len(seen) == 1:
+            raise KeyboardInterrupt
+        made.touch()
+
+    with pytest.raises(KeyboardInterrupt):
+        ablation._timed(work, made, "a job", lambda: None, make)
+    for job, runs in (("a job", 2), ("a job", 2), ("another", 3)):
+        ablation._timed(work, made, job, lambda: None, make)
+        assert seen == [[]] * runs
 
 
 def test_the_upsampled_proxy_is_the_proxy_in_large(found, request_of):
     folder, _ = found
     plan = make_plan(dataclasses.replace(request_of, seed=0))
-    large = ablation.upsampled(plan, folder / "proxy" / "0")
+    large = quality.frames_at(folder / "upsampled-proxy" / "0.mp4", quality.looked_at(plan))
     assert large[0].shape == (120, 200, 3)
     proxy = quality.proxy_frames(plan, folder / "proxy" / "0" / "proxy.mp4")
-    assert quality.coherence(plan, large, proxy) > 25
+    assert quality.coherence(plan, large, proxy) > max(20, quality.coherence(plan, large[::-1], proxy) + 3)
 
 
 def test_tiles_see_no_border_beyond_their_own():
     preset = ablation.SAMPLED["tiles, each alone"][0](load_preset("tiny"))
-    assert preset.detail.layouts == ((preset.detail.windows[0], False),) and not preset.detail.proxy_attention
+    assert not preset.detail.proxy_attention
+    plan = make_plan(Request("tiny", 960, 540, Fraction(4)), preset=preset)
+    assert quality.window_borders(plan) == ([256, 512], [256, 512, 768])
 
 
 def test_columns_are_means_over_prompts_and_spread_over_seeds():
@@ -69,11 +95,11 @@ def test_columns_are_means_over_prompts_and_spread_over_seeds():
         return ablation.Seen(quality.Assessment(flags, repetition, [2.0, 1.0], [1.0, 1.0], 30.0, None), seconds, 2**30)
 
     row = ablation.summary([[seen(True), seen(True)], [seen(False, 2), seen(True, -1, 9.0)]])
-    assert (row["adherence_percent"], row["spread_percent"]) == (75.0, 25.0)
-    assert (row["repetition"], row["seam"], row["edge_width_px"]) == (0.5, 2.0, None)
+    assert (row["adherence_percent"], row["spread"]) == (75.0, 35.4)
+    assert (row["missing_percent"], row["repeated_percent"], row["seam"], row["edge_width_px"]) == (25, 25, 2.0, None)
     assert (row["seconds"], row["peak_gib"]) == (1.0, 1.0)
 
 
 def test_another_world_is_refused(stock_preset):
-    with pytest.raises(UsageError, match="tiny only"):
+    with pytest.raises(UsageError, match=r"--ablation .* tiny only"):
         ablation.run(Request(str(stock_preset), 200, 120, Fraction(1)), 1, 1, None, QUIET)

@@ -65,7 +65,7 @@ def test_crops_of_a_draw_have_one_length_and_proxies_as_long():
     for seed in range(40):
         drawn = train.draw_crops(data, random.Random(seed), 4)
         (length,) = {s["latents"].shape[1] for s in drawn}
-        assert len(drawn) == {1: 5, 5: 1}[length]
+        assert len(drawn) == {1: 2, 5: 1}[length]
         assert all(s["proxy_1"].shape[1] == length and s["proxy_4"].shape[1] == (length + 3) // 4 for s in drawn)
         seen.setdefault(length, set()).update(s["caption"] for s in drawn)
     assert seen == {1: {"still", "x"}, 5: {"x"}}  # a clip's first latent frame is a still

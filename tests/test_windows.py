@@ -72,6 +72,7 @@ def test_a_margin_moves_inward_at_the_border():
 
 
 def test_borders_are_the_inner_edges_of_plain_and_shifted_windows():
-    assert borders(10, [4]) == [2, 4, 6, 8]
-    assert borders(10, [4, 6]) == [2, 3, 4, 6, 8, 9]
-    assert borders(4, [8]) == []
+    assert borders(10, [(4, False)]) == [4, 8]
+    assert borders(10, [(4, False), (4, True)]) == [2, 4, 6, 8]
+    assert borders(10, [(4, False), (4, True), (6, False), (6, True)]) == [2, 3, 4, 6, 8, 9]
+    assert borders(4, [(8, True)]) == []
