@@ -23,9 +23,9 @@ from .presets import window_cycle
 from .text import encode_prompts
 from .weights import model_hash
 
-VAE_STEPS, COMPRESSED_STEPS, SETTLED_STEPS, PROXY_STEPS, DETAIL_STEPS = 2200, 1400, 1100, 2000, 440
-# three cosines, each (steps, share of single images at its start and end): colours, shapes and grounds, then motion
-BASE_CYCLES = ((1700, (0.9, 0.4)), (2200, (0.4, 0.2)), (3600, (0.5, 0.2)))
+VAE_STEPS, COMPRESSED_STEPS, SETTLED_STEPS, PROXY_STEPS, DETAIL_STEPS = 2200, 1400, 1100, 2000, 1300
+# cosines, each (steps, share of single images at its start and end): colours, shapes and grounds, then motion
+BASE_CYCLES = ((1700, (0.9, 0.4)), (2200, (0.4, 0.2)), (3600, (0.5, 0.2)), (1500, (0.5, 0.3)))
 SAMPLES = {"image": 9000, "clip": 800, "proxy": 800, "still": 3000, "detail": 300}
 DETAIL_SHIFT = 1.5  # levels start at sigma 0.75 and 0.5: that, and not noise alone, is what the adapter learns from
 LATENT_CHANNELS = 16  # what is left of the VAE's first 32

@@ -34,6 +34,9 @@ def model_folder(preset: Preset, model_path: str | None) -> Path:
     folder = Path(named) if model_path else preset.folder
     if folder.is_dir():
         if not (folder / "model_index.json").is_file():
+            if any(folder.glob("Wan2*_VAE.*")):
+                remedy = f"give --model-path {preset.model}" if "/" in preset.model else "choose a --preset of Wan"
+                raise InputError(f"{folder} is one of Wan's original checkpoints, not a diffusers folder; {remedy}")
             raise InputError(
                 f"{folder} is not a diffusers model folder (no model_index.json); give another --model-path"
             )
