@@ -229,7 +229,7 @@ def native_error(bench: Bench, plan: Plan) -> float:
 def detail_error(bench: Bench, plan: Plan, measured: Stages) -> dict[str, float]:
     """Relative errors of the samples of the last level and of decoding, against the run in full just before."""
     stage, runs = plan.levels[-1], max(3, bench.repeats)
-    one = plan.flops(stage) / stage.steps / stage.passes / (bench.rate * EFFICIENCY)
+    one = plan.flops(stage) / stage.forwards() / (bench.rate * EFFICIENCY)
     sample = detail_sample(bench.model, plan, stage, bench.rate, one * (runs + 1) / 3, runs)
     assert bench.proxy
     errors = {"detail": sample.seconds / measured[plan.named_stages()[-1][0]].seconds - 1}

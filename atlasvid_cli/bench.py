@@ -280,7 +280,7 @@ def _roofline(plan: Plan, arms: dict[str, Stages], steps: int, rates: tuple[floa
             arms["few-step"][detail].seconds,
             level.grid.tokens,
             plan.below(level).tokens,
-            level.steps * level.passes,
+            level.forwards(),
         ),
     )
     points = [

@@ -253,7 +253,7 @@ def detail_sample(model: Any, plan: Plan, stage: Stage, rate: float, seconds: fl
 def proxy_sample(model: Any, plan: Plan, rate: float, seconds: float, repeats: int) -> Timing:
     """All of stage 1, projected from one forward, or a sample of one, of the same blocks in diffusers' code."""
     stage, size, patch = plan.proxy, plan.preset.transformer, plan.preset.geometry.patch
-    return native_pass(model, size, patch, stage.grid, rate, seconds, repeats).times(stage.steps * stage.passes)
+    return native_pass(model, size, patch, stage.grid, rate, seconds, repeats).times(stage.forwards())
 
 
 # --- decode and mux ------------------------------------------------------------------------------------------------

@@ -258,9 +258,9 @@ def _refine_level(
     state = _state_path(run_dir, number)
     store.run_directory(run_dir.parent, run_dir.name)
     resume = _resume(state, metadata["key"], progress)
-    blocks = len(model.blocks) * stage.passes
-    with progress.stage(name, stage.steps * blocks) as advance:
-        advance(resume[0] * blocks if resume else 0)
+    blocks = len(model.blocks)
+    with progress.stage(name, stage.forwards() * blocks) as advance:
+        advance(stage.forwards(resume[0]) * blocks if resume else 0)
         return sample_detail(
             model,
             proxy_model,

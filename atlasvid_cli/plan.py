@@ -72,11 +72,24 @@ class Stage:
     flow_shift: float
     experts: Experts | None = None
     scaled_time: bool = True
+    guidance_interval: tuple[float, float] = (0.0, 1.0)
 
     @property
     def passes(self) -> int:
-        """Forwards a step: two where guidance acts."""
+        """Prompts that are denoised with: two where guidance acts, if only at some steps."""
         return 2 if self.guidance_scale > 1 else 1
+
+    def is_guided(self, sigma: float) -> bool:
+        """Whether the step at `sigma` takes a forward with each prompt, and not one with the first."""
+        low, high = self.guidance_interval
+        return self.passes == 2 and low <= sigma <= high
+
+    def forwards(self, steps: int | None = None) -> int:
+        """Forwards of the first `steps` steps, by default of all."""
+        from .schedule import sigmas
+
+        steps = self.steps if steps is None else steps
+        return steps + sum(map(self.is_guided, sigmas(self.steps, self.strength, self.flow_shift)[:steps]))
 
 
 @dataclass(frozen=True)
@@ -136,11 +149,11 @@ class Plan:
         """FLOPs of a stage over all its steps, and of a level's proxy stream, which runs once a pass."""
         size, patch, grid, detail = *self._sizes, stage.grid, self.preset.detail
         if stage is self.proxy:
-            return full_flops(size, patch, grid.tokens) * stage.steps * stage.passes
+            return full_flops(size, patch, grid.tokens) * stage.forwards()
         below = self.below(stage)
         forward = detail_flops(size, patch, detail, grid, below, stage.ratio, stage.time_ratio)
         context = context_flops(size, patch, detail.proxy_window, below) if detail.proxy_attention else 0
-        return (forward * stage.steps + context * (1 if detail.clean_proxy else stage.steps)) * stage.passes
+        return forward * stage.forwards() + context * (stage.passes if detail.clean_proxy else stage.forwards())
 
     @property
     def native_grid(self) -> Grid:
@@ -163,7 +176,10 @@ class Plan:
         """The same job with `steps` and the proxy's guidance at every level, which is what native is compared with."""
         proxy = dataclasses.replace(self.proxy, steps=steps)
         guidance = proxy.guidance_scale
-        levels = (dataclasses.replace(s, steps=steps, guidance_scale=guidance) for s in self.levels)
+        levels = (
+            dataclasses.replace(s, steps=steps, guidance_scale=guidance, guidance_interval=(0.0, 1.0))
+            for s in self.levels
+        )
         return dataclasses.replace(self, proxy=proxy, levels=tuple(levels))
 
     def windows(self, stage: Stage) -> int:
@@ -263,6 +279,7 @@ def make_plan(
                 level.strength,
                 level.guidance_scale,
                 detail.flow_shift,
+                guidance_interval=level.guidance_interval,
             )
         )
     return Plan(request, preset, fps, written, scale, stage_1, tuple(levels), proxy is not None)

@@ -82,11 +82,16 @@ class Experts:
 
 @dataclass(frozen=True)
 class Level:
-    """Sampling of a detail level; `strength` in (0, 1] is the sigma that it starts from."""
+    """Sampling of a detail level; `strength` in (0, 1] is the sigma that it starts from.
+
+    Guidance acts at sigmas within `guidance_interval`; elsewhere a step takes one forward and not two (Kynkäänniemi et
+    al., arXiv 2404.07724).
+    """
 
     steps: int
     strength: float
     guidance_scale: float
+    guidance_interval: tuple[float, float] = (0.0, 1.0)
 
 
 @dataclass(frozen=True)
@@ -142,6 +147,9 @@ class Preset:
     detail: Detail
     experts: Experts | None = None
     revision: str | None = None
+
+
+MAY_BE_ZERO = ("margin", "guidance_interval")
 
 
 def window_cycle(shapes: Sequence[Shape], shifted: bool = True) -> tuple[Layout, ...]:
@@ -205,6 +213,6 @@ def _parse(kind: Any, value: Any, where: str) -> Any:
         value = float(value)
     if not isinstance(value, kind) or (kind is int and isinstance(value, bool)):
         raise UsageError(f"{where} must be of type {kind.__name__}, not {value!r}")
-    if kind in (int, float) and not where.endswith("margin") and not value > 0:
+    if kind in (int, float) and not where.endswith(MAY_BE_ZERO) and not value > 0:
         raise UsageError(f"{where} must be above 0, not {value!r}")
     return value

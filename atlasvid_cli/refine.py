@@ -81,17 +81,17 @@ def sample_detail(
     grid = stage.grid
     below = crop_to_stage(below, stage, patch)
 
-    def guides(timestep: float) -> list[ProxyContext | None]:
+    def guides(timestep: float, count: int) -> list[ProxyContext | None]:
         if not detail.proxy_attention:
-            return [None] * len(texts)
+            return [None] * count
         _, t, h, w = below.shape
         tokens, below_grid = patchify(below, patch), Grid(t, h // patch, w // patch)
         figures = stage.ratio, stage.time_ratio, detail.margin, detail.proxy_window, detail.proxy_centre
         rest = detail.scaled_positions, timestep, backend, states
-        return [proxy_context(proxy_model, tokens, below_grid, text, *figures, *rest) for _, text in texts]
+        return [proxy_context(proxy_model, tokens, below_grid, text, *figures, *rest) for _, text in texts[:count]]
 
     with torch.no_grad():
-        proxies = guides(0.0) if detail.clean_proxy else []
+        proxies = guides(0.0, len(texts)) if detail.clean_proxy else []
 
     origin, end = (0, 0, 0), (grid.t, grid.h, grid.w)
     if region:
@@ -127,12 +127,12 @@ def sample_detail(
         now, following = schedule[i], schedule[i + 1]
         if region:
             x[frozen] = torch.lerp(known, frozen_noise, now)[frozen]
-        velocity = None
+        velocity, passes = None, len(texts) if stage.is_guided(now) else 1
         with torch.no_grad():
             if not detail.clean_proxy:
                 proxies.clear()  # never twice in memory
-                proxies += guides(int(now * 1000))
-            for (text, _), proxy in zip(texts, proxies, strict=True):
+                proxies += guides(int(now * 1000), passes)
+            for (text, _), proxy in zip(texts[:passes], proxies[:passes], strict=True):
                 out = detail_forward(
                     model,
                     x,

@@ -8,6 +8,7 @@ from atlasvid_cli.model import text_context
 from atlasvid_cli.plan import Stage
 from atlasvid_cli.presets import Detail, Level
 from atlasvid_cli.refine import Region, sample_detail, upsample
+from atlasvid_cli.schedule import sigmas
 from atlasvid_cli.shapes import Grid
 
 STAGE = Stage(Grid(9, 10, 12), Fraction(3), 4, 3, 1.0, 1.0, 3.0)
@@ -57,6 +58,24 @@ def test_guidance_with_the_same_prompt_twice_changes_nothing(transformer, prompt
     out = sample_detail(transformer, transformer, guided, DETAIL, 2, 5, 1, below, [(context, context)] * 2, 8)
     plain = sample_detail(transformer, transformer, STAGE, DETAIL, 2, 5, 1, below, [(context, context)], 8)
     torch.testing.assert_close(out, plain, atol=1e-5, rtol=0)
+
+
+def test_guidance_acts_only_within_its_interval(sample):
+    guided = replace(STAGE, guidance_scale=4.0)
+    assert [round(s, 2) for s in sigmas(STAGE.steps, STAGE.strength, STAGE.flow_shift)] == [1.0, 0.86, 0.6, 0.0]
+    never, once, always = (
+        sample(replace(guided, guidance_interval=interval)) for interval in ((0.0, 0.1), (0.7, 0.9), (0.0, 1.0))
+    )
+    assert torch.equal(never, sample()) and torch.equal(always, sample(guided))
+    assert not torch.equal(once, never) and not torch.equal(once, always)
+
+
+def test_steps_outside_the_interval_take_one_forward(sample):
+    blocks = []
+    stage = replace(STAGE, guidance_scale=4.0, guidance_interval=(0.7, 0.9))
+    sample(stage, on_block=lambda: blocks.append(1))
+    assert stage.forwards() == 4 and len(blocks) == 3 * 4  # of three blocks each
+    assert [stage.forwards(n) for n in range(4)] == [0, 1, 3, 4]
 
 
 @pytest.mark.parametrize("part", ["shifted", "proxy_attention", "scaled_positions", "clean_proxy"])
