@@ -1,0 +1,48 @@
+"""From a request to numbers: what a preset leaves out is planned for."""
+
+import dataclasses
+from fractions import Fraction
+
+from atlasvid_cli.plan import Request, make_plan
+from atlasvid_cli.presets import load_preset
+
+REQUEST = Request("tiny", 960, 540, Fraction(4))
+
+
+def plan_with(**changes):
+    preset = load_preset("tiny")
+    return make_plan(REQUEST, preset=dataclasses.replace(preset, detail=dataclasses.replace(preset.detail, **changes)))
+
+
+def test_a_changed_preset_takes_the_place_of_the_named_one():
+    plan = plan_with(shifted=False)
+    assert not plan.preset.detail.shifted
+    assert plan.key(plan.levels[0]) != make_plan(REQUEST).key(make_plan(REQUEST).levels[0])
+
+
+def test_forwards_are_counted_by_where_guidance_acts():
+    level = dataclasses.replace(load_preset("tiny").detail.first, guidance_scale=3.0)
+    always, never = (
+        plan_with(first=dataclasses.replace(level, guidance_interval=i)).levels[0] for i in ((0.0, 1.0), (0.9, 1.0))
+    )
+    assert (always.forwards(), never.forwards()) == (2 * level.steps, level.steps)
+    assert always.passes == never.passes == 2  # both prompts are there
+
+
+def test_a_proxy_stream_at_the_detail_timestep_is_paid_for_at_every_step():
+    # with steps n: n forwards, and the proxy stream once or n times
+    first = load_preset("tiny").detail.first
+    two, four = (dataclasses.replace(first, steps=n) for n in (2, 4))
+    flops = {}
+    for clean in (True, False):
+        plans = [plan_with(first=level, clean_proxy=clean) for level in (two, four)]
+        flops[clean] = [plan.flops(plan.levels[0]) for plan in plans]
+    stream = flops[False][0] - flops[True][0]
+    assert stream > 0 and flops[False][1] - flops[True][1] == 3 * stream
+    assert flops[False][1] == 2 * flops[False][0]
+
+
+def test_native_equal_steps_guide_every_step():
+    level = dataclasses.replace(load_preset("tiny").detail.first, guidance_interval=(0.2, 0.4))
+    equal = plan_with(first=level).at_equal_steps(7)
+    assert all(s.forwards() == 14 for _, s in equal.named_stages())

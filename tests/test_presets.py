@@ -1,0 +1,61 @@
+"""Preset files are read strictly, and say what blocks cycle through."""
+
+import pytest
+
+from atlasvid_cli.errors import UsageError
+from atlasvid_cli.presets import load_preset, presets_folder, window_cycle
+
+
+@pytest.fixture
+def changed(tmp_path):
+    """tiny.toml with one line in place of another, or after it."""
+
+    def load(line, other):
+        text = (presets_folder() / "tiny.toml").read_text(encoding="utf-8")
+        assert text.count(line) == 1
+        path = tmp_path / "mine.toml"
+        path.write_text(text.replace(line, other), encoding="utf-8")
+        return load_preset(str(path))
+
+    return load
+
+
+def test_windows_cycle_each_plain_then_shifted():
+    a, b = (3, 4, 4), (5, 2, 2)
+    assert window_cycle([a, b]) == ((a, False), (a, True), (b, False), (b, True))
+    assert window_cycle([a, b], shifted=False) == ((a, False), (b, False))
+
+
+def test_parts_of_the_method_are_in_place_unless_a_preset_leaves_them_out(changed):
+    detail = load_preset("tiny").detail
+    assert detail.shifted and detail.scaled_positions and detail.clean_proxy
+    unshifted = changed("[detail]\n", "[detail]\nshifted = false\n").detail
+    assert unshifted.layouts == window_cycle(detail.windows, shifted=False)
+
+
+def test_an_interval_of_guidance_may_begin_at_zero(changed):
+    first = changed("[detail.first] ", "[detail.first]\nguidance_interval = [0, 0.8]\n#").detail.first
+    assert first.guidance_interval == (0.0, 0.8)
+
+
+@pytest.mark.parametrize(
+    ("line", "other", "said"),
+    [
+        ("fps = 16", "fps = 16\nfsp = 16", "unknown key 'fsp'"),
+        ("fps = 16", "", "lacks the key 'fps'"),
+        ("fps = 16", 'fps = "16"', "fps must be of type int"),
+        ("fps = 16", "fps = 0", "fps must be above 0"),
+        ("ratio_steps = 2 ", "ratio_steps = true #", "must be of type int"),
+        ('streams = "both"', 'streams = "all"', "choose one of both, proxy"),
+        ("margin = [0, 1, 1]", "margin = [0, 1]", "list of 3 values"),
+        ("fps = 16", "fps = = 16", "not valid TOML"),
+    ],
+)
+def test_what_a_preset_gets_wrong_is_said(changed, line, other, said):
+    with pytest.raises(UsageError, match=said):
+        changed(line, other)
+
+
+def test_a_missing_preset_is_said_with_those_there_are():
+    with pytest.raises(UsageError, match="tiny"):
+        load_preset("huge")
