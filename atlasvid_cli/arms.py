@@ -186,7 +186,8 @@ def native_arm(bench: Bench, plan: Plan, steps: int, frames: list[torch.Tensor])
     work = decode_flops(bench.vae.config, h, w) * grid.t / (bench.rate * STOCK_CONV_RATE)
     fits = plan.frames * 9 * h * w * config.geometry.spatial**2 * 4 < available_ram() / 2
     if whole and fits and work * bench.repeats <= bench.seconds:
-        clip = torch.randn(1, bench.vae.config.z_dim, grid.t, h, w, device=bench.vae.device)
+        like = {"device": bench.vae.device, "dtype": bench.vae.dtype}
+        clip = torch.randn(1, bench.vae.config.z_dim, grid.t, h, w, **like)
         stages["decode"] = timed(lambda: bench.vae.decode(clip), bench.repeats, False)
     else:
         stages["decode"] = native_decode(bench.vae, grid, patch, bench.rate, bench.seconds / 4, bench.repeats)

@@ -34,11 +34,11 @@ from .arms import (
 from .console import Console
 from .cost import GIB, rows
 from .errors import ResourceError
-from .machine import available_ram, compute_device, copy_rate, gemm_rate
+from .machine import available_ram, compute_device, copy_rate, decode_dtype, gemm_rate
 from .measure import Timing, random_model
 from .plan import Plan, Request, make_plan
 from .session import Session
-from .weights import load_text, load_transformer, load_vae
+from .weights import load_text, load_transformer
 
 SIZES = ((1, "1/4"), (1, "1/2"), (0.35, "1"), (0.5, "1"), (0.75, "1"))  # (side, seconds) of the growth fit
 
@@ -102,7 +102,7 @@ def _load(plan: Plan, has_weights: bool, folder: Path, seconds: float, repeats: 
         # one session keeps one stage's adapter at a time: with two, no arm loads while it is timed
         # and they share a cache that each run begins without
         proxy, detail = (Session(request.preset, request.model_path, cache=folder / "run") for _ in range(2))
-        model, text, vae = load_transformer(proxy.folder), load_text(proxy.folder), load_vae(proxy.folder)
+        model, text, vae = load_transformer(proxy.folder, dtype=proxy.dtype), load_text(proxy.folder), proxy.vae()
         return Bench(proxy, detail, text, model, vae, folder, rate, seconds, repeats)
     model = random_model(plan.preset.transformer, plan.preset.geometry.patch)
     channels, spread = plan.preset.vae.out_channels, [1.0] * plan.preset.vae.z_dim
@@ -111,7 +111,8 @@ def _load(plan: Plan, has_weights: bool, folder: Path, seconds: float, repeats: 
         "latents_mean": spread,
         "latents_std": spread,
     }
-    vae = AutoencoderKLWan.from_config(config).to(compute_device().kind).eval().requires_grad_(False)
+    dtype = getattr(torch, decode_dtype(plan.preset.decode_dtype))
+    vae = AutoencoderKLWan.from_config(config).to(compute_device().kind, dtype).eval().requires_grad_(False)
     return Bench(None, None, None, model, vae, folder, rate, seconds, repeats)
 
 

@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from .errors import ResourceError
-from .machine import available_ram, available_vram, compute_device, disk_of, gemm_rate
+from .machine import available_ram, available_vram, compute_device, conv_rate, decode_dtype, disk_of, gemm_rate
 from .memory import OFFLOADS, Memory, Offload, detail_memory, proxy_memory, text_memory
 from .plan import Plan, Stage
 from .presets import Preset
@@ -68,7 +68,7 @@ def rows(plan: Plan) -> list[dict[str, Any]]:
                 "seconds": round(flops / (gemm * EFFICIENCY), 1),
             }
         )
-    made.append(_decode_row(plan, gemm * DECODE_EFFICIENCY))
+    made.append(_decode_row(plan, conv_rate(decode_dtype(plan.preset.decode_dtype)) * DECODE_EFFICIENCY))
     return made
 
 
@@ -134,7 +134,8 @@ def _decode_row(plan: Plan, rate: float) -> dict[str, Any]:
     config = dataclasses.asdict(plan.preset.vae)
     h, w = plan.target.h * plan.preset.geometry.patch, plan.target.w * plan.preset.geometry.patch
     tile = vae_tile(plan.preset, h, w)
-    decoder, on_gpu = int(1.35 * decode_bytes(config, h, w, tile)), compute_device().kind == "cuda"
+    decoder = int(1.35 * decode_bytes(config, h, w, tile, _decode_width(plan.preset)))
+    on_gpu = compute_device().kind == "cuda"
     flops = decode_flops(config, h, w) * plan.target.t
     latents = plan.target.tokens * plan.preset.transformer.channels * plan.preset.geometry.patch**2 * 4
     return {
@@ -159,4 +160,9 @@ def vae_tile(preset: Preset, h: int, w: int) -> int | None:
     """The tile side in latents with which decoding h x w latents fits in `decode_gib`; None for whole frames."""
     from .decode import choose_tile
 
-    return choose_tile(dataclasses.asdict(preset.vae), h, w, int(preset.decode_gib * GIB))
+    return choose_tile(dataclasses.asdict(preset.vae), h, w, int(preset.decode_gib * GIB), _decode_width(preset))
+
+
+def _decode_width(preset: Preset) -> int:
+    """Bytes a value of what decodes."""
+    return 2 if decode_dtype(preset.decode_dtype) == "bfloat16" else 4

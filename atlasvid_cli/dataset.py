@@ -8,8 +8,11 @@ stage 2 adapter.
 import json
 import math
 import random
+from concurrent.futures import ThreadPoolExecutor
+from copy import deepcopy
 from fractions import Fraction
 from pathlib import Path
+from threading import local
 
 import torch
 from diffusers import AutoencoderKLWan
@@ -18,6 +21,7 @@ from safetensors.torch import save_file
 
 from . import world
 from .encode import encode_clips
+from .machine import has_bfloat16
 
 FPS = 16
 TOKEN = 32  # pixels
@@ -97,14 +101,21 @@ def sample(
 def build(kind: str, count: int, folder: Path, vae: AutoencoderKLWan, seed: int = 0) -> None:
     """Writes `count` samples as `folder/kind-NNNN.safetensors` shards; shards that exist are kept.
 
-    The samples of a shard have one shape, so that they are encoded together.
+    The samples of a shard have one shape, so that they are encoded together. Shards are made side by side, a thread and
+    a copy of the VAE (whose encoder keeps its state in itself) each, in bf16 where the CPU has it.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    for first in range(0, count, SHARD):
-        path = folder / f"{kind}-{first // SHARD:04d}.safetensors"
+    threads, own = torch.get_num_threads(), local()
+
+    def begin() -> None:
+        torch.set_num_threads(1)
+        own.vae = deepcopy(vae)
+
+    def build_shard(number: int) -> None:
+        path = folder / f"{kind}-{number:04d}.safetensors"
         if path.exists():
-            continue
-        of_shard = random.Random(f"{seed}/{kind}/shard {first // SHARD}")
+            return
+        first, of_shard = number * SHARD, random.Random(f"{seed}/{kind}/shard {number}")
         grid = of_shard.choices([g for g, _ in FRAME_GRIDS], [n for _, n in FRAME_GRIDS])[0]
         ratio = of_shard.choice(DETAIL_RATIOS)
         tensors: dict[str, torch.Tensor] = {}
@@ -115,11 +126,16 @@ def build(kind: str, count: int, folder: Path, vae: AutoencoderKLWan, seed: int 
             made = [sample(kind, random.Random(f"{seed}/{kind}/{i}"), grid, ratio) for i in group]
             infos += [info for _, info in made]
             for name in made[0][0]:
-                latents = encode_clips(vae, torch.stack([pixels[name] for pixels, _ in made]))
+                pixels = torch.stack([by_name[name] for by_name, _ in made])
+                with torch.autocast("cpu", torch.bfloat16, enabled=has_bfloat16()):
+                    latents = encode_clips(own.vae, pixels)
                 tensors |= {f"{i - first}.{name}": x.half().clone() for i, x in zip(group, latents, strict=True)}
         temporary = path.with_suffix(".tmp")
         save_file(tensors, temporary, {"samples": json.dumps(infos)})
         temporary.replace(path)
+
+    with ThreadPoolExecutor(threads, initializer=begin) as pool:
+        list(pool.map(build_shard, range(math.ceil(count / SHARD))))
 
 
 def load(kind: str, folder: Path) -> list[dict]:

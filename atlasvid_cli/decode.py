@@ -150,9 +150,8 @@ def _resnet(block: Module, x: torch.Tensor, history: History) -> torch.Tensor:
 
 def _norm_silu(norm: Module, x: torch.Tensor) -> torch.Tensor:
     """SiLU of WanRMS_norm of (1, C, h, w), in three passes over memory where the modules take seven."""
-    wide = x.float()
-    length = torch.linalg.vector_norm(wide, dim=1, keepdim=True).clamp_min_(1e-12)
-    y = (wide / length).to(x.dtype).mul_(norm.gamma.view(1, -1, 1, 1) * norm.scale)
+    length = torch.linalg.vector_norm(x, dim=1, keepdim=True).clamp_min_(1e-12)
+    y = (x * length.reciprocal_()).mul_(norm.gamma.view(1, -1, 1, 1) * norm.scale)
     if torch.is_tensor(norm.bias):
         y.add_(norm.bias.view(1, -1, 1, 1))
     return F.silu(y, inplace=True)
@@ -292,8 +291,10 @@ def spool_bytes(config: Mapping[str, Any], steps: int, h: int, w: int) -> int:
     return (1 + time_factor(config) * (steps - 1)) * 3 * h * w * space_factor(config) ** 2 * 2
 
 
-def decode_bytes(config: Mapping[str, Any], h: int, w: int, tile: int | None = None) -> int:
-    """Peak bytes of activations, caches and output of `decode_stream` on h x w latents in fp32; weights not counted.
+def decode_bytes(config: Mapping[str, Any], h: int, w: int, tile: int | None = None, width: int = 4) -> int:
+    """Peak bytes of activations, caches and output of `decode_stream` on h x w latents; weights not counted.
+
+    `width`: bytes a value of the VAE's dtype; frames come out in fp32.
 
     Counts tensors as the walk above holds them: two cached frames a convolution, what each level keeps while deeper
     ones run, and the largest working set on top of it.
@@ -327,7 +328,7 @@ def decode_bytes(config: Mapping[str, Any], h: int, w: int, tile: int | None = N
     cached += dims[-1] * area * 2
     peaks.append(held + (dims[-1] + 2 * channels) * area)
     output = time_factor(config) * 3 * h * w * space_factor(config) ** 2
-    return 4 * (cached + max(peaks) + output)
+    return width * (cached + max(peaks)) + 4 * output
 
 
 def decode_flops(config: Mapping[str, Any], h: int, w: int) -> int:
@@ -351,14 +352,14 @@ def decode_flops(config: Mapping[str, Any], h: int, w: int) -> int:
     return 2 * (total + 27 * dims[-1] * config.get("out_channels", 3) * area * frames)
 
 
-def choose_tile(config: Mapping[str, Any], h: int, w: int, budget_bytes: int) -> int | None:
+def choose_tile(config: Mapping[str, Any], h: int, w: int, budget_bytes: int, width: int = 4) -> int | None:
     """The largest tile side whose decoding fits in `budget_bytes`: None for whole frames, `ResourceError` if none."""
-    if decode_bytes(config, h, w) <= budget_bytes:
+    if decode_bytes(config, h, w, None, width) <= budget_bytes:
         return None
     for tile in range(max(h, w) - 1, 7, -1):
-        if decode_bytes(config, h, w, tile) <= budget_bytes:
+        if decode_bytes(config, h, w, tile, width) <= budget_bytes:
             return tile
     raise ResourceError(
-        f"Decoding needs at least {decode_bytes(config, h, w, 8) / 1e9:.1f} GB of memory even in small tiles, and "
-        f"{budget_bytes / 1e9:.1f} GB are free: close other programs, or use a smaller VAE."
+        f"Decoding needs at least {decode_bytes(config, h, w, 8, width) / 1e9:.1f} GB of memory even in small tiles,"
+        f" and {budget_bytes / 1e9:.1f} GB are free: close other programs, or use a smaller VAE."
     )

@@ -10,11 +10,11 @@ from diffusers.models.autoencoders.autoencoder_kl_wan import patchify
 
 @torch.no_grad()
 def encode_clips(vae: AutoencoderKLWan, pixels: torch.Tensor) -> torch.Tensor:
-    """Normalised latents (n, C, T, h, w) of whole clips (n, 3, frames, H, W) in -1..1.
+    """Normalised latents (n, C, T, h, w) fp32 of whole clips (n, 3, frames, H, W) in -1..1.
 
     Several clips at a time: PyTorch's conv3d takes its slow path on CPU at batch 1.
     """
-    return normalised(vae, vae.encode(pixels).latent_dist.mode())
+    return normalised(vae, vae.encode(pixels.to(vae.dtype)).latent_dist.mode().float())
 
 
 @torch.no_grad()

@@ -267,7 +267,7 @@ def native_decode(vae: Any, grid: Grid, patch: int, rate: float, seconds: float,
     part = crop(Grid(1, h, w), budget / (decode_flops(vae.config, h, w) / (h * w)))
     cells = (space_factor(vae.config) // (vae.config.patch_size or 1)) ** 2  # of the last level, a latent
     part = crop(part, WIDEST_BYTES / (4 * 4 * cells * vae.config.base_dim))
-    clips = [torch.randn(1, vae.config.z_dim, n, part.h, part.w, device=vae.device) for n in (1, 2)]
+    clips = [torch.randn(1, vae.config.z_dim, n, part.h, part.w, device=vae.device, dtype=vae.dtype) for n in (1, 2)]
     first, both = (timed(partial(vae.decode, z), repeats) for z in clips)
     more = h * w / part.tokens
 

@@ -146,9 +146,9 @@ def unpatchify(tokens: torch.Tensor, grid: Grid, patch: int) -> torch.Tensor:
 
 
 def embed(model: WanTransformer3DModel, tokens: torch.Tensor) -> torch.Tensor:
-    """Patch embedding of tokens (..., C*patch*patch) -> (..., D)."""
-    projection = model.patch_embedding
-    return torch.nn.functional.linear(tokens.to(projection.weight), projection.weight.flatten(1), projection.bias)
+    """Patch embedding of tokens (..., C*patch*patch) -> (..., D), in the weights' dtype under autocast too."""
+    weight, bias = model.patch_embedding.weight, model.patch_embedding.bias
+    return torch.nn.functional.linear(tokens.to(weight), weight.flatten(1), bias).type_as(weight)
 
 
 def embed_parts(model: WanTransformer3DModel, tokens: torch.Tensor, states: torch.device) -> torch.Tensor:
@@ -236,7 +236,7 @@ def proxy_context(
                 made = _run_block(
                     model, block, part, modulations, rotation, text.keys_values[i], text.bias, backend=backend
                 )
-                out[index], keys[index], values[index] = (m.to(states) for m in made)
+                out[index], keys[index], values[index] = (m.to(x) for m in made)
         kept.append((rotate(keys[None], detail_rotation[None])[0], values))
         x = out
     return ProxyContext(grid, ratio, time_ratio, margin, kept)

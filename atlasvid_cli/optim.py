@@ -7,12 +7,14 @@ from typing import Any
 import torch
 from torch import nn
 
+from .machine import has_bfloat16
+
 
 class Muon(torch.optim.Optimizer):
     """Momentum orthogonalised by five Newton-Schulz steps (Keller Jordan), scaled to AdamW's update size.
 
-    torch.optim.Muon takes 2D parameters only and iterates in bfloat16, which CPUs without AVX-512 run about a hundred
-    times slower than fp32; this one flattens convolutions to (out, rest) and iterates in fp32, equal shapes together.
+    torch.optim.Muon takes 2D parameters only and iterates in bfloat16 anywhere; this one flattens convolutions to
+    (out, rest), takes equal shapes together, and iterates in fp32 on CPUs that only emulate bf16.
     """
 
     def __init__(self, params: Iterable[nn.Parameter], lr: float, momentum: float = 0.95):
@@ -42,10 +44,12 @@ def orthogonalise(matrices: torch.Tensor) -> torch.Tensor:
     tall = matrices.shape[1] > matrices.shape[2]
     x = matrices.mT if tall else matrices
     x = x / (x.norm(dim=(1, 2), keepdim=True) + 1e-7)
+    if matrices.device.type != "cpu" or has_bfloat16():
+        x = x.bfloat16()
     for _ in range(5):
         gram = x @ x.mT
         x = 3.4445 * x + (-4.7750 * gram + 2.0315 * gram @ gram) @ x
-    return x.mT if tall else x
+    return (x.mT if tall else x).type_as(matrices)
 
 
 class MuonAdamW:

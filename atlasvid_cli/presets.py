@@ -130,7 +130,10 @@ class Detail:
 
 @dataclass(frozen=True)
 class Preset:
-    """Everything a preset file says. `model` is a folder beside the file, or a hub id with its pinned `revision`."""
+    """Everything a preset file says. `model` is a folder beside the file, or a hub id with its pinned `revision`.
+
+    `decode_dtype` is what the VAE bears: where the device does not multiply it, and by default, it decodes in float32.
+    """
 
     name: str
     folder: Path
@@ -147,6 +150,7 @@ class Preset:
     detail: Detail
     experts: Experts | None = None
     revision: str | None = None
+    decode_dtype: Literal["float32", "bfloat16"] = "float32"
 
 
 MAY_BE_ZERO = ("margin", "guidance_interval")

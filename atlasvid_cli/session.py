@@ -13,7 +13,7 @@ from .console import Console
 from .embeddings import Embedding, EmbeddingCache, cache_folder
 from .errors import ResourceError, UsageError
 from .lora import check_lora, merge_lora
-from .machine import available_vram, compute_device
+from .machine import available_vram, compute_device, decode_dtype
 from .memory import Offload, fits_gpu
 from .offload import place
 from .parse import Lora
@@ -117,7 +117,9 @@ class Session:
     def vae(self) -> Any:
         if "vae" not in self._parts:
             self._make_room("vae")
-            self._parts["vae"] = load_vae(self.folder).to(self.device)
+            self._parts["vae"] = load_vae(self.folder, getattr(torch, decode_dtype(self.preset.decode_dtype))).to(
+                self.device
+            )
         return self._parts["vae"]
 
     def expect(self, prompts: Iterable[str]) -> None:
@@ -154,9 +156,10 @@ class Session:
     def encode(self, prompts: list[str]) -> list[Embedding]:
         """What the text encoder makes of prompts; it is loaded for them and let go."""
         self._make_room("text")
-        tokenizer, encoder = load_text(self.folder, self.dtype)
+        gpu = self.device.type == "cuda"
+        tokenizer, encoder = load_text(self.folder, self.dtype if gpu else torch.float32)
         size = sum(p.nbytes for p in encoder.parameters())
-        on_gpu = self.device.type == "cuda" and fits_gpu(size, available_vram())
+        on_gpu = gpu and fits_gpu(size, available_vram())
         encoder = encoder.to(self.device) if on_gpu else encoder.float()  # few CPUs compute in bfloat16
         made = encode_prompts(prompts, tokenizer, encoder, self.preset.transformer.text_length)
         return [

@@ -19,6 +19,7 @@ from diffusers import WanTransformer3DModel
 from peft import LoraConfig, get_peft_model_state_dict
 
 from .checkpoint import load_checkpoint, save_checkpoint
+from .machine import has_bfloat16
 from .model import clip_forward, detail_forward, patchify, proxy_context, text_context
 from .optim import MuonAdamW, learning_rate
 from .presets import Layout
@@ -174,12 +175,14 @@ def run(
     named = [(n, p) for n, p in model.named_parameters() if p.requires_grad]
     trained = [p for _, p in named]
     threads = torch.get_num_threads()
-    workers = min(accumulate, threads) if trained[0].device.type == "cpu" else 1
+    on_cpu = trained[0].device.type == "cpu"
+    workers = min(accumulate, threads) if on_cpu else 1
 
     def gradients(draw: str) -> tuple[float, tuple[torch.Tensor | None, ...]]:
         rng = random.Random(draw)
         generator = torch.Generator().manual_seed(rng.getrandbits(60))
-        loss = loss_at(step, rng, generator) / accumulate
+        with torch.autocast("cpu", torch.bfloat16, enabled=on_cpu and has_bfloat16()):
+            loss = loss_at(step, rng, generator) / accumulate
         return loss.item(), torch.autograd.grad(loss, trained, allow_unused=True)
 
     optimizer = MuonAdamW(named, lr, ("patch_embedding", "condition_embedder", "proj_out", "scale_shift_table"))

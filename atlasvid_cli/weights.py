@@ -153,9 +153,8 @@ def load_transformer(
     return model
 
 
-def load_vae(folder: Path) -> AutoencoderKLWan:
-    """The VAE, always in fp32: what it loses in bfloat16 shows in gradients."""
-    return _load(AutoencoderKLWan, folder, "vae", torch.float32)
+def load_vae(folder: Path, dtype: torch.dtype = torch.float32) -> AutoencoderKLWan:
+    return _load(AutoencoderKLWan, folder, "vae", dtype)
 
 
 def load_text(folder: Path, dtype: torch.dtype = torch.float32) -> tuple[PreTrainedTokenizerBase, UMT5EncoderModel]:
