@@ -328,7 +328,7 @@ def decode_bytes(config: Mapping[str, Any], h: int, w: int, tile: int | None = N
     cached += dims[-1] * area * 2
     peaks.append(held + (dims[-1] + 2 * channels) * area)
     output = time_factor(config) * 3 * h * w * space_factor(config) ** 2
-    return width * (cached + max(peaks)) + 4 * output
+    return width * (cached + max(peaks)) + 2 * 4 * output  # who takes the frames holds some while more are made
 
 
 def decode_flops(config: Mapping[str, Any], h: int, w: int) -> int:

@@ -93,6 +93,15 @@ def test_equals_diffusers(config, live):
     torch.testing.assert_close(torch.cat(chunks), expected, rtol=0, atol=1e-5)
 
 
+@pytest.mark.parametrize("config", [RESIDUAL, WAN21, WAN22], ids=["residual", "wan2.1", "wan2.2"])
+def test_in_bfloat16_frames_stay_within_an_eight_bit_step_or_two(config):
+    vae, z = build(config, live=True), latents(config, 3, 4, 6)
+    exact = torch.cat(list(decode.decode_stream(vae, z)))
+    rounded = torch.cat(list(decode.decode_stream(vae.bfloat16(), z)))
+    assert rounded.dtype == torch.float32
+    assert (rounded - exact).square().mean().sqrt() < 1.5 / 255
+
+
 def test_leaves_the_vae_as_it_was():
     vae, z = build(RESIDUAL), latents(RESIDUAL, 2, 4, 4)
     before = reference(vae, z)
@@ -185,13 +194,15 @@ class LiveBytes(TorchDispatchMode):
 
 @pytest.mark.parametrize("config", [EMBEDDED, WAN21, WAN22], ids=["embedded", "wan2.1", "wan2.2"])
 @pytest.mark.parametrize("tile", [None, 8])
-def test_memory_is_as_predicted(config, tile, tmp_path):
-    vae, z = build(config, live=False), latents(config, 4, 6, 40 if tile else 10)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
+def test_memory_is_as_predicted(config, tile, dtype, tmp_path):
+    vae, z = build(config, live=False).to(dtype), latents(config, 4, 6, 40 if tile else 10)
     list(decode.decode_stream(vae, z[:, :1, :2, :2]))
     with LiveBytes(vae) as counter:
         for _ in decode.decode_stream(vae, z, tile=tile, spool=tmp_path):
             pass
-    assert decode.decode_bytes(config, *z.shape[-2:], tile) == pytest.approx(counter.peak, rel=0.2)
+    predicted = decode.decode_bytes(config, *z.shape[-2:], tile, dtype.itemsize)
+    assert predicted == pytest.approx(counter.peak, rel=0.2)
 
 
 def test_embedded_vae_at_4k_fits_whole():

@@ -7,7 +7,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from atlasvid_cli import pipeline, session
+from atlasvid_cli import machine, pipeline, session
 from atlasvid_cli.console import Console
 from atlasvid_cli.errors import InputError, UsageError
 from atlasvid_cli.parse import Lora
@@ -19,6 +19,19 @@ from atlasvid_cli.video import probe
 @pytest.fixture
 def console():
     return Console(interactive=False)
+
+
+@pytest.mark.parametrize("native", [True, False])
+def test_a_cpu_computes_in_bfloat16_where_it_has_it_and_the_vae_bears_it(stock_preset, monkeypatch, native):
+    monkeypatch.setattr(machine, "has_bfloat16", lambda: native)
+    machine.compute_device.cache_clear()
+    try:
+        fastest = torch.bfloat16 if native else torch.float32
+        assert Session(str(stock_preset)).dtype == fastest
+        assert Session(str(stock_preset)).vae().dtype == torch.float32
+        assert Session("tiny").vae().dtype == fastest
+    finally:
+        machine.compute_device.cache_clear()
 
 
 def test_stock_weights_render_training_free_and_say_what_it_costs(stock_preset, console, tmp_path, capsys):

@@ -1,0 +1,53 @@
+"""Attention by products, bf16's own way on a CPU, equals PyTorch's in fp32."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from atlasvid_cli import attention
+from atlasvid_cli.attention import attend
+
+
+def reference(q, k, v, bias=None):
+    q, k, v = (x.float().transpose(1, 2) for x in (q, k, v))
+    return F.scaled_dot_product_attention(q, k, v, bias).transpose(1, 2)
+
+
+@pytest.fixture
+def qkv():
+    generator = torch.Generator().manual_seed(0)
+    return [torch.randn(5, length, 3, 16, generator=generator).bfloat16() for length in (40, 60, 60)]
+
+
+@pytest.mark.parametrize("rows", [1, 2, 5, 100])
+def test_products_equal_pytorch_however_many_rows_at_a_time(qkv, monkeypatch, rows):
+    monkeypatch.setattr(attention, "SCORES", rows * 3 * 40 * 60)
+    monkeypatch.setattr(attention, "dispatch_attention_fn", None)  # not asked
+    out = attend(*qkv)
+    assert out.dtype == torch.bfloat16
+    torch.testing.assert_close(out.float(), reference(*qkv), atol=0.02, rtol=0)
+
+
+def test_more_scores_than_may_be_held_go_to_the_kernel(qkv, monkeypatch):
+    monkeypatch.setattr(attention, "SCORES", 3 * 40 * 60 - 1)
+    monkeypatch.setattr(attention, "_products", None)
+    torch.testing.assert_close(attend(*qkv).float(), reference(*qkv), atol=0.02, rtol=0)
+
+
+def test_a_named_backend_is_the_one_that_runs(qkv, monkeypatch):
+    monkeypatch.setattr(attention, "_products", None)
+    torch.testing.assert_close(attend(*qkv, backend="native").float(), reference(*qkv), atol=0.02, rtol=0)
+
+
+@pytest.mark.parametrize("prompts", [1, 5])
+def test_a_bias_hides_keys(qkv, prompts):
+    """One prompt for all rows, or one each."""
+    q, k, v = qkv
+    bias = torch.zeros(prompts, 1, 1, 60)
+    bias[..., 50:] = -torch.inf
+    k, v = k[:prompts], v[:prompts]
+    if prompts == 1:
+        q = q.flatten(0, 1)[None]
+    out = attend(q, k, v, bias.bfloat16())
+    torch.testing.assert_close(out.float(), reference(q, k[:, :50], v[:, :50]), atol=0.02, rtol=0)
+    assert (out.float() - reference(q, k, v)).abs().max() > 0.05
