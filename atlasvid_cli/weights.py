@@ -1,4 +1,7 @@
-"""Loads the parts of a diffusers model folder, each alone; adapters are merged into their own copy of the weights."""
+"""Loads the parts of a model folder, each alone; adapters are merged into their own copy of the weights.
+
+A folder is in diffusers' layout, or one of Wan's original checkpoints (`original`).
+"""
 
 import dataclasses
 import hashlib
@@ -6,6 +9,7 @@ import json
 import re
 from functools import cache, partial
 from pathlib import Path
+from pickle import UnpicklingError
 from typing import Any
 
 import torch
@@ -17,8 +21,12 @@ from safetensors import SafetensorError, safe_open
 from transformers import AutoTokenizer, PreTrainedTokenizerBase, UMT5EncoderModel
 from transformers.utils.logging import disable_progress_bar
 
+from . import original
 from .errors import InputError, one_line
 from .presets import Preset
+
+# what reading damaged weights raises
+UNREADABLE = (OSError, ValueError, KeyError, RuntimeError, UnpicklingError, SafetensorError)
 
 # ours are the only bars on stderr
 disable_progress_bar()
@@ -26,26 +34,29 @@ diffusers_logging.disable_progress_bar()
 
 
 def model_folder(preset: Preset, model_path: str | None) -> Path:
-    """The diffusers folder with the weights: a local one, or a snapshot of a hub repository (`id` or `id@revision`).
+    """The folder with the weights: a local one, or a snapshot of a hub repository (`id` or `id@revision`).
 
     A snapshot that is in the hub's cache is used without asking the network. Raises InputError where there is none.
     """
     named = model_path or preset.model
     folder = Path(named) if model_path else preset.folder
     if folder.is_dir():
-        if not (folder / "model_index.json").is_file():
+        if not (folder / "model_index.json").is_file() and not original.is_original(folder):
             if any(folder.glob("Wan2*_VAE.*")):
-                remedy = f"give --model-path {preset.model}" if "/" in preset.model else "choose a --preset of Wan"
-                raise InputError(f"{folder} is one of Wan's original checkpoints, not a diffusers folder; {remedy}")
+                raise InputError(
+                    f"{folder} is an original checkpoint whose VAE only its converted form can be read of; give"
+                    f" --model-path {preset.model}"
+                )
             raise InputError(
-                f"{folder} is not a diffusers model folder (no model_index.json); give another --model-path"
+                f"{folder} is no model folder (it has neither model_index.json nor {original.VAE}); give another"
+                " --model-path"
             )
         return folder
     if not re.fullmatch(r"[\w.-]+/[\w.-]+(@[\w.-]+)?", named):
-        raise InputError(f"{folder} does not exist; give --model-path a diffusers folder or a hub id")
+        raise InputError(f"{folder} does not exist; give --model-path a model folder or a hub id")
     name, _, revision = named.partition("@")
     revision = revision or (preset.revision if name == preset.model else None) or "main"
-    fetch = partial(snapshot_download, name, revision=revision, allow_patterns=["*.json", "*.safetensors", "*.model"])
+    fetch = partial(snapshot_download, name, revision=revision, allow_patterns=original.LIST_OF_FILES)
     try:
         return Path(fetch(local_files_only=True))
     except (HFValidationError, LocalEntryNotFoundError):
@@ -73,7 +84,10 @@ def model_hash(folder: Path, *names: str | None) -> str:
     digest = hashlib.sha256()
     for name in filter(None, names):
         path = folder / name
-        files = sorted(path.glob("*.safetensors")) if path.is_dir() else [path]
+        if name in original.PARTS and original.is_original(folder):
+            files = original.files(folder, name)
+        else:
+            files = sorted(path.glob("*.safetensors")) if path.is_dir() else [path]
         for file in files:
             if not file.is_file():
                 raise InputError(f"{file} does not exist: mend the preset's lora, or give another --model-path")
@@ -106,9 +120,13 @@ def check_config(folder: Path, preset: Preset) -> None:
 
 def _config(folder: Path, part: str) -> dict[str, Any]:
     try:
+        if original.is_original(folder):
+            return original.config(folder, part)
         return json.loads((folder / part / "config.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        raise InputError(f"{folder} holds no readable {part}/config.json; give a diffusers model folder") from None
+    except UNREADABLE as error:
+        raise InputError(
+            f"the config of the {part} in {folder} cannot be read ({one_line(str(error))}); give another --model-path"
+        ) from None
 
 
 def _check_same(part: str, found: dict[str, Any], wanted: Any, folder: Path, preset: Preset) -> None:
@@ -158,21 +176,35 @@ def load_vae(folder: Path, dtype: torch.dtype = torch.float32) -> AutoencoderKLW
 
 
 def load_text(folder: Path, dtype: torch.dtype = torch.float32) -> tuple[PreTrainedTokenizerBase, UMT5EncoderModel]:
-    encoder = UMT5EncoderModel.from_pretrained(folder / "text_encoder", torch_dtype=dtype)
-    return AutoTokenizer.from_pretrained(folder / "tokenizer"), encoder.eval().requires_grad_(False)
+    try:
+        if original.is_original(folder):
+            encoder, tokenizer = original.load_text(folder, dtype), folder / original.TOKENIZER
+        else:
+            encoder = UMT5EncoderModel.from_pretrained(folder / "text_encoder", torch_dtype=dtype)
+            tokenizer = folder / "tokenizer"
+        return AutoTokenizer.from_pretrained(tokenizer), encoder.eval().requires_grad_(False)
+    except UNREADABLE as error:
+        raise InputError(
+            f"the text encoder or tokenizer in {folder} cannot be read ({one_line(str(error))}); fetch it again"
+        ) from None
 
 
 def load_scheduler(folder: Path, flow_shift: float) -> UniPCMultistepScheduler:
+    if original.is_original(folder):  # what diffusers' converted repositories say
+        return UniPCMultistepScheduler(prediction_type="flow_prediction", use_flow_sigmas=True, flow_shift=flow_shift)
     return UniPCMultistepScheduler.from_pretrained(folder / "scheduler", flow_shift=flow_shift)
 
 
 def _load(kind: Any, folder: Path, part: str, dtype: torch.dtype) -> Any:
-    """A part of a diffusers folder, from safetensors alone; diffusers itself only warns of keys that do not match."""
+    """A part of a folder, unpickling nothing but tensors; diffusers itself only warns of keys that do not match."""
     try:
-        model, found = kind.from_pretrained(
-            folder / part, torch_dtype=dtype, use_safetensors=True, output_loading_info=True
-        )
-    except (OSError, ValueError, SafetensorError) as error:
+        if original.is_original(folder):
+            model, found = original.load(kind, folder, part, dtype)
+        else:
+            model, found = kind.from_pretrained(
+                folder / part, torch_dtype=dtype, use_safetensors=True, output_loading_info=True
+            )
+    except UNREADABLE as error:
         raise InputError(f"the {part} in {folder} cannot be read ({one_line(str(error))}); fetch it again") from None
     for what in ("missing_keys", "unexpected_keys", "mismatched_keys"):
         if keys := sorted(str(k) for k in found[what]):

@@ -94,12 +94,6 @@ def test_a_local_folder_is_taken_as_it_is(stock_preset, tmp_path):
         model_folder(preset, str(tmp_path / "nowhere"))
 
 
-def test_an_original_checkpoint_is_refused_with_the_name_of_the_converted_one(tmp_path):
-    (tmp_path / "Wan2.1_VAE.pth").touch()
-    with pytest.raises(InputError, match=r"original .*--model-path Wan-AI/Wan2\.1-T2V-1\.3B-Diffusers"):
-        model_folder(load_preset("wan2.1-1.3b"), str(tmp_path))
-
-
 def test_hub_weights_are_sought_at_the_pinned_revision_and_in_the_cache_first(monkeypatch, tmp_path):
     asked = []
 
