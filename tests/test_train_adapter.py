@@ -169,7 +169,7 @@ def test_where_the_adapter_is_for_the_proxy_stream_only_that_one_learns(session,
     monkeypatch.setattr(
         train, "train_detail", lambda bare, model, *a, **k: seen.append(bare) or real(bare, model, *a, **k)
     )
-    before = weights.load_transformer(session.folder).state_dict()
+    before = weights.load_transformer(session.folder, dtype=session.dtype).state_dict()
     make(session, replace(job, steps=3), quiet())
     assert store.read_header(job.output)[0]["streams"] == "proxy"
     assert all(torch.equal(before[n], p) for n, p in seen[0].state_dict().items())
