@@ -5,20 +5,27 @@ import os
 from pathlib import Path
 
 import torch
+from diffusers.training_utils import EMAModel
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from .optim import MuonAdamW
+from .optim import Optimizer
 
 
-def save_checkpoint(folder: Path, model: nn.Module, optimizer: MuonAdamW, step: int) -> None:
-    """Writes trainable weights, optimiser state and the step into `folder/checkpoint.safetensors`.
+def save_checkpoint(
+    folder: Path, model: nn.Module, optimizer: Optimizer, step: int, average: EMAModel | None = None
+) -> None:
+    """Writes trainable weights and their `average`, optimiser state and the step into `folder/checkpoint.safetensors`.
 
     Frozen weights are the caller's to make again: the base of an adapter is far larger than the adapter.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    tensors: dict[str, torch.Tensor] = {f"model.{k}": v for k, v in model.named_parameters() if v.requires_grad}
-    scalars = {}
+    trained = [(k, v) for k, v in model.named_parameters() if v.requires_grad]
+    tensors: dict[str, torch.Tensor] = {f"model.{k}": v for k, v in trained}
+    if average:
+        tensors |= {f"average.{k}": v for (k, _), v in zip(trained, average.shadow_params, strict=True)}
+    scalars, groups = {}, []
     for i, state in enumerate(optimizer.state_dict()):
         for index, values in state["state"].items():
             for key, value in values.items():
@@ -26,32 +33,35 @@ def save_checkpoint(folder: Path, model: nn.Module, optimizer: MuonAdamW, step: 
                     tensors[f"optimizer.{i}.{index}.{key}"] = value
                 else:
                     scalars[f"{i}.{index}.{key}"] = value
+        groups.append([{k: v for k, v in g.items() if isinstance(v, int | float)} for g in state["param_groups"]])
     path = folder / "checkpoint.safetensors"
     temporary = path.with_suffix(".tmp")
     tensors = {k: v.detach().clone().contiguous() for k, v in tensors.items()}
-    save_file(tensors, temporary, {"step": str(step), "scalars": json.dumps(scalars)})
+    save_file(tensors, temporary, {"step": str(step), "scalars": json.dumps(scalars), "groups": json.dumps(groups)})
     with temporary.open("rb") as file:
         os.fsync(file.fileno())
     temporary.replace(path)
 
 
-def load_checkpoint(folder: Path, model: nn.Module, optimizer: MuonAdamW) -> int:
+def load_checkpoint(folder: Path, model: nn.Module, optimizer: Optimizer, average: EMAModel | None = None) -> int:
     """Restores what `save_checkpoint` wrote and returns its step; 0 where there is none."""
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / "checkpoint.safetensors"
     if not path.exists():
         return 0
     tensors = load_file(path)
-    from safetensors import safe_open
-
     with safe_open(path, "pt") as file:
         metadata = file.metadata()
     weights = {k[6:]: v for k, v in tensors.items() if k.startswith("model.")}
     model.load_state_dict(weights, strict=False)
-    assert all(k in weights for k, v in model.named_parameters() if v.requires_grad)
+    trained = [(k, v) for k, v in model.named_parameters() if v.requires_grad]
+    assert all(k in weights for k, _ in trained)
+    if average:
+        average.shadow_params = [tensors[f"average.{k}"].to(v.device) for k, v in trained]
+        average.optimization_step = int(metadata["step"])
     states = optimizer.state_dict()
     scalars = json.loads(metadata["scalars"])
-    for i, state in enumerate(states):
+    for i, (state, groups) in enumerate(zip(states, json.loads(metadata["groups"]), strict=True)):
         entries: dict[int, dict] = {}
         for name, value in tensors.items():
             if name.startswith(f"optimizer.{i}."):
@@ -62,5 +72,7 @@ def load_checkpoint(folder: Path, model: nn.Module, optimizer: MuonAdamW) -> int
             if int(part) == i:
                 entries.setdefault(int(index), {})[key] = value
         state["state"] = entries
+        for group, saved in zip(state["param_groups"], groups, strict=True):
+            group |= saved
     optimizer.load_state_dict(states)
     return int(metadata["step"])

@@ -1,4 +1,4 @@
-"""Optimisers for training: Muon on matrices (convolutions flattened to 2D), AdamW on everything else."""
+"""Optimisers for training: Muon on matrices (convolutions flattened to 2D) with AdamW on the rest, or others."""
 
 import math
 from collections.abc import Iterable
@@ -7,7 +7,9 @@ from typing import Any
 import torch
 from torch import nn
 
+from .errors import UsageError
 from .machine import has_bfloat16
+from .presets import OptimizerName
 
 
 class Muon(torch.optim.Optimizer):
@@ -52,23 +54,34 @@ def orthogonalise(matrices: torch.Tensor) -> torch.Tensor:
     return (x.mT if tall else x).type_as(matrices)
 
 
-class MuonAdamW:
-    """Muon on every weight of two or more axes and AdamW on the rest, behind one interface.
+class Optimizer:
+    """What updates the trained weights, behind one interface.
 
-    `adamw_names` are substrings of parameter names that AdamW keeps although they are matrices (embeddings, heads).
+    `muon` takes every weight of two or more axes and AdamW the rest; `adamw` takes all; `prodigy` is AdamW that finds
+    its own step size (Mishchenko & Defazio, arXiv 2306.06101), of which `lr` is a multiple. `adamw_names` are
+    substrings of parameter names that Muon leaves although they are matrices (embeddings, heads).
     """
 
-    def __init__(self, named: Iterable[tuple[str, nn.Parameter]], lr: float, adamw_names: tuple[str, ...] = ()):
+    def __init__(
+        self,
+        named: Iterable[tuple[str, nn.Parameter]],
+        lr: float,
+        adamw_names: tuple[str, ...] = (),
+        kind: OptimizerName = "muon",
+    ):
         matrices: list[nn.Parameter] = []
         rest: list[nn.Parameter] = []
         for name, p in named:
             if p.requires_grad:
                 is_matrix = p.ndim >= 2 and min(p.flatten(1).shape) > 1
-                (matrices if is_matrix and not any(s in name for s in adamw_names) else rest).append(p)
+                of_muon = kind == "muon" and is_matrix and not any(s in name for s in adamw_names)
+                (matrices if of_muon else rest).append(p)
         self.parts: list[torch.optim.Optimizer] = []
         if matrices:
             self.parts.append(Muon(matrices, lr))
-        if rest:
+        if rest and kind == "prodigy":
+            self.parts.append(_prodigy()(rest, lr=lr, safeguard_warmup=True, use_bias_correction=True))
+        elif rest:
             self.parts.append(torch.optim.AdamW(rest, lr=lr, betas=(0.9, 0.95), weight_decay=0.0))
 
     def step(self, lr: float) -> None:
@@ -85,6 +98,16 @@ class MuonAdamW:
     def load_state_dict(self, states: list[dict]) -> None:
         for part, state in zip(self.parts, states, strict=True):
             part.load_state_dict(state)
+
+
+def _prodigy() -> Any:
+    try:
+        from prodigyopt import Prodigy
+    except ImportError:
+        raise UsageError(
+            "the optimizer prodigy is not installed; run `pip install prodigyopt`, or choose muon or adamw"
+        ) from None
+    return Prodigy
 
 
 def learning_rate(step: int, total: int, peak: float, warmup: int = 50) -> float:

@@ -4,7 +4,7 @@ import dataclasses
 import types
 import typing
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
@@ -14,6 +14,7 @@ from .errors import UsageError
 from .shapes import Geometry
 
 Shape = tuple[int, int, int]
+OptimizerName = Literal["muon", "adamw", "prodigy"]
 Layout = tuple[Shape, bool]  # the shape of a block's windows, and whether their grid is shifted by half a window
 
 
@@ -129,6 +130,14 @@ class Detail:
 
 
 @dataclass(frozen=True)
+class Training:
+    """How adapters are trained. `ema`, where above 0, is the decay a step of the average of weights that is saved."""
+
+    optimizer: OptimizerName = "muon"
+    ema: float = 0.0
+
+
+@dataclass(frozen=True)
 class Preset:
     """Everything a preset file says. `model` is a folder beside the file, or a hub id with its pinned `revision`.
 
@@ -151,9 +160,10 @@ class Preset:
     experts: Experts | None = None
     revision: str | None = None
     decode_dtype: Literal["float32", "bfloat16"] = "float32"
+    training: Training = field(default_factory=Training)
 
 
-MAY_BE_ZERO = ("margin", "guidance_interval")
+MAY_BE_ZERO = ("margin", "guidance_interval", "ema")
 
 
 def window_cycle(shapes: Sequence[Shape], shifted: bool = True) -> tuple[Layout, ...]:
@@ -198,7 +208,8 @@ def _parse(kind: Any, value: Any, where: str) -> Any:
         fields = {f.name: f for f in dataclasses.fields(kind)}
         if unknown := sorted(set(value) - set(fields)):
             raise UsageError(f"{where} has the unknown key {unknown[0]!r}; it knows {', '.join(fields)}")
-        required = [n for n, f in fields.items() if f.default is dataclasses.MISSING]
+        neither = (dataclasses.MISSING, dataclasses.MISSING)
+        required = [n for n, f in fields.items() if (f.default, f.default_factory) == neither]
         if missing := [n for n in required if n not in value]:
             raise UsageError(f"{where} lacks the key {missing[0]!r}; add it")
         return kind(**{k: _parse(hints[k], v, f"{where}: {k}") for k, v in value.items()})

@@ -16,13 +16,14 @@ from typing import Any
 
 import torch
 from diffusers import WanTransformer3DModel
+from diffusers.training_utils import EMAModel
 from peft import LoraConfig, get_peft_model_state_dict
 
 from .checkpoint import load_checkpoint, save_checkpoint
 from .machine import has_bfloat16
 from .model import clip_forward, detail_forward, patchify, proxy_context, text_context
-from .optim import MuonAdamW, learning_rate
-from .presets import Layout
+from .optim import Optimizer, learning_rate
+from .presets import Layout, Training
 from .schedule import shift_sigma
 from .shapes import Grid
 from .store import atomic, save_tensors
@@ -33,6 +34,8 @@ PROXY_DROP, TEXT_DROP = 0.05, 0.1  # DESIGN §4, so that guidance can act on eit
 PROXY_NOISE = 0.25  # the largest sigma that the proxy is noised with, so that an imperfect one still guides
 CHECKPOINT_STEPS, VALIDATION_STEPS, LOG_STEPS = 200, 100, 25
 LORA_TARGETS = ["to_q", "to_k", "to_v", "to_out.0", "ffn.net.0.proj", "ffn.net.2"]
+
+MUON = Training()
 
 Embed = Callable[[str], torch.Tensor]
 
@@ -165,12 +168,14 @@ def run(
     accumulate: int = 1,
     validate: Callable[[], float | None] = lambda: None,
     on_step: Callable[[int], None] = lambda done: None,
+    training: Training = MUON,
 ) -> None:
     """The loop: `loss_at(step, rng, generator)` over `accumulate` draws a step; logs and checkpoints to `folder`.
 
     On a CPU the draws of a step run side by side, a thread each: small models keep more cores busy so than by splitting
     every product over all of them. `validate()` is the loss on held-out samples, None without any; `on_step` gets the
-    steps newly known to be done.
+    steps newly known to be done. Where `training` asks for an average of the weights, that is validated and what the
+    model ends with.
     """
     named = [(n, p) for n, p in model.named_parameters() if p.requires_grad]
     trained = [p for _, p in named]
@@ -185,8 +190,22 @@ def run(
             loss = loss_at(step, rng, generator) / accumulate
         return loss.item(), torch.autograd.grad(loss, trained, allow_unused=True)
 
-    optimizer = MuonAdamW(named, lr, ("patch_embedding", "condition_embedder", "proj_out", "scale_shift_table"))
-    step = load_checkpoint(folder, model, optimizer)
+    heads = ("patch_embedding", "condition_embedder", "proj_out", "scale_shift_table")
+
+    def averaged_loss() -> float | None:
+        """`validate()` of the average, where there is one."""
+        if average is None:
+            return validate()
+        average.store(trained)
+        average.copy_to(trained)
+        try:
+            return validate()
+        finally:
+            average.restore(trained)
+
+    optimizer = Optimizer(named, lr, heads, training.optimizer)
+    average = EMAModel(trained, decay=training.ema) if training.ema else None
+    step = load_checkpoint(folder, model, optimizer, average)
     _cut_log(folder / "log.jsonl", step)
     on_step(step)
     started, recent = time.monotonic(), []
@@ -201,18 +220,22 @@ def run(
                         p.grad = grad if p.grad is None else p.grad.add_(grad)
             torch.nn.utils.clip_grad_norm_(trained, 1.0)
             optimizer.step(learning_rate(step, steps, lr))
+            if average:
+                average.step(trained)
             step += 1
             on_step(1)
             recent.append(total)
             if step % LOG_STEPS == 0 or step == steps:
                 row = {"step": step, "loss": round(sum(recent) / len(recent), 5)}
                 recent.clear()
-                if (step % VALIDATION_STEPS == 0 or step == steps) and (held_out := validate()) is not None:
+                if (step % VALIDATION_STEPS == 0 or step == steps) and (held_out := averaged_loss()) is not None:
                     row["validation_loss"] = round(held_out, 5)
                 with (folder / "log.jsonl").open("a") as log:
                     log.write(json.dumps(row | {"seconds": round(time.monotonic() - started, 1)}) + "\n")
             if step % CHECKPOINT_STEPS == 0 or step == steps:
-                save_checkpoint(folder, model, optimizer, step)
+                save_checkpoint(folder, model, optimizer, step, average)
+    if average:
+        average.copy_to(trained)
 
 
 def _cut_log(path: Path, step: int) -> None:
@@ -243,6 +266,7 @@ def train_clips(
     seed: int = 0,
     held_out: Sequence[dict] = (),
     on_step: Callable[[int], None] = lambda done: None,
+    training: Training = MUON,
 ) -> None:
     """Stage 1 training on clips, and on single `images` at a share of draws going from `stills[0]` to `stills[1]`.
 
@@ -261,7 +285,7 @@ def train_clips(
         shift = shift_of(latents.shape[1])
         return clip_loss(model, [latents], [embed(sample["caption"])], generator, time_ratio, shift)
 
-    run(model, folder, steps, lr, seed, loss_at, accumulate, validation(held_out, held_out_loss), on_step)
+    run(model, folder, steps, lr, seed, loss_at, accumulate, validation(held_out, held_out_loss), on_step, training)
 
 
 def train_detail(
@@ -282,6 +306,7 @@ def train_detail(
     proxy_centre: bool = False,
     held_out: Sequence[dict] = (),
     on_step: Callable[[int], None] = lambda done: None,
+    training: Training = MUON,
 ) -> None:
     """Stage 2 training of `proxy_model`, which is `model` itself where the adapter acts on both streams."""
     figures = layouts, margin, shift, (time_ratio, 1), proxy_window, proxy_centre
@@ -296,7 +321,18 @@ def train_detail(
     def held_out_loss(sample: dict, rng: random.Random, generator: torch.Generator) -> torch.Tensor:
         return detail_loss(model, proxy_model, sample, embed(sample["caption"]), rng, generator, *figures)
 
-    run(proxy_model, folder, steps, lr, seed, loss_at, accumulate, validation(held_out, held_out_loss), on_step)
+    run(
+        proxy_model,
+        folder,
+        steps,
+        lr,
+        seed,
+        loss_at,
+        accumulate,
+        validation(held_out, held_out_loss),
+        on_step,
+        training,
+    )
 
 
 def validation(

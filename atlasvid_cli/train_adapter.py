@@ -25,6 +25,7 @@ HELD_OUT = 10  # every tenth clip is not trained on
 VALIDATED = 16  # samples of held-out clips that a validation takes at most
 BATCH = 5  # longest clips of stage 1 a step
 ACCUMULATED = 3  # crops of stage 2 a step
+LEARNING_RATES = {"muon": 3e-3, "adamw": 3e-3, "prodigy": 1.0}
 
 
 @dataclass(frozen=True)
@@ -36,7 +37,7 @@ class Job:
     output: Path
     work: Path
     steps: int = 1000
-    lr: float = 3e-3
+    lr: float | None = None  # LEARNING_RATES of the preset's optimizer
     rank: int = 64
     seed: int = 0
 
@@ -54,6 +55,7 @@ def make(session: Session, job: Job, console: Console) -> Path:
             f"preset {preset.name} leaves out scaled_time, scaled_positions or clean_proxy, and training does not know"
             " how; remove that key from the preset"
         )
+    lr = LEARNING_RATES[preset.training.optimizer] if job.lr is None else job.lr
     groups = _samples(session, job, console)
     key = store.artefact_hash(
         {
@@ -66,7 +68,8 @@ def make(session: Session, job: Job, console: Console) -> Path:
             ],
             "windows": [preset.detail.layouts, preset.detail.margin, preset.detail.proxy_window],
             "centre": preset.detail.proxy_centre,
-            "job": [job.stage, job.steps, job.lr, job.rank, job.seed],
+            "job": [job.stage, job.steps, lr, job.rank, job.seed],
+            "training": [preset.training.optimizer, preset.training.ema],
             "data": [[group[0].get("clip"), group[0]["caption"]] for group in groups],
         }
     )
@@ -96,13 +99,14 @@ def make(session: Session, job: Job, console: Console) -> Path:
                 trained,
                 embed,
                 job.steps,
-                job.lr,
+                lr,
                 preset.proxy.time_ratio,
                 BATCH * preset.proxy.base_tokens * corpus.proxy_latents(preset),
                 shift_of=lambda latents: preset.proxy.flow_shift,
                 seed=job.seed,
                 held_out=held_out,
                 on_step=advance,
+                training=preset.training,
             )
         else:
             train.train_detail(
@@ -112,7 +116,7 @@ def make(session: Session, job: Job, console: Console) -> Path:
                 trained,
                 embed,
                 job.steps,
-                job.lr,
+                lr,
                 preset.detail.layouts,
                 preset.detail.margin,
                 preset.detail.flow_shift,
@@ -123,6 +127,7 @@ def make(session: Session, job: Job, console: Console) -> Path:
                 preset.detail.proxy_centre,
                 held_out,
                 advance,
+                preset.training,
             )
         train.save_adapter(model, job.output, metadata | {"run": key})
     return job.output

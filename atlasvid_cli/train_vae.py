@@ -17,7 +17,7 @@ from diffusers import AutoencoderKLWan
 
 from . import world
 from .checkpoint import load_checkpoint, save_checkpoint
-from .optim import MuonAdamW, learning_rate
+from .optim import Optimizer, learning_rate
 
 KL_WEIGHT, DRIFT_WEIGHT = 1e-6, 0.2
 HELD_FRAMES = 24  # a multiple of the temporal stride
@@ -148,7 +148,7 @@ def train(
     a diffusion model that does not know how long ago a clip began cannot follow latents that drift.
     """
     named = [(n, p) for n, p in vae.named_parameters() if p.requires_grad]
-    optimizer = MuonAdamW(named, lr, adamw_names=("conv_in", "conv_out", "quant_conv"))
+    optimizer = Optimizer(named, lr, adamw_names=("conv_in", "conv_out", "quant_conv"))
     step = load_checkpoint(folder, vae, optimizer)
     started = time.monotonic()
     while step < steps:
