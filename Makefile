@@ -26,7 +26,7 @@ check: $(READY)
 	$(BIN)/python -m pytest
 
 tiny: $(READY)
-	$(BIN)/atlasvid train tiny --work training --output presets/tiny
+	$(BIN)/atlasvid train tiny --work training --output training/tiny
 
 wheel: $(READY)
 	$(BIN)/python -m build --wheel --outdir dist

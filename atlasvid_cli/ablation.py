@@ -31,7 +31,7 @@ from .presets import Preset
 from .quality import Assessment, assess, check, frames_at, held_out_prompts, looked_at, proxy_frames, seam_ratio
 from .session import Session
 from .video import write_video
-from .weights import load_scheduler, load_text, load_transformer, load_vae
+from .weights import load_scheduler, load_text, load_transformer
 
 APART = 1000  # seeds of a prompt are this far apart, so that more prompts or seeds leave the others' as they are
 
@@ -141,7 +141,7 @@ def _native(session: Session) -> Arm:
     def load() -> WanPipeline:
         text, model = load_text(session.folder), load_transformer(session.folder, dtype=session.dtype)
         scheduler = load_scheduler(session.folder, session.preset.proxy.flow_shift)
-        pipe = WanPipeline(*text, load_vae(session.folder), scheduler, model).to(session.device)
+        pipe = WanPipeline(*text, session.vae(), scheduler, model).to(session.device)
         pipe.set_progress_bar_config(disable=True)
         return pipe
 

@@ -17,7 +17,7 @@ from .artefacts import read_latents
 from .cost import DECODE_EFFICIENCY, EFFICIENCY, GIB, rows, vae_tile
 from .decode import decode_flops
 from .flops import full_flops
-from .machine import available_ram, peak_rss, reset_peak
+from .machine import available_ram, conv_rate, peak_rss, reset_peak
 from .measure import (
     SAMPLE_SECONDS,
     STOCK_CONV_RATE,
@@ -122,7 +122,7 @@ def few_step_arm(bench: Bench, plan: Plan, repeats: int) -> tuple[Stages, int | 
     patch, count = plan.preset.geometry.patch, min(SAMPLED_LATENTS, plan.target.t)
     h, w = plan.target.h * patch, plan.target.w * patch
     work = decode_flops(bench.vae.config, h, w) * count / (h * w)
-    part = crop(Grid(1, h, w), bench.rate * DECODE_EFFICIENCY * bench.seconds / 2 / work)
+    part = crop(Grid(1, h, w), conv_rate(bench.vae.dtype) * DECODE_EFFICIENCY * bench.seconds / 2 / work)
     picture = F.interpolate(latents, (count, part.h, part.w), mode="trilinear")[0]  # smooth, as a video is
     times = decode_sample(bench.vae, picture, plan, vae_tile(plan.preset, part.h, part.w), bench.folder, repeats)
     (bench.folder / "sample.mp4").replace(bench.folder / "video.mp4")
@@ -183,7 +183,7 @@ def native_arm(bench: Bench, plan: Plan, steps: int, frames: list[torch.Tensor])
         size = config.transformer
         forward = native_pass(bench.model, size, patch, grid, bench.rate, bench.seconds / 2, bench.repeats)
         stages["denoise"] = forward.times(steps * passes)
-    work = decode_flops(bench.vae.config, h, w) * grid.t / (bench.rate * STOCK_CONV_RATE)
+    work = decode_flops(bench.vae.config, h, w) * grid.t / (conv_rate(bench.vae.dtype) * STOCK_CONV_RATE)
     fits = plan.frames * 9 * h * w * config.geometry.spatial**2 * 4 < available_ram() / 2
     if whole and fits and work * bench.repeats <= bench.seconds:
         like = {"device": bench.vae.device, "dtype": bench.vae.dtype}

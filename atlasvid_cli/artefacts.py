@@ -26,6 +26,7 @@ def job_hash(session: Session, plan: Plan, prompt: str, negative_prompt: str) ->
             "prompts": [prompt, negative_prompt],
             "models": [session.hash("proxy"), session.hash("detail"), session.vae_hash],
             "codec": plan.request.codec,
+            **session.arithmetic,
         }
     )
 
@@ -83,6 +84,7 @@ def stage_metadata(
     """Metadata of a stage's latents. `key` is the hash of all that decides them; size and fps are the latents' own."""
     model = session.hash(kind)
     fields = {**plan.key(stage), "prompt": prompt, "negative": negative, "model": model, "below": below}
+    fields |= session.arithmetic
     geometry, grid, last = session.preset.geometry, stage.grid, stage is plan.levels[-1]
     pixels = geometry.token_pixels
     return {
@@ -92,7 +94,7 @@ def stage_metadata(
         "preset": session.preset.name,
         "model": model,
         "vae": session.vae_hash,
-        "attention": session.backend or "native",
+        **session.arithmetic,
         "prompt": prompt,
         "negative_prompt": negative,
         "seed": str(plan.request.seed),

@@ -55,6 +55,11 @@ def check_backend(name: str) -> None:
         raise UsageError(f"{error} Or leave --attention-backend out to use PyTorch's own.") from None
 
 
+def default_backend(device: torch.device, dtype: torch.dtype) -> str:
+    """What attends where no backend is named: PyTorch's kernels (`native`), or in bf16 on a CPU plain `products`."""
+    return "products" if (device.type, dtype) == ("cpu", torch.bfloat16) else "native"
+
+
 def attend(
     q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, bias: torch.Tensor | None = None, backend: str | None = None
 ) -> torch.Tensor:
@@ -66,7 +71,7 @@ def attend(
     """
     row = q.shape[1] * q.shape[2] * k.shape[1]
     together = row if bias is None else row * len(q)
-    if backend is None and (q.device.type, q.dtype) == ("cpu", torch.bfloat16) and together <= SCORES:
+    if backend is None and default_backend(q.device, q.dtype) == "products" and together <= SCORES:
         if bias is not None:
             return _products(q, k, v, bias)
         parts = zip(*(x.split(SCORES // row) for x in (q, k, v)), strict=True)

@@ -16,12 +16,17 @@ if TYPE_CHECKING:
     from .session import Session
 
 
-def with_suffix(output: Path, codec: str) -> Path:
-    """The absolute output path; the codec's usual suffix where the name has none. Raises UsageError."""
-    from .video import suffix_for
+def target_of(output: Path | None, default: Path, suffix: str) -> Path:
+    """The absolute path to write: `output`, with `suffix` where its name has none, or `default`, which needs it.
 
-    usual = suffix_for(codec)
-    return (output if output.suffix else output.with_name(output.name + usual)).absolute()
+    In an `output` that is a folder the file has its default name.
+    """
+    named = default.with_name(default.name + suffix)
+    if output is None:
+        return named.absolute()
+    if output.is_dir():
+        return (output / named.name).absolute()
+    return (output if output.suffix else output.with_name(output.name + suffix)).absolute()
 
 
 def keep_foreign(target: Path, key: str) -> None:
@@ -61,7 +66,7 @@ def run_batch(
     is_video = suffix == ".mp4"
     suffix = suffix_for(request.codec) if is_video else suffix
     base = (output or Path()).absolute()
-    folder = base if many else base.parent if output else base
+    folder = base if many or base.is_dir() else base.parent
     check_resources(resolved, folder, run_dir)
     from .session import Session
     from .store import artefact_hash, lock, run_directory
@@ -73,9 +78,9 @@ def run_batch(
     failed = 0
     for item, negative in zip(items, negatives, strict=True):
         plan = make_plan(dataclasses.replace(request, seed=item.seed))
-        name = item.output or (f"{item.id}{suffix}" if many else f"{slug(item.prompt)}-{item.seed}{suffix}")
-        target = base if output and not many else folder / name
-        target = target if target.suffix else target.with_name(target.name + suffix)
+        default = folder / (item.id if many or item.output else f"{slug(item.prompt)}-{item.seed}")
+        chosen = folder / item.output if item.output else None if many else output
+        target = target_of(chosen, default, suffix)
         key = artefact_hash({**plan.key(), "prompt": item.prompt, "negative": negative, "size": plan.summary["size"]})
         run = run_dir or target.parent / "runs" / f"{slug(target.stem)}-{key}"
         event = {"id": item.id, "prompt": item.prompt, "seed": item.seed}
@@ -167,7 +172,7 @@ def train_part(
         from . import train_tiny
 
         work.mkdir(parents=True, exist_ok=True)
-        output = output or Path("presets/tiny")
+        output = output or work / "tiny"
         train_tiny.make(work, output)
         return output
     if "data" not in given:

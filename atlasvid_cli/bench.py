@@ -35,7 +35,7 @@ from .console import Console
 from .cost import GIB, rows
 from .errors import ResourceError
 from .machine import available_ram, compute_device, copy_rate, decode_dtype, gemm_rate
-from .measure import Timing, random_model
+from .measure import BACKEND, Timing, random_model
 from .plan import Plan, Request, make_plan
 from .session import Session
 from .weights import load_text, load_transformer
@@ -101,7 +101,7 @@ def _load(plan: Plan, has_weights: bool, folder: Path, seconds: float, repeats: 
     if has_weights:
         # one session keeps one stage's adapter at a time: with two, no arm loads while it is timed
         # and they share a cache that each run begins without
-        proxy, detail = (Session(request.preset, request.model_path, cache=folder / "run") for _ in range(2))
+        proxy, detail = (Session(request.preset, request.model_path, BACKEND, cache=folder / "run") for _ in range(2))
         model, text, vae = load_transformer(proxy.folder, dtype=proxy.dtype), load_text(proxy.folder), proxy.vae()
         return Bench(proxy, detail, text, model, vae, folder, rate, seconds, repeats)
     model = random_model(plan.preset.transformer, plan.preset.geometry.patch)
@@ -111,7 +111,7 @@ def _load(plan: Plan, has_weights: bool, folder: Path, seconds: float, repeats: 
         "latents_mean": spread,
         "latents_std": spread,
     }
-    dtype = getattr(torch, decode_dtype(plan.preset.decode_dtype))
+    dtype = decode_dtype(plan.preset.decode_dtype)
     vae = AutoencoderKLWan.from_config(config).to(compute_device().kind, dtype).eval().requires_grad_(False)
     return Bench(None, None, None, model, vae, folder, rate, seconds, repeats)
 
@@ -266,10 +266,10 @@ def _roofline(plan: Plan, arms: dict[str, Stages], steps: int, rates: tuple[floa
     A block reads and writes the hidden state, and reads its weights and the keys and values of what guides it.
     """
     size, level = plan.preset.transformer, plan.levels[-1]
-    weights = 4 * (8 * size.dim**2 + 2 * size.dim * size.ffn)
+    weights = 8 * size.dim**2 + 2 * size.dim * size.ffn
 
     def least_bytes(tokens: int, guide: int) -> int:
-        return size.layers * (8 * size.dim * (tokens + guide) + weights)
+        return compute_device().bytes_per_value * size.layers * (2 * size.dim * (tokens + guide) + weights)
 
     passes, native_tokens = plan.proxy.passes, plan.native_grid.tokens
     detail = plan.named_stages()[-1][0]

@@ -6,7 +6,7 @@ from typing import Annotated
 import typer
 
 from . import options as opt
-from .batch import check_writable, keep_foreign, proxy_one, render_one, run_batch, show_plan, with_clip, with_suffix
+from .batch import check_writable, keep_foreign, proxy_one, render_one, run_batch, show_plan, target_of, with_clip
 from .errors import UsageError
 from .parse import make_request, parse_frames, parse_lora, parse_offload, parse_region, parse_resolution
 from .prompts import items_of, slug
@@ -108,6 +108,7 @@ def proxy(
         offload=offload,
         attention_backend=attention_backend,
         strict=strict,
+        proxy_only=True,
     )
     console = Console(as_json)
     request = with_clip(request, from_video, seconds, prompt_file, console)
@@ -125,7 +126,7 @@ def refine(
         str | None, typer.Option("--frames", help="first:end in frames: sample only these again.")
     ] = None,
     seed: Annotated[int | None, typer.Option("--seed", min=0, help="Seed [default: the proxy's].")] = None,
-    steps: opt.Steps = None,
+    steps: opt.LevelSteps = None,
     fps: opt.Fps = None,
     preset: opt.SavedPreset = None,
     model_path: opt.ModelPath = None,
@@ -153,7 +154,7 @@ def refine(
     from .plan import Request, make_plan
     from .session import Session
     from .store import lock, run_directory
-    from .video import check_target
+    from .video import check_target, suffix_for
 
     known = artefacts.request_defaults(latents)
     request = Request(
@@ -176,7 +177,8 @@ def refine(
     )
     own_seed = "" if seed is None else f"-seed{seed}"
     part = "-region" if box or span else ""
-    target = with_suffix(output or latents.with_name(f"{latents.stem}-{width}x{height}{own_seed}{part}"), codec)
+    default = latents.with_name(f"{latents.stem}-{width}x{height}{own_seed}{part}")
+    target = target_of(output, default, suffix_for(codec))
     check_target(target, codec, width, height)
     make_plan(request)  # usage errors first
     session = Session(request.preset, model_path, attention_backend, request.loras, strict)
@@ -211,12 +213,13 @@ def decode(
     from . import artefacts, pipeline
     from .console import Console
     from .session import Session
-    from .video import check_target
+    from .video import check_target, suffix_for
 
     known = artefacts.describe(latents)
-    target = with_suffix(output or latents.with_suffix(""), codec)
+    target = target_of(output, latents.with_suffix(""), suffix_for(codec))
     check_target(target, codec, int(known["width"]), int(known["height"]))
     keep_foreign(target, known["key"])
+    check_writable(target)
     session = Session(preset or known["preset"], model_path)
     console = Console(as_json)
     pipeline.decode(session, latents, target, codec, console)

@@ -15,7 +15,8 @@ PROGRAM_BYTES = int(0.6 * GIB)  # torch, diffusers and transformers, imported, b
 PROGRAM_VRAM = GIB  # the CUDA context and what its allocator cannot reuse
 # bytes a pixel and frame of a video file, on the safe side of detailed footage at the quality of `video.CODECS`
 VIDEO_BYTES = {"h264": 0.05, "hevc10": 0.05, "av1": 0.05, "prores": 0.8, "ffv1": 2.0}
-# parts of a big GEMM's rate that denoising, and decoding beside the encoder, reach on two cores, see docs/LOG.md
+# parts that denoising reaches of a big GEMM's rate, and decoding beside the encoder of a convolution's, on two cores
+# (docs/LOG.md)
 EFFICIENCY, DECODE_EFFICIENCY = 0.6, 0.7
 
 
@@ -68,6 +69,8 @@ def rows(plan: Plan) -> list[dict[str, Any]]:
                 "seconds": round(flops / (gemm * EFFICIENCY), 1),
             }
         )
+    if plan.request.proxy_only:  # whose preview is a matter of seconds
+        return made
     made.append(_decode_row(plan, conv_rate(decode_dtype(plan.preset.decode_dtype)) * DECODE_EFFICIENCY))
     return made
 
@@ -113,7 +116,12 @@ def check_resources(plan: Plan, output_dir: Path, run_dir: Path | None = None) -
     if worst["ram_bytes"] > available:
         raise ResourceError(
             f"the {worst['stage']} stage needs {worst['ram_bytes'] / GIB:.1f} GiB of memory and"
-            f" {available / GIB:.1f} GiB are free; choose a smaller --res, fewer --seconds or a smaller --chunk"
+            f" {available / GIB:.1f} GiB are free; "
+            + (
+                "close other programs, or choose a preset with a smaller text encoder"
+                if worst["stage"] == "text"
+                else "choose a smaller --res, fewer --seconds or a smaller --chunk"
+            )
         )
     latents = sum(r["disk_bytes"] for r in costs) - video_bytes(plan)
     needs: dict[int, int] = {}  # bytes by file system
@@ -134,7 +142,7 @@ def _decode_row(plan: Plan, rate: float) -> dict[str, Any]:
     config = dataclasses.asdict(plan.preset.vae)
     h, w = plan.target.h * plan.preset.geometry.patch, plan.target.w * plan.preset.geometry.patch
     tile = vae_tile(plan.preset, h, w)
-    decoder = int(1.35 * decode_bytes(config, h, w, tile, _decode_width(plan.preset)))
+    decoder = int(1.35 * decode_bytes(config, h, w, tile, decode_dtype(plan.preset.decode_dtype).itemsize))
     on_gpu = compute_device().kind == "cuda"
     flops = decode_flops(config, h, w) * plan.target.t
     latents = plan.target.tokens * plan.preset.transformer.channels * plan.preset.geometry.patch**2 * 4
@@ -160,9 +168,6 @@ def vae_tile(preset: Preset, h: int, w: int) -> int | None:
     """The tile side in latents with which decoding h x w latents fits in `decode_gib`; None for whole frames."""
     from .decode import choose_tile
 
-    return choose_tile(dataclasses.asdict(preset.vae), h, w, int(preset.decode_gib * GIB), _decode_width(preset))
-
-
-def _decode_width(preset: Preset) -> int:
-    """Bytes a value of what decodes."""
-    return 2 if decode_dtype(preset.decode_dtype) == "bfloat16" else 4
+    return choose_tile(
+        dataclasses.asdict(preset.vae), h, w, int(preset.decode_gib * GIB), decode_dtype(preset.decode_dtype).itemsize
+    )

@@ -17,11 +17,11 @@ from threading import local
 import torch
 from diffusers import AutoencoderKLWan
 from safetensors import safe_open
-from safetensors.torch import save_file
 
 from . import world
 from .encode import encode_clips
 from .machine import has_bfloat16
+from .store import save_tensors
 
 FPS = 16
 TOKEN = 32  # pixels
@@ -130,9 +130,7 @@ def build(kind: str, count: int, folder: Path, vae: AutoencoderKLWan, seed: int 
                 with torch.autocast("cpu", torch.bfloat16, enabled=has_bfloat16()):
                     latents = encode_clips(own.vae, pixels)
                 tensors |= {f"{i - first}.{name}": x.half().clone() for i, x in zip(group, latents, strict=True)}
-        temporary = path.with_suffix(".tmp")
-        save_file(tensors, temporary, {"samples": json.dumps(infos)})
-        temporary.replace(path)
+        save_tensors(path, tensors, {"samples": json.dumps(infos)})
 
     with ThreadPoolExecutor(threads, initializer=begin) as pool:
         list(pool.map(build_shard, range(math.ceil(count / SHARD))))

@@ -9,7 +9,10 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
+
+if TYPE_CHECKING:
+    import torch
 
 
 @dataclass(frozen=True)
@@ -48,18 +51,20 @@ def compute_device() -> Device:
     return Device("cpu", "cpu", "float32", 4, why)
 
 
-def decode_dtype(wanted: str) -> str:
+def decode_dtype(wanted: str) -> "torch.dtype":
     """`wanted`, the dtype that a preset's VAE bears, where this device multiplies it, else float32."""
-    return wanted if wanted == compute_device().dtype else "float32"
+    import torch
+
+    return getattr(torch, wanted if wanted == compute_device().dtype else "float32")
 
 
-def conv_rate(dtype: str, seconds: float = 0.1) -> float:
+def conv_rate(dtype: "torch.dtype", seconds: float = 0.1) -> float:
     """FLOP/s of a 3x3 channels-last convolution of 64 channels, what most of decoding consists of."""
     import torch
 
-    like = {"dtype": getattr(torch, dtype), "device": compute_device().kind}
     x, weight = (
-        torch.ones(s, **like).to(memory_format=torch.channels_last) for s in ((1, 64, 270, 480), (64, 64, 3, 3))
+        torch.ones(shape, dtype=dtype, device=compute_device().kind).to(memory_format=torch.channels_last)
+        for shape in ((1, 64, 270, 480), (64, 64, 3, 3))
     )
     return _rate(lambda: torch.nn.functional.conv2d(x, weight, padding=1), 2 * x.numel() * 64 * 9, seconds)
 

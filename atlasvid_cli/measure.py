@@ -22,7 +22,7 @@ from .console import Console
 from .cost import EFFICIENCY
 from .decode import decode_flops, decode_stream, space_factor
 from .flops import detail_flops, full_flops, linear_flops
-from .machine import compute_device, synchronize
+from .machine import compute_device, conv_rate, synchronize
 from .model import detail_forward, proxy_context, text_context
 from .plan import Plan, Stage
 from .presets import Transformer
@@ -33,7 +33,10 @@ MIN_ROWS = 1024  # PyTorch's CPU kernel cuts long queries in 256s, short ones fi
 KEY_BYTES = 1 << 30  # keys and values of an attention sample; heads beyond are scaled
 WIDEST_BYTES = 1 << 29  # the widest activation of a sample of the linear layers, or of native's decoder
 SAMPLE_SECONDS = 40.0  # a longer sample is no better
-STOCK_CONV_RATE = 0.15  # of a big GEMM's rate, which stock conv3d reaches in decoding (docs/LOG.md)
+STOCK_CONV_RATE = 0.15  # of a channels-last conv2d's rate, which stock conv3d reaches in decoding (docs/LOG.md)
+
+
+BACKEND = "native"  # the attention backend of both arms, whatever ours would choose
 
 
 @dataclass(frozen=True)
@@ -241,11 +244,10 @@ def detail_sample(model: Any, plan: Plan, stage: Stage, rate: float, seconds: fl
         text = text_context(model, [torch.randn(24, model.config.text_dim)], size.text_length)
         context = None
         if detail.proxy_attention:
-            context = proxy_context(
-                model, guide, low, text, stage.ratio, stage.time_ratio, detail.margin, detail.proxy_window
-            )
+            figures = stage.ratio, stage.time_ratio, detail.margin, detail.proxy_window
+            context = proxy_context(model, guide, low, text, *figures, backend=BACKEND)
         arguments = (model, tokens, part, 500.0, text, context, detail.layouts, plan.chunk)
-        one = timed(lambda: detail_forward(*arguments), repeats)
+        one = timed(lambda: detail_forward(*arguments, backend=BACKEND), repeats)
     done, whole = cost(part, low, layers), plan.flops(stage)
     return one.times(whole / done, done / whole)
 
@@ -263,7 +265,7 @@ def native_decode(vae: Any, grid: Grid, patch: int, rate: float, seconds: float,
     """`AutoencoderKLWan.decode` of a clip, projected from its first two latent frames and, if those take too long,
     from a part of each frame (which spares native the middle attention's square)."""
     h, w = grid.h * patch, grid.w * patch
-    budget = rate * STOCK_CONV_RATE * min(seconds, SAMPLE_SECONDS) / (repeats + 1) / 2
+    budget = conv_rate(vae.dtype) * STOCK_CONV_RATE * min(seconds, SAMPLE_SECONDS) / (repeats + 1) / 2
     part = crop(Grid(1, h, w), budget / (decode_flops(vae.config, h, w) / (h * w)))
     cells = (space_factor(vae.config) // (vae.config.patch_size or 1)) ** 2  # of the last level, a latent
     part = crop(part, WIDEST_BYTES / (4 * 4 * cells * vae.config.base_dim))

@@ -18,16 +18,19 @@ FromVideo = Annotated[
 ]
 Fps = Annotated[int | None, typer.Option("--fps", min=1, max=120, help="Frames a second [default: the preset's].")]
 Seed = Annotated[int, typer.Option("--seed", min=0, max=2**63 - 1, help="Seed; in a batch each item adds its index.")]
-Steps = Annotated[int | None, typer.Option("--steps", min=1, max=1000, help="Denoising steps [default: the preset's].")]
+Steps = Annotated[
+    int | None, typer.Option("--steps", min=1, max=1000, help="Denoising steps of the proxy [default: the preset's].")
+]
+LevelSteps = Annotated[
+    int | None, typer.Option("--steps", min=1, max=1000, help="Denoising steps of every level [default: the preset's].")
+]
 Guidance = Annotated[
     float | None, typer.Option("--guidance-scale", help="Classifier-free guidance of the proxy; 1 turns it off.")
 ]
 Shift = Annotated[float | None, typer.Option("--flow-shift", help="Time shift of the proxy's flow-matching schedule.")]
 PresetName = Annotated[str, typer.Option("--preset", help="A preset by name, or the path of a .toml file.")]
 SavedPreset = Annotated[str | None, typer.Option("--preset", help="Preset [default: the one the file names].")]
-ModelPath = Annotated[
-    str | None, typer.Option("--model-path", help="Model folder in diffusers layout instead of the preset's.")
-]
+ModelPath = Annotated[str | None, typer.Option("--model-path", help="Model folder or hub id instead of the preset's.")]
 Loras = Annotated[
     list[str] | None,
     typer.Option("--lora", metavar="PATH[:WEIGHT][@high|@low]", help="A LoRA; repeatable. @ for one expert only."),

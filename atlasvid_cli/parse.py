@@ -111,10 +111,11 @@ def parse_shard(text: str) -> tuple[int, int]:
     return int(match[1]), int(match[2])
 
 
-def check_finite(option: str, value: float | None, above: float) -> float | None:
-    """`value`, which must be a finite number of at least `above`; click's own ranges let nan and inf pass."""
-    if value is not None and not (math.isfinite(value) and value >= above):
-        raise UsageError(f"{option} {value} cannot be used: give a finite number of at least {above:g}")
+def check_finite(option: str, value: float | None, least: float = 0, zero: bool = True) -> float | None:
+    """`value`, finite and at least `least`, above it without `zero`; click's own ranges let nan and inf pass."""
+    if value is not None and not (math.isfinite(value) and (value >= least if zero else value > least)):
+        bound = f"of at least {least:g}" if zero else f"above {least:g}"
+        raise UsageError(f"{option} {value} cannot be used: give a finite number {bound}")
     return value
 
 
@@ -125,7 +126,7 @@ def make_request(
     width, height = parse_resolution(res)
     length = parse_seconds(seconds or "4")
     check_finite("--guidance-scale", fields.get("guidance_scale"), 0)
-    check_finite("--flow-shift", fields.get("flow_shift"), 0)
+    check_finite("--flow-shift", fields.get("flow_shift"), zero=False)
     from .plan import Request
     from .video import suffix_for
 

@@ -224,7 +224,9 @@ def decode(
             fps=Fraction(metadata["fps"]),
             frame_count=frames,
             codec=codec,
-            metadata={k: metadata[k] for k in ("prompt", "seed", "preset", "version", "model", "key")},
+            metadata={
+                k: metadata[k] for k in ("prompt", "seed", "preset", "version", "model", "dtype", "attention", "key")
+            },
             on_frame=lambda _: advance(),
         )
     write_png(_sheet_path(output), contact_sheet(sheet, 4))

@@ -56,6 +56,7 @@ class Request:
     loras: tuple[Lora, ...] = ()
     strict: bool = False
     clip: "Clip | None" = None
+    proxy_only: bool = False
 
 
 @dataclass(frozen=True)
@@ -206,7 +207,8 @@ class Plan:
 
     def own_stages(self) -> list[tuple[str, Stage]]:
         """The stages that this job samples."""
-        return self.named_stages()[self.given_proxy or self.request.clip is not None :]
+        end = 1 if self.request.proxy_only else None
+        return self.named_stages()[self.given_proxy or self.request.clip is not None : end]
 
     def named_stages(self) -> list[tuple[str, Stage]]:
         names = ["proxy", *(f"detail {i + 1}/{len(self.levels)}" for i in range(len(self.levels)))]

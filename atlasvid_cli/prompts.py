@@ -47,6 +47,8 @@ def items_of(
         return [Item(name, (prompt or "").strip(), negative_prompt, seed, f"{name}-{seed}")]
     if (prompt is None) == (prompt_file is None):
         raise UsageError('give either a prompt, as in atlasvid render "a red ball moving right", or --prompt-file')
+    if prompt_file is None and shard:
+        raise UsageError("--shard divides the prompts of a --prompt-file; leave it out, or give the file")
     if prompt_file is None:
         return [single(prompt or "", negative_prompt, seed)]
     return select(read_prompts(prompt_file, negative_prompt, seed), parse_shard(shard) if shard else None)
@@ -56,7 +58,15 @@ def single(prompt: str, negative_prompt: str | None, seed: int) -> Item:
     """The item of a prompt given on the command line."""
     if not prompt.strip():
         raise UsageError('the prompt is empty: say what to show, as in atlasvid render "a red ball moving right"')
+    for text in (prompt, negative_prompt or ""):
+        if not is_text(text):
+            raise UsageError("the prompt holds bytes that are no text; give it in UTF-8")
     return Item(slug(prompt), prompt.strip(), negative_prompt, seed)
+
+
+def is_text(prompt: str) -> bool:
+    """Whether files can hold it: Python passes on undecodable bytes as lone surrogates, and metadata ends at a zero."""
+    return "\0" not in prompt and not any(0xD800 <= ord(c) < 0xE000 for c in prompt)
 
 
 def read_prompts(source: str, negative_prompt: str | None, seed: int) -> list[Item]:
@@ -119,6 +129,8 @@ def _fields(line: str, place: str) -> dict:
     for key in ("prompt", "negative_prompt", "output"):
         if key in fields and not isinstance(fields[key], str):
             raise UsageError(f"{place}: {key} must be a string")
+        if not is_text(fields.get(key, "")):
+            raise UsageError(f"{place}: {key} holds characters that are no text; leave them out")
     if not fields.get("prompt", "").strip():
         raise UsageError(f"{place}: the prompt is empty: say what to show")
     seed = fields.get("seed", 0)
@@ -127,6 +139,6 @@ def _fields(line: str, place: str) -> dict:
     # An id names files.
     if "id" in fields and not re.fullmatch(r"\w[\w.-]{0,99}", str(fields["id"])):
         raise UsageError(f"{place}: id {fields['id']!r} must be 1 to 100 letters, digits, '.', '_' or '-'")
-    if fields.get("output") is not None and (not fields["output"].strip() or "\0" in fields["output"]):
+    if fields.get("output") is not None and not fields["output"].strip():
         raise UsageError(f"{place}: output must be a file name")
     return fields

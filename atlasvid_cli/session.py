@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from .attention import check_backend
+from .attention import check_backend, default_backend
 from .console import Console
 from .embeddings import Embedding, EmbeddingCache, cache_folder
 from .errors import ResourceError, UsageError
@@ -67,6 +67,12 @@ class Session:
         encoder = model_hash(self.folder, "text_encoder")
         self._cache = EmbeddingCache((cache or cache_folder()) / f"text-{encoder}-{self.device.type}")
 
+    @property
+    def arithmetic(self) -> dict[str, str]:
+        """How values are computed, beside what they are computed from: the same job elsewhere differs by rounding."""
+        backend = self.backend or default_backend(self.device, self.dtype)
+        return {"dtype": str(self.dtype).removeprefix("torch."), "attention": backend}
+
     def hash(self, stage: str) -> str:
         """Identity of the weights that make a stage's latents."""
         if stage not in self._hashes:
@@ -117,9 +123,7 @@ class Session:
     def vae(self) -> Any:
         if "vae" not in self._parts:
             self._make_room("vae")
-            self._parts["vae"] = load_vae(self.folder, getattr(torch, decode_dtype(self.preset.decode_dtype))).to(
-                self.device
-            )
+            self._parts["vae"] = load_vae(self.folder, decode_dtype(self.preset.decode_dtype)).to(self.device)
         return self._parts["vae"]
 
     def expect(self, prompts: Iterable[str]) -> None:
@@ -160,7 +164,7 @@ class Session:
         tokenizer, encoder = load_text(self.folder, self.dtype if gpu else torch.float32)
         size = sum(p.nbytes for p in encoder.parameters())
         on_gpu = gpu and fits_gpu(size, available_vram())
-        encoder = encoder.to(self.device) if on_gpu else encoder.float()  # few CPUs compute in bfloat16
+        encoder = encoder.to(self.device) if on_gpu else encoder.float()  # a GPU without room leaves it to the CPU
         made = encode_prompts(prompts, tokenizer, encoder, self.preset.transformer.text_length)
         return [
             Embedding(states.cpu(), tuple(unknown_words(prompt, tokenizer)))

@@ -6,11 +6,14 @@ tensors give the same bytes.
 
 import errno
 import fcntl
+import glob
 import hashlib
 import json
 import math
 import os
 import stat
+import threading
+import uuid
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from fractions import Fraction
@@ -199,8 +202,7 @@ def lock(run_dir: Path) -> Iterator[None]:
 @contextmanager
 def atomic(path: Path) -> Iterator[IO[bytes]]:
     """A file to write that becomes `path` when the block ends well, and otherwise leaves nothing behind."""
-    # The name is fixed, so that a killed process leaves at most one; the run directory's lock keeps writers apart.
-    temporary = path.with_name(f".{path.name}.tmp")
+    temporary = _temporary(path)
     try:
         try:
             with temporary.open("wb") as file:
@@ -215,6 +217,19 @@ def atomic(path: Path) -> Iterator[IO[bytes]]:
         with suppress(OSError):  # the first error is the one to tell
             temporary.unlink(missing_ok=True)
         raise
+
+
+def _temporary(path: Path) -> Path:
+    """A name of this writer's own: files outside a run directory, which has a lock, may have several writers.
+
+    What killed writers on this machine have left of `path` is removed.
+    """
+    machine = f"{uuid.getnode():012x}"
+    for left in path.parent.glob(f".{glob.escape(path.name)}.{machine}-*.tmp"):
+        process = left.name.split("-")[-2]
+        if process.isdigit() and not Path("/proc", process).exists() and Path("/proc/self").exists():
+            left.unlink(missing_ok=True)
+    return path.with_name(f".{path.name}.{machine}-{os.getpid()}-{threading.get_ident()}.tmp")
 
 
 def _sync_directory(path: Path) -> None:

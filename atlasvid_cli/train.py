@@ -183,10 +183,13 @@ def run(
     on_cpu = trained[0].device.type == "cpu"
     workers = min(accumulate, threads) if on_cpu else 1
 
+    def bfloat16() -> torch.autocast:
+        return torch.autocast("cpu", torch.bfloat16, enabled=on_cpu and has_bfloat16())
+
     def gradients(draw: str) -> tuple[float, tuple[torch.Tensor | None, ...]]:
         rng = random.Random(draw)
         generator = torch.Generator().manual_seed(rng.getrandbits(60))
-        with torch.autocast("cpu", torch.bfloat16, enabled=on_cpu and has_bfloat16()):
+        with bfloat16():
             loss = loss_at(step, rng, generator) / accumulate
         return loss.item(), torch.autograd.grad(loss, trained, allow_unused=True)
 
@@ -194,14 +197,15 @@ def run(
 
     def averaged_loss() -> float | None:
         """`validate()` of the average, where there is one."""
-        if average is None:
-            return validate()
-        average.store(trained)
-        average.copy_to(trained)
+        if average:
+            average.store(trained)
+            average.copy_to(trained)
         try:
-            return validate()
+            with bfloat16():
+                return validate()
         finally:
-            average.restore(trained)
+            if average:
+                average.restore(trained)
 
     optimizer = Optimizer(named, lr, heads, training.optimizer)
     average = EMAModel(trained, decay=training.ema) if training.ema else None

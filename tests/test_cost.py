@@ -50,6 +50,21 @@ def test_too_little_memory_is_said(tmp_path, monkeypatch):
         check_resources(job(), tmp_path)
 
 
+def test_the_proxy_alone_is_asked_for_the_proxy_alone(tmp_path):
+    plan = make_plan(Request("tiny", 16384, 9216, Fraction(600)))
+    with pytest.raises(ResourceError, match="detail"):
+        check_resources(plan, tmp_path)
+    plan = make_plan(Request("tiny", 16384, 9216, Fraction(60), proxy_only=True))
+    check_resources(plan, tmp_path)
+    assert [row["stage"] for row in rows(plan)] == ["text", "proxy"]
+
+
+def test_what_the_text_encoder_lacks_no_size_of_video_gives(tmp_path, monkeypatch):
+    monkeypatch.setattr(cost, "available_ram", lambda: 8 << 30)
+    with pytest.raises(ResourceError, match=r"the text stage needs .* close other programs"):
+        check_resources(make_plan(Request("wan2.1-1.3b", 832, 480, Fraction(1), proxy_only=True)), tmp_path)
+
+
 def test_the_text_encoder_is_counted():
     """A laptop that holds the transformer of Wan2.1 1.3B does not hold its text encoder in fp32."""
     text, *others = rows(make_plan(Request("wan2.1-1.3b", 832, 480, Fraction(1))))

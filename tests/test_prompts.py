@@ -53,6 +53,9 @@ def test_stdin_is_read(monkeypatch: pytest.MonkeyPatch) -> None:
         ("[1]", "line 2 is not a JSON object"),
         ("[" * 100_000, "line 2 is not JSON"),
         ('{"prompt": 3}', "line 2: prompt must be a string"),
+        ('{"prompt": "a \\ud800 ball"}', "line 2: prompt holds characters"),
+        ('{"prompt": "x", "negative_prompt": "a \\u0000 ball"}', "line 2: negative_prompt holds characters"),
+        ('{"prompt": "x", "output": "a\\u0000.mp4"}', "line 2: output holds characters"),
         ('{"prompt": "x", "sed": 1}', "line 2: unknown key 'sed'"),
         ('{"prompt": "x", "seed": -1}', "line 2: seed"),
         ('{"prompt": "x", "seed": true}', "line 2: seed"),
@@ -148,6 +151,9 @@ def test_regions_and_frames() -> None:
 
 def test_numbers_are_finite() -> None:
     assert parse.check_finite("--x", None, 0) is None and parse.check_finite("--x", 1.5, 0) == 1.5
+    assert parse.check_finite("--x", 0) == 0
+    with pytest.raises(UsageError, match=r"--x 0 .* above 0"):
+        parse.check_finite("--x", 0, zero=False)
     for value in (float("nan"), float("inf"), -0.1):
         with pytest.raises(UsageError, match="--x"):
             parse.check_finite("--x", value, 0)

@@ -7,7 +7,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from atlasvid_cli import machine, pipeline, session
+from atlasvid_cli import artefacts, machine, pipeline, session
 from atlasvid_cli.console import Console
 from atlasvid_cli.errors import InputError, UsageError
 from atlasvid_cli.parse import Lora
@@ -32,6 +32,19 @@ def test_a_cpu_computes_in_bfloat16_where_it_has_it_and_the_vae_bears_it(stock_p
         assert Session("tiny").vae().dtype == fastest
     finally:
         machine.compute_device.cache_clear()
+
+
+def test_how_values_are_computed_is_part_of_what_a_job_is(random_preset, monkeypatch):
+    """Of a finished job, one in another dtype or by another attention is another job."""
+    plan = make_plan(Request(str(random_preset), 256, 192, Fraction(1)))
+    seen = set()
+    for dtype, backend in ((torch.float32, None), (torch.bfloat16, None), (torch.bfloat16, "native")):
+        ours = Session(str(random_preset), backend=backend)
+        monkeypatch.setattr(ours, "dtype", dtype)
+        proxy = artefacts.stage_metadata(ours, plan, plan.proxy, "proxy", "a", "")
+        seen.add((artefacts.job_hash(ours, plan, "a", ""), proxy["key"], proxy["dtype"], proxy["attention"]))
+    assert all(len(set(values)) == 3 for values in list(zip(*seen, strict=True))[:2])
+    assert {s[2:] for s in seen} == {("float32", "native"), ("bfloat16", "products"), ("bfloat16", "native")}
 
 
 def test_stock_weights_render_training_free_and_say_what_it_costs(stock_preset, console, tmp_path, capsys):

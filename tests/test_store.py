@@ -6,6 +6,7 @@ import os
 import resource
 import subprocess
 import sys
+import threading
 from fractions import Fraction
 from pathlib import Path
 
@@ -180,6 +181,36 @@ def test_failed_writes_leave_the_old_file_and_nothing_else(tmp_path: Path, monke
         raise ZeroDivisionError
     assert path.read_bytes() == before
     assert [p.name for p in tmp_path.iterdir()] == ["run.json"]
+
+
+def test_two_writers_of_one_file_do_not_meet(tmp_path: Path) -> None:
+    path = tmp_path / "a.json"
+    with store.atomic(path) as slow:
+        slow.write(b"A" * 8)
+
+        def write() -> None:
+            with store.atomic(path) as fast:
+                fast.write(b"BBBB")
+
+        thread = threading.Thread(target=write)
+        thread.start()
+        thread.join()
+        assert path.read_bytes() == b"BBBB"
+        slow.write(b"A" * 8)
+    assert path.read_bytes() == b"A" * 16
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def test_what_a_killed_writer_left_goes_with_the_next_write(tmp_path: Path) -> None:
+    path = tmp_path / "a.json"
+    with store.atomic(path) as file:
+        name = Path(file.name).name
+    left = tmp_path / name.replace(f"-{os.getpid()}-", "-999999999-")
+    of_another_machine = tmp_path / name.replace(name.split(".")[3].split("-")[0], "0" * 12)
+    for abandoned in (left, of_another_machine):
+        abandoned.touch()
+    store.write_json(path, {})
+    assert not left.exists() and of_another_machine.exists()
 
 
 def test_real_size_limit_becomes_a_resource_error(tmp_path: Path) -> None:

@@ -1,0 +1,23 @@
+"""Where outputs go."""
+
+from pathlib import Path
+
+import pytest
+
+from atlasvid_cli.batch import target_of
+
+
+@pytest.mark.parametrize(
+    ("output", "found"),
+    [
+        (None, "wan2.1-64x64.mp4"),
+        ("a.mov", "a.mov"),
+        ("a", "a.mp4"),
+        ("folder", "folder/wan2.1-64x64.mp4"),
+        ("folder/b", "folder/b.mp4"),
+    ],
+)
+def test_an_output_has_the_suffix_it_needs_and_may_be_a_folder(tmp_path: Path, monkeypatch, output, found):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "folder").mkdir()
+    assert target_of(output and Path(output), Path("wan2.1-64x64"), ".mp4") == tmp_path / found
