@@ -78,9 +78,9 @@ def run_batch(
     failed = 0
     for item, negative in zip(items, negatives, strict=True):
         plan = make_plan(dataclasses.replace(request, seed=item.seed))
-        default = folder / (item.id if many or item.output else f"{slug(item.prompt)}-{item.seed}")
-        chosen = folder / item.output if item.output else None if many else output
-        target = target_of(chosen, default, suffix)
+        own = folder / item.output if item.output else None
+        default = folder / (item.id if many else item.output or f"{slug(item.prompt)}-{item.seed}")
+        target = target_of(own if many or output is None else output, default, suffix)
         key = artefact_hash({**plan.key(), "prompt": item.prompt, "negative": negative, "size": plan.summary["size"]})
         run = run_dir or target.parent / "runs" / f"{slug(target.stem)}-{key}"
         event = {"id": item.id, "prompt": item.prompt, "seed": item.seed}
