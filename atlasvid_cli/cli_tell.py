@@ -66,7 +66,7 @@ def bench(
     quality: opt.Quality = False,
     ablation: opt.Ablation = False,
     count: opt.Count = None,
-    seeds: opt.Seeds = 3,
+    seeds: opt.Seeds = None,
     output: opt.QualityOutput = None,
     as_json: opt.Json = False,
     debug: opt.Debug = False,
@@ -81,10 +81,13 @@ def bench(
             raise UsageError(f"--{ignored} does not go with --{'quality' if quality else 'ablation'}; leave one out")
         request = make_request(res or "960x540", seconds or "4", preset, model_path=model_path)
         if ablation:
-            show_ablation(request, count or 4, seeds, output or Path("ablation"), Console(as_json))
+            show_ablation(request, count or 4, seeds or 3, output or Path("ablation"), Console(as_json))
         else:
             show_quality(request, count or 40, output or Path("quality"), Console(as_json))
         return
+    of_quality = {"count": count, "seeds": seeds, "output": output}
+    if ignored := next((name for name, value in of_quality.items() if value), None):
+        raise UsageError(f"--{ignored} goes with --quality or --ablation; add one of them, or leave it out")
     size, length, runs, budget = ("512x320", "1", 1, 15.0) if quick else ("960x540", "2", 3, 60.0)
     budget = budget if budget_seconds is None else budget_seconds
     check_finite("--budget-seconds", budget, 1)

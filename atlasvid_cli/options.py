@@ -76,7 +76,9 @@ Ablation = Annotated[
 Count = Annotated[
     int | None, typer.Option("--count", min=1, help="Held-out prompts [default: 40 for --quality, 4 for --ablation].")
 ]
-Seeds = Annotated[int, typer.Option("--seeds", min=1, max=100, help="Seeds of each prompt that --ablation takes.")]
+Seeds = Annotated[
+    int | None, typer.Option("--seeds", min=1, max=100, help="Seeds of each prompt that --ablation takes [default: 3].")
+]
 QualityOutput = Annotated[
     Path | None, typer.Option("--output", "-o", help="Where their videos go [default: quality or ablation].")
 ]

@@ -113,6 +113,7 @@ def test_the_command_line_imports_nothing_heavy():
         (["bench", "--res", "banana"], 2, "--res"),
         (["bench", "--preset", "nope"], 2, "preset"),
         (["bench", "--repeats", "0"], 2, "--repeats"),
+        (["bench", "--count", "3"], 2, "--quality"),
         (["bench", "--budget-seconds", "nan"], 2, "--budget-seconds"),
         (["bench", "--html", "report.txt"], 2, "report.html"),
         (["bench", "--quick", "--model-path", "absent"], 3, "absent"),
