@@ -85,7 +85,8 @@ def test_a_detail_sample_scales_by_the_flops_it_did(monkeypatch, ticks):
     model = measure.random_model(preset.transformer, 2)
     seen = []
 
-    def forward(model, tokens, grid, *rest):
+    def forward(model, tokens, grid, *rest, backend):
+        assert backend == measure.BACKEND
         seen.append((grid, len(model.blocks)))
         assert len(tokens) == grid.tokens
         ticks(4.0)
@@ -99,12 +100,13 @@ def test_a_detail_sample_scales_by_the_flops_it_did(monkeypatch, ticks):
 
 
 @pytest.mark.parametrize(("rate", "sampled"), [(1e16, False), (1e6, True)])
-def test_a_native_decode_scales_by_latents_after_the_first_and_by_area(ticks, rate, sampled):
+def test_a_native_decode_scales_by_latents_after_the_first_and_by_area(monkeypatch, ticks, rate, sampled):
+    monkeypatch.setattr(measure, "conv_rate", lambda dtype: rate)
     config = json.loads((load_preset("tiny").folder / "vae" / "config.json").read_text())
     sizes = set()
 
     class Vae:
-        device = torch.device("cpu")
+        device, dtype = torch.device("cpu"), torch.float32
 
         def decode(self, z):
             count, area = z.shape[2], z.shape[3] * z.shape[4]
