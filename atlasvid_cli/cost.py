@@ -19,6 +19,9 @@ VIDEO_BYTES = {"h264": 0.05, "hevc10": 0.05, "av1": 0.05, "prores": 0.8, "ffv1":
 # (docs/LOG.md)
 EFFICIENCY, DECODE_EFFICIENCY = 0.6, 0.7
 
+# what the allocator and the convolutions' scratch make of the decoder's tensors, by bytes a value (docs/LOG.md)
+KEPT = {4: 1.35, 2: 1.9}
+
 
 def memory(plan: Plan, stage: Stage, offload: Offload) -> Memory:
     """What a stage needs beside the program."""
@@ -142,7 +145,8 @@ def _decode_row(plan: Plan, rate: float) -> dict[str, Any]:
     config = dataclasses.asdict(plan.preset.vae)
     h, w = plan.target.h * plan.preset.geometry.patch, plan.target.w * plan.preset.geometry.patch
     tile = vae_tile(plan.preset, h, w)
-    decoder = int(1.35 * decode_bytes(config, h, w, tile, decode_dtype(plan.preset.decode_dtype).itemsize))
+    width = decode_dtype(plan.preset.decode_dtype).itemsize
+    decoder = int(KEPT[width] * decode_bytes(config, h, w, tile, width))
     on_gpu = compute_device().kind == "cuda"
     flops = decode_flops(config, h, w) * plan.target.t
     latents = plan.target.tokens * plan.preset.transformer.channels * plan.preset.geometry.patch**2 * 4
@@ -153,7 +157,7 @@ def _decode_row(plan: Plan, rate: float) -> dict[str, Any]:
         "windows": 0,
         "steps": 1,
         "flops": flops,
-        # measured: the allocator keeps a third more than the tensors, and the encoder about 35 frames of 4:2:0
+        # and the encoder keeps about 35 frames of 4:2:0
         "ram_bytes": PROGRAM_BYTES
         + latents
         + (0 if on_gpu else decoder)
