@@ -91,7 +91,8 @@ def test_stage_1_gets_the_clip_at_the_proxys_rate(session, tmp_path, console, mo
     source = footage.open_clip(tmp_path / "a.mp4")
     frames = torch.stack(list(footage.read_clip(source, Fraction(4), 26, (w * 16, h * 16))), 1)
     second = encode_clips(session.vae(), frames[None, :, 13:26])[0]
-    torch.testing.assert_close(samples[1]["latents"].float(), second, atol=2e-3, rtol=2e-3)  # kept as fp16
+    tolerance = 2e-3 if session.vae().dtype == torch.float32 else 2e-2  # kept as fp16
+    torch.testing.assert_close(samples[1]["latents"].float(), second, atol=tolerance, rtol=tolerance)
 
 
 def test_stage_2_gets_crops_with_their_proxies(session, tmp_path, console):
