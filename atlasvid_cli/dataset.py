@@ -20,7 +20,7 @@ from safetensors import safe_open
 
 from . import world
 from .encode import encode_clips
-from .machine import has_bfloat16
+from .machine import cpu_autocast
 from .store import save_tensors
 
 FPS = 16
@@ -127,7 +127,7 @@ def build(kind: str, count: int, folder: Path, vae: AutoencoderKLWan, seed: int 
             infos += [info for _, info in made]
             for name in made[0][0]:
                 pixels = torch.stack([by_name[name] for by_name, _ in made])
-                with torch.autocast("cpu", torch.bfloat16, enabled=has_bfloat16()):
+                with cpu_autocast():
                     latents = encode_clips(own.vae, pixels)
                 tensors |= {f"{i - first}.{name}": x.half().clone() for i, x in zip(group, latents, strict=True)}
         save_tensors(path, tensors, {"samples": json.dumps(infos)})

@@ -37,6 +37,13 @@ def has_bfloat16() -> bool:
     return torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
 
 
+def cpu_autocast(wanted: bool = True) -> "torch.autocast":
+    """For training on a CPU: products in bfloat16 where it has that, and where `wanted`."""
+    import torch
+
+    return torch.autocast("cpu", torch.bfloat16, enabled=wanted and has_bfloat16())
+
+
 @lru_cache(maxsize=1)
 def compute_device() -> Device:
     """A CUDA GPU where there is one, in bfloat16; else the CPU, in bfloat16 where it has that and else in float32."""

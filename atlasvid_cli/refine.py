@@ -4,14 +4,13 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
-import torch.nn.functional as F
 from diffusers import WanTransformer3DModel
 
 from .model import ProxyContext, TextContext, detail_forward, patchify, proxy_context, unpatchify
 from .plan import Stage
 from .presets import Detail, Shape
 from .proxy import SaveState
-from .schedule import noise, sigmas
+from .schedule import noise, sigmas, upsample
 from .shapes import Grid, proxy_grid
 
 
@@ -29,22 +28,6 @@ class Region:
         low = tuple(max(0, a - w) for a, w in zip(self.start, window, strict=True))
         high = tuple(min(s, b + w) for s, b, w in zip(sizes, self.end, window, strict=True))
         return low, high  # type: ignore[return-value]
-
-
-def upsample(latents: torch.Tensor, stage: Stage, patch: int, box: tuple[range, range, range]) -> torch.Tensor:
-    """The level below, interpolated linearly at the `box` of latents (t, y, x) of this stage: (C, t, y, x)."""
-    _, low_t, low_h, low_w = latents.shape
-    t, y, x = (torch.tensor(list(r), dtype=torch.float32) for r in box)
-    at = (
-        t / stage.time_ratio,
-        (y + 0.5) / float(stage.ratio) - 0.5,
-        (x + 0.5) / float(stage.ratio) - 0.5,
-    )
-    # grid_sample wants -1..1 over the centres of the first and last sample
-    scaled = [2 * a / max(n - 1, 1) - 1 for a, n in zip(at, (low_t, low_h, low_w), strict=True)]
-    zz, yy, xx = torch.meshgrid(*scaled, indexing="ij")
-    points = torch.stack((xx, yy, zz), dim=-1)[None]
-    return F.grid_sample(latents[None], points, mode="bilinear", padding_mode="border", align_corners=True)[0]
 
 
 def crop_to_stage(latents: torch.Tensor, stage: Stage, patch: int) -> torch.Tensor:
@@ -75,8 +58,8 @@ def sample_detail(
 
     `texts` holds the prompt, and with guidance the negative prompt, for (detail model, proxy model). Euler steps in
     place on the tokens: beside them live one hidden state, a velocity (two with guidance) and the proxy's keys and
-    values, on `states` (by default where the model computes). With `region`, its surroundings follow the finished
-    video: at sigma they are (1-sigma) x0 + sigma noise.
+    values, on `states` (by default where the model computes). With `region`, its surroundings go straight from where
+    they start to the finished video.
     """
     grid = stage.grid
     below = crop_to_stage(below, stage, patch)
@@ -103,21 +86,20 @@ def sample_detail(
     schedule = sigmas(stage.steps, stage.strength, stage.flow_shift)
 
     x = torch.empty(part.tokens, model.config.in_channels * patch * patch)
-    frozen = known = frozen_noise = torch.empty(0)
+    frozen = known = start = torch.empty(0)
     if region:
         known = patchify(_box(region.latents, ranges), patch)
         frozen = ~_inside(region, origin, part)
-        frozen_noise = torch.empty_like(x)
     a_frame = part.h * part.w
     for t in ranges[0]:  # a latent frame at a time, so that noise and upsampling never exist for the whole video
         box = (range(t, t + 1), ranges[1], ranges[2])
         frame = noise(seed, level, model.config.in_channels, *box)
         first = (t - ranges[0].start) * a_frame
-        if region:
-            frozen_noise[first : first + a_frame] = patchify(frame, patch)
         if stage.strength < 1:
-            frame = torch.lerp(upsample(below, stage, patch, box), frame, schedule[0])
+            frame = torch.lerp(upsample(below, stage.ratio, stage.time_ratio, box), frame, schedule[0])
         x[first : first + a_frame] = patchify(frame, patch)
+    if region:
+        start = x.clone()
 
     done = 0
     if resume:
@@ -126,7 +108,7 @@ def sample_detail(
     for i in range(done, stage.steps):
         now, following = schedule[i], schedule[i + 1]
         if region:
-            x[frozen] = torch.lerp(known, frozen_noise, now)[frozen]
+            x[frozen] = torch.lerp(known, start, now / schedule[0])[frozen]
         velocity, passes = None, len(texts) if stage.is_guided(now) else 1
         with torch.no_grad():
             if not detail.clean_proxy:

@@ -1,7 +1,10 @@
-"""Sigmas of the detail stage, and noise that is keyed by coordinates (DESIGN §4)."""
+"""What a detail level starts from: sigmas, the level below made as large, noise keyed by coordinates (DESIGN §4)."""
+
+from fractions import Fraction
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 
 
 def shift_sigma(sigma: float, shift: float) -> float:
@@ -13,6 +16,19 @@ def sigmas(steps: int, strength: float, shift: float) -> list[float]:
     """steps + 1 sigmas from `strength` (0..1] down to 0: even in unshifted time, then shifted."""
     start = strength / (shift - (shift - 1) * strength)  # unshifted time whose shifted sigma is `strength`
     return [shift_sigma(start * (1 - i / steps), shift) for i in range(steps + 1)]
+
+
+def upsample(latents: torch.Tensor, ratio: Fraction, time_ratio: int, box: tuple[range, range, range]) -> torch.Tensor:
+    """Latents (C, T, H, W) of the level below, interpolated linearly at the `box` of latents (t, y, x) of the level
+    that is `ratio` times as large and `time_ratio` times as dense: (C, t, y, x)."""
+    _, low_t, low_h, low_w = latents.shape
+    t, y, x = (torch.tensor(list(r), dtype=torch.float32) for r in box)
+    at = (t / time_ratio, (y + 0.5) / float(ratio) - 0.5, (x + 0.5) / float(ratio) - 0.5)
+    # grid_sample wants -1..1 over the centres of the first and last sample
+    scaled = [2 * a / max(n - 1, 1) - 1 for a, n in zip(at, (low_t, low_h, low_w), strict=True)]
+    zz, yy, xx = torch.meshgrid(*scaled, indexing="ij")
+    points = torch.stack((xx, yy, zz), dim=-1)[None]
+    return F.grid_sample(latents[None], points, mode="bilinear", padding_mode="border", align_corners=True)[0]
 
 
 def _mix(z: np.ndarray) -> np.ndarray:

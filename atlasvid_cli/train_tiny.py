@@ -19,7 +19,7 @@ from transformers import AutoTokenizer, UMT5EncoderModel
 
 from . import dataset, train, train_text, train_vae
 from .encode import encode_clips
-from .presets import window_cycle
+from .presets import load_preset
 from .text import encode_prompts
 from .weights import model_hash
 
@@ -36,12 +36,9 @@ BASE_CYCLES = (
 )
 # fewer are learnt by heart: of 800 clips the loss on fresh ones was 15 % above that on its own (docs/LOG.md)
 SAMPLES = {"image": 24000, "clip": 8000, "proxy": 5000, "still": 6000, "detail": 600}
-DETAIL_SHIFT = 1.5  # levels start at sigma 0.75 and 0.5: that, and not noise alone, is what the adapter learns from
 LATENT_CHANNELS = 16  # what is left of the VAE's first 32
 LONG_CLIPS = ((3, 96, 9), (2, 96, 17), (2, 64, 29))  # of the VAE's last training: clips, pixels a side, frames
 LORA_RANK = 64
-WINDOWS = ((7, 8, 8), (13, 6, 6))
-MARGIN = (0, 1, 1)
 
 VAE_CONFIG = {
     "base_dim": 32,
@@ -192,8 +189,8 @@ def make(work: Path, out: Path) -> None:
         model.add_adapter(train.lora_config(LORA_RANK))
         data = dataset.load("still", latents) + dataset.load("detail", latents)
         run = work / f"detail-{base}"
-        figures = DETAIL_STEPS, 3e-3, window_cycle(WINDOWS), MARGIN, DETAIL_SHIFT
-        train.train_detail(model, model, run, data, embed, *figures, accumulate=4)
+        detail = load_preset("tiny").detail
+        train.train_detail(model, model, run, data, embed, DETAIL_STEPS, 3e-3, detail, accumulate=4)
         fits = model_hash(out, "transformer")
-        metadata = train.adapter_metadata("detail", fits, 4, dataset.DETAIL_RATIOS, WINDOWS)
+        metadata = train.adapter_metadata("detail", fits, 4, dataset.DETAIL_RATIOS, detail.windows)
         train.save_adapter(model, out / "detail_lora.safetensors", metadata)

@@ -1,4 +1,5 @@
 import itertools
+from fractions import Fraction
 
 import pytest
 import torch
@@ -6,7 +7,7 @@ from diffusers import UniPCMultistepScheduler
 from hypothesis import given
 from hypothesis import strategies as st
 
-from atlasvid_cli.schedule import noise, shift_sigma, sigmas
+from atlasvid_cli.schedule import noise, shift_sigma, sigmas, upsample
 
 
 def test_a_box_has_the_noise_of_the_whole():
@@ -47,3 +48,11 @@ def test_the_shift_is_the_schedulers():
     plain.set_timesteps(10)
     expected = [shift_sigma(s, 5.0) for s in plain.sigmas.tolist()]
     assert scheduler.sigmas.tolist() == pytest.approx(expected, abs=2e-3)
+
+
+def test_upsampling_a_ramp_is_exact_inside():
+    y, x = torch.meshgrid(torch.arange(8.0), torch.arange(8.0), indexing="ij")
+    ramp = (y * 2 + x)[None, None].expand(1, 3, 8, 8)
+    out = upsample(ramp, Fraction(3), 4, (range(0, 9), range(20), range(24)))
+    yy, xx = (torch.arange(4, 16) + 0.5) / 3 - 0.5, (torch.arange(4, 20) + 0.5) / 3 - 0.5
+    torch.testing.assert_close(out[0, 3, 4:16, 4:20], yy[:, None] * 2 + xx, atol=1e-4, rtol=0)

@@ -2,14 +2,16 @@
 
 import json
 import random
+from fractions import Fraction
 
 import pytest
 import torch
 from diffusers import WanTransformer3DModel
 
-from atlasvid_cli import train
+from atlasvid_cli import loop, train
 from atlasvid_cli.errors import InputError
-from atlasvid_cli.presets import window_cycle
+from atlasvid_cli.presets import Detail, Level
+from atlasvid_cli.schedule import upsample
 from atlasvid_cli.weights import load_transformer
 
 CONFIG = {
@@ -22,6 +24,8 @@ CONFIG = {
     "ffn_dim": 32,
     "num_layers": 2,
 }
+LEVELS = Level(3, 0.75, 1.0), Level(3, 0.5, 1.0)
+DETAIL = Detail(2.0, 4, 2, True, ((3, 2, 2),), (0, 1, 1), (13, 9, 9), False, "both", 8, 3.0, *LEVELS)
 
 
 def model():
@@ -70,6 +74,35 @@ def test_crops_of_a_draw_have_one_length_and_proxies_as_long():
     assert seen == {1: {"still", "x"}, 5: {"x"}}  # a clip's first latent frame is a still
 
 
+@pytest.mark.parametrize("seed", range(6))
+def test_detail_learns_the_way_from_the_upsampled_proxy_to_the_truth(monkeypatch, seed):
+    """What the model is shown lies on that way, and a model that points at the truth makes no error."""
+    [sample] = details()
+    clean, seen = train.patchify(sample["latents"], train.PATCH), []
+
+    def pointing_at_the_truth(_, x, grid, timestep, text, proxy, *rest, **named):
+        seen.append((x, timestep / 1000, proxy))
+        return (x - clean) / (timestep / 1000)
+
+    monkeypatch.setattr(train, "detail_forward", pointing_at_the_truth)
+    monkeypatch.setattr(train, "PROXY_NOISE", 0.0)
+    bare, rng, generator = model(), random.Random(seed), torch.Generator().manual_seed(seed)
+    assert train.detail_loss(bare, bare, sample, embed("x"), rng, generator, DETAIL, 4) < 1e-8
+    [(x, sigma, proxy)] = seen
+    if proxy is None:  # dropped, then there is nothing to start from but noise
+        noise = (x - (1 - sigma) * clean) / sigma
+    else:
+        strength = {4: DETAIL.first, 1: DETAIL.upper}[proxy.time_ratio].strength
+        low = upsample(
+            sample[f"proxy_{proxy.time_ratio}"], Fraction(4), proxy.time_ratio, (range(5), range(8), range(8))
+        )
+        assert 0 < sigma <= strength
+        part = sigma / strength
+        known = (1 - part) * clean + part * (1 - strength) * train.patchify(low, train.PATCH)
+        noise = (x - known) / sigma
+    assert abs(noise.mean()) < 0.1 and abs(noise.std() - 1) < 0.1
+
+
 @pytest.mark.parametrize("kind", ["clips", "detail"])
 def test_a_resumed_training_ends_with_the_same_weights(tmp_path, monkeypatch, kind):
     def run(folder):
@@ -79,12 +112,11 @@ def test_a_resumed_training_ends_with_the_same_weights(tmp_path, monkeypatch, ki
             train.train_clips(fresh, folder, clips(1), clips(), embed, 250, 5e-3, 4, tokens=18, stills=(0.9, 0.4))
         else:
             fresh.add_adapter(train.lora_config(2))
-            layouts = window_cycle([(3, 2, 2)])
-            train.train_detail(fresh, fresh, folder, details(), embed, 250, 5e-3, layouts, (0, 1, 1), accumulate=1)
+            train.train_detail(fresh, fresh, folder, details(), embed, 250, 5e-3, DETAIL, accumulate=1)
         return fresh.state_dict()
 
     whole = run(tmp_path / "whole")
-    rate, count = train.learning_rate, 0
+    rate, count = loop.learning_rate, 0
 
     def dies(*arguments):
         nonlocal count
@@ -93,10 +125,10 @@ def test_a_resumed_training_ends_with_the_same_weights(tmp_path, monkeypatch, ki
             raise KeyboardInterrupt
         return rate(*arguments)
 
-    monkeypatch.setattr(train, "learning_rate", dies)
+    monkeypatch.setattr(loop, "learning_rate", dies)
     with pytest.raises(KeyboardInterrupt):
         run(tmp_path / "killed")
-    monkeypatch.setattr(train, "learning_rate", rate)
+    monkeypatch.setattr(loop, "learning_rate", rate)
     resumed = run(tmp_path / "killed")
     for name, value in whole.items():
         torch.testing.assert_close(resumed[name], value, atol=1e-6, rtol=0)

@@ -11,7 +11,7 @@ import pytest
 import torch
 from diffusers import WanPipeline
 
-from atlasvid_cli import dataset, store, train, train_adapter, weights
+from atlasvid_cli import dataset, loop, store, train, train_adapter, weights
 from atlasvid_cli.console import Console
 from atlasvid_cli.corpus import load_samples
 from atlasvid_cli.errors import UsageError
@@ -45,7 +45,7 @@ def encoded(clips, random_preset, tmp_path_factory):
 def job(request, clips, encoded, tmp_path, monkeypatch):
     shutil.copytree(encoded, tmp_path / "work")
     for name, steps in (("CHECKPOINT_STEPS", 4), ("VALIDATION_STEPS", 4), ("LOG_STEPS", 2)):
-        monkeypatch.setattr(train, name, steps)
+        monkeypatch.setattr(loop, name, steps)
     monkeypatch.setattr(train_adapter, "ACCUMULATED", 1)
     return Job(request.param, clips, tmp_path / "a.safetensors", tmp_path / "work", steps=9, lr=0.03, rank=4)
 
@@ -91,7 +91,7 @@ def test_a_killed_training_goes_on_to_the_same_losses_and_weights(session, job, 
     whole, weights_ = rows(job), store.open_tensors(job.output)[0]
     shutil.rmtree(next(job.work.glob(f"{job.stage}-*")))
     job.output.unlink()
-    rate = train.learning_rate
+    rate = loop.learning_rate
     count = 0
 
     def dies(*arguments):
@@ -101,11 +101,11 @@ def test_a_killed_training_goes_on_to_the_same_losses_and_weights(session, job, 
             raise KeyboardInterrupt
         return rate(*arguments)
 
-    monkeypatch.setattr(train, "learning_rate", dies)
+    monkeypatch.setattr(loop, "learning_rate", dies)
     with pytest.raises(KeyboardInterrupt):
         make(session, job, quiet())
     assert not job.output.exists()
-    monkeypatch.setattr(train, "learning_rate", rate)
+    monkeypatch.setattr(loop, "learning_rate", rate)
     make(session, job, quiet())
     for a, b in zip(whole, rows(job), strict=True):
         assert a["step"] == b["step"] and a["loss"] == pytest.approx(b["loss"], abs=1e-6)
@@ -181,13 +181,11 @@ def test_validation_is_of_whole_clips_at_the_same_noise(session, clips, tmp_path
     trained, held_out = split_groups(groups)
     assert {s["n"][0] for s in held_out} == {9, 19} and not {9, 19} & {s["n"][0] for s in trained}
     draws = []
-    validate = train.validation(
-        held_out, lambda s, rng, g: draws.append(torch.rand(2, generator=g)) or draws[-1].mean()
-    )
+    validate = loop.validation(held_out, lambda s, rng, g: draws.append(torch.rand(2, generator=g)) or draws[-1].mean())
     assert validate() == validate()
     assert all(torch.equal(a, b) for a, b in zip(draws[:6], draws[6:], strict=True))
     assert not torch.equal(draws[0], draws[1])
-    assert train.validation([], None)() is None
+    assert loop.validation([], None)() is None
 
 
 def test_embeddings_are_made_once(session, tmp_path, monkeypatch):

@@ -1,0 +1,131 @@
+"""The loop of training: draws, gradients side by side, steps, logs, checkpoints.
+
+Every step draws its samples, noise and sigmas from (seed, step) alone, so a run resumed from a checkpoint goes on as if
+it had never stopped.
+"""
+
+import json
+import random
+import time
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import torch
+from diffusers import WanTransformer3DModel
+from diffusers.training_utils import EMAModel
+
+from .checkpoint import load_checkpoint, save_checkpoint
+from .machine import cpu_autocast
+from .optim import Optimizer, learning_rate
+from .presets import Training
+from .store import atomic
+
+CHECKPOINT_STEPS, VALIDATION_STEPS, LOG_STEPS = 200, 100, 25
+
+MUON = Training()
+
+
+def run(
+    model: WanTransformer3DModel,
+    folder: Path,
+    steps: int,
+    lr: float,
+    seed: int,
+    loss_at: Callable[[int, random.Random, torch.Generator], torch.Tensor],
+    accumulate: int = 1,
+    validate: Callable[[], float | None] = lambda: None,
+    on_step: Callable[[int], None] = lambda done: None,
+    training: Training = MUON,
+) -> None:
+    """The loop: `loss_at(step, rng, generator)` over `accumulate` draws a step; logs and checkpoints to `folder`.
+
+    On a CPU the draws of a step run side by side, a thread each: small models keep more cores busy so than by splitting
+    every product over all of them. `validate()` is the loss on held-out samples, None without any; `on_step` gets the
+    steps newly known to be done. Where `training` asks for an average of the weights, that is validated and what the
+    model ends with.
+    """
+    named = [(n, p) for n, p in model.named_parameters() if p.requires_grad]
+    trained = [p for _, p in named]
+    threads = torch.get_num_threads()
+    on_cpu = trained[0].device.type == "cpu"
+    workers = min(accumulate, threads) if on_cpu else 1
+
+    def gradients(draw: str) -> tuple[float, tuple[torch.Tensor | None, ...]]:
+        rng = random.Random(draw)
+        generator = torch.Generator().manual_seed(rng.getrandbits(60))
+        with cpu_autocast(on_cpu):
+            loss = loss_at(step, rng, generator) / accumulate
+        return loss.item(), torch.autograd.grad(loss, trained, allow_unused=True)
+
+    heads = ("patch_embedding", "condition_embedder", "proj_out", "scale_shift_table")
+
+    def averaged_loss() -> float | None:
+        """`validate()` of the average, where there is one."""
+        if average:
+            average.store(trained)
+            average.copy_to(trained)
+        try:
+            with cpu_autocast(on_cpu):
+                return validate()
+        finally:
+            if average:
+                average.restore(trained)
+
+    optimizer = Optimizer(named, lr, heads, training.optimizer)
+    average = EMAModel(trained, decay=training.ema) if training.ema else None
+    step = load_checkpoint(folder, model, optimizer, average)
+    _cut_log(folder / "log.jsonl", step)
+    on_step(step)
+    started, recent = time.monotonic(), []
+    with ThreadPoolExecutor(workers, initializer=torch.set_num_threads, initargs=(threads // workers,)) as pool:
+        while step < steps:
+            draws = [f"{seed}/{step}/{part}" for part in range(accumulate)]
+            total = 0.0
+            for loss, grads in pool.map(gradients, draws):
+                total += loss
+                for p, grad in zip(trained, grads, strict=True):
+                    if grad is not None:
+                        p.grad = grad if p.grad is None else p.grad.add_(grad)
+            torch.nn.utils.clip_grad_norm_(trained, 1.0)
+            optimizer.step(learning_rate(step, steps, lr))
+            if average:
+                average.step(trained)
+            step += 1
+            on_step(1)
+            recent.append(total)
+            if step % LOG_STEPS == 0 or step == steps:
+                row = {"step": step, "loss": round(sum(recent) / len(recent), 5)}
+                recent.clear()
+                if (step % VALIDATION_STEPS == 0 or step == steps) and (held_out := averaged_loss()) is not None:
+                    row["validation_loss"] = round(held_out, 5)
+                with (folder / "log.jsonl").open("a") as log:
+                    log.write(json.dumps(row | {"seconds": round(time.monotonic() - started, 1)}) + "\n")
+            if step % CHECKPOINT_STEPS == 0 or step == steps:
+                save_checkpoint(folder, model, optimizer, step, average)
+    if average:
+        average.copy_to(trained)
+
+
+def _cut_log(path: Path, step: int) -> None:
+    """Drops what an interrupted run logged after its last checkpoint, and will log again."""
+    if path.exists():
+        lines = path.read_text(encoding="utf-8").splitlines()
+        with atomic(path) as file:
+            file.writelines(f"{line}\n".encode() for line in lines if json.loads(line)["step"] <= step)
+
+
+def validation(
+    held_out: Sequence[dict], loss_of: Callable[[dict, random.Random, torch.Generator], torch.Tensor]
+) -> Callable[[], float | None]:
+    """The mean loss of held-out samples, each at noise and a sigma that are its own and never change."""
+
+    @torch.no_grad()
+    def validate() -> float | None:
+        losses = []
+        for i, sample in enumerate(held_out):
+            rng = random.Random(f"held out/{i}")
+            losses.append(loss_of(sample, rng, torch.Generator().manual_seed(rng.getrandbits(60))).item())
+        return sum(losses) / len(losses) if losses else None
+
+    return validate

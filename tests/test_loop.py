@@ -1,0 +1,90 @@
+"""The loop lowers a loss with every optimiser, goes on from a checkpoint as if never stopped, keeps an average."""
+
+import json
+import random
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from torch import nn
+
+from atlasvid_cli import loop
+from atlasvid_cli.optim import learning_rate
+from atlasvid_cli.presets import Training
+
+KINDS = {"muon": 0.02, "adamw": 0.02, "prodigy": 1.0}
+
+
+@pytest.fixture(autouse=True)
+def often(monkeypatch):
+    for name in ("CHECKPOINT_STEPS", "VALIDATION_STEPS", "LOG_STEPS"):
+        monkeypatch.setattr(loop, name, 10)
+
+
+def network():
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Linear(6, 16), nn.Tanh(), nn.Linear(16, 3))
+
+
+def loss_of(model):
+    def loss_at(step: int, rng: random.Random, generator: torch.Generator) -> torch.Tensor:
+        x = torch.randn(32, 6, generator=generator)
+        return (model(x) - x[:, :3].sin()).square().mean()
+
+    return loss_at
+
+
+def fit(folder, training, steps=40, validate=None):
+    model = network()
+    lr = KINDS[training.optimizer]
+    loop.run(model, folder, steps, lr, 0, loss_of(model), validate=validate or (lambda: None), training=training)
+    rows = [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
+    return model.state_dict(), rows
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_each_lowers_the_loss(tmp_path, kind):
+    _, rows = fit(tmp_path, Training(kind), steps=150)
+    assert rows[-1]["loss"] < 0.6 * rows[0]["loss"]
+
+
+@pytest.mark.parametrize("ema", [0.0, 0.9])
+@pytest.mark.parametrize("kind", KINDS)
+def test_each_goes_on_from_a_checkpoint_as_if_never_stopped(tmp_path, monkeypatch, kind, ema):
+    whole, _ = fit(tmp_path / "whole", Training(kind, ema))
+    count = 0
+
+    def dies(*arguments):
+        nonlocal count
+        count += 1
+        if count == 27:
+            raise KeyboardInterrupt
+        return learning_rate(*arguments)
+
+    monkeypatch.setattr(loop, "learning_rate", dies)
+    with pytest.raises(KeyboardInterrupt):
+        fit(tmp_path / "killed", Training(kind, ema))
+    monkeypatch.setattr(loop, "learning_rate", learning_rate)
+    resumed, _ = fit(tmp_path / "killed", Training(kind, ema))
+    again, _ = fit(tmp_path / "killed", Training(kind, ema))  # finished: nothing more to do
+    for name, value in whole.items():
+        torch.testing.assert_close(resumed[name], value, atol=1e-6, rtol=0)
+        assert torch.equal(again[name], resumed[name])
+
+
+def test_the_average_of_the_weights_is_validated_and_kept(tmp_path):
+    """Validation sees the average, training goes on from the weights themselves."""
+    seen = []
+    model = network()
+
+    def validate():
+        seen.append(model[0].weight.detach().clone())
+        return 1.0
+
+    loop.run(model, tmp_path / "a", 40, 0.02, 0, loss_of(model), validate=validate, training=Training("adamw", 0.9))
+    plain, _ = fit(tmp_path / "b", Training("adamw"))
+    assert not torch.equal(seen[-1], plain["0.weight"])
+    assert torch.equal(model[0].weight, seen[-1])
+    saved = load_file(tmp_path / "a" / "checkpoint.safetensors")
+    assert torch.equal(saved["model.0.weight"], plain["0.weight"])
+    assert torch.equal(saved["average.0.weight"], seen[-1])
