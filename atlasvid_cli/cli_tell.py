@@ -1,5 +1,6 @@
 """The commands around making: what it would take, how fast it is, what there is, and training."""
 
+import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -188,10 +189,13 @@ def train(
     seed: opt.TrainSeed = None,
     debug: opt.Debug = False,
 ) -> None:
-    """Train an adapter for a stage on captioned clips, or the embedded model itself; the same command resumes."""
+    """Train an adapter for a stage on captioned clips, or the embedded model itself; the same command resumes.
+
+    On several GPUs: accelerate launch -m atlasvid_cli train ...
+    """
     from .console import Console
 
     check_finite("--lr", lr, 0)
     given = {"data": data, "steps": steps, "lr": lr, "rank": rank, "seed": seed, "model-path": model_path}
-    console = Console()
+    console = Console(quiet=os.environ.get("RANK", "0") != "0")  # as accelerate and torchrun number processes
     console.emit({}, str(train_part(what, preset, work, output, given, console)))

@@ -50,12 +50,12 @@ class _TimeLeft(ProgressColumn):
 class Console:
     """Where a command talks to its user; `progress` in pipeline's functions is one of these.
 
-    `interactive` forces bars on or off; by default they show where stderr is a terminal.
+    `interactive` forces bars on or off; by default they show where stderr is a terminal. A `quiet` one says nothing.
     """
 
-    def __init__(self, json_lines: bool = False, interactive: bool | None = None) -> None:
-        self.json_lines = json_lines
-        self._rich = RichConsole(stderr=True, markup=False, highlight=False, emoji=False)
+    def __init__(self, json_lines: bool = False, interactive: bool | None = None, quiet: bool = False) -> None:
+        self.json_lines, self._quiet = json_lines, quiet
+        self._rich = RichConsole(stderr=True, markup=False, highlight=False, emoji=False, quiet=quiet)
         self._interactive = self._rich.is_terminal if interactive is None else interactive
         self._lock = Lock()
         self._bars: Progress | None = None
@@ -63,6 +63,8 @@ class Console:
 
     def emit(self, event: dict, text: str) -> None:
         """Prints one datum on stdout, flushed: `event` as a JSON line with --json, else `text`."""
+        if self._quiet:
+            return
         line = json.dumps(event, ensure_ascii=False, default=str) if self.json_lines else text
         try:
             print(line, flush=True)

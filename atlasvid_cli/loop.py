@@ -1,7 +1,7 @@
 """The loop of training: draws, gradients side by side, steps, logs, checkpoints.
 
-Every step draws its samples, noise and sigmas from (seed, step) alone, so a run resumed from a checkpoint goes on as if
-it had never stopped.
+Every draw takes its samples, noise and sigmas from (seed, step, its number) alone, so a run resumed from a checkpoint
+goes on as if it had never stopped, and draws may be shared among processes, as `accelerate launch` starts them.
 """
 
 import json
@@ -12,6 +12,8 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import torch
+from accelerate import PartialState
+from accelerate.utils import reduce
 from diffusers import WanTransformer3DModel
 from diffusers.training_utils import EMAModel
 
@@ -24,6 +26,11 @@ from .store import atomic
 CHECKPOINT_STEPS, VALIDATION_STEPS, LOG_STEPS = 200, 100, 25
 
 MUON = Training()
+
+
+def all_processes() -> PartialState:
+    """This process among those that accelerate or torchrun started together, or alone."""
+    return PartialState(cpu=not torch.cuda.is_available())
 
 
 def run(
@@ -41,21 +48,25 @@ def run(
     """The loop: `loss_at(step, rng, generator)` over `accumulate` draws a step; logs and checkpoints to `folder`.
 
     On a CPU the draws of a step run side by side, a thread each: small models keep more cores busy so than by splitting
-    every product over all of them. `validate()` is the loss on held-out samples, None without any; `on_step` gets the
-    steps newly known to be done. Where `training` asks for an average of the weights, that is validated and what the
-    model ends with.
+    every product over all of them. Several processes share the draws, which are as many more as leave none idle, and
+    the first one logs, validates and saves. `validate()` is the loss on held-out samples, None without any; `on_step`
+    gets the steps newly known to be done. Where `training` asks for an average of the weights, that is validated and
+    what the model ends with.
     """
+    processes = all_processes()
+    draws = -(-accumulate // processes.num_processes) * processes.num_processes
+    mine = range(processes.process_index, draws, processes.num_processes)
     named = [(n, p) for n, p in model.named_parameters() if p.requires_grad]
     trained = [p for _, p in named]
     threads = torch.get_num_threads()
     on_cpu = trained[0].device.type == "cpu"
-    workers = min(accumulate, threads) if on_cpu else 1
+    workers = min(len(mine), threads) if on_cpu else 1
 
     def gradients(draw: str) -> tuple[float, tuple[torch.Tensor | None, ...]]:
         rng = random.Random(draw)
         generator = torch.Generator().manual_seed(rng.getrandbits(60))
         with cpu_autocast(on_cpu):
-            loss = loss_at(step, rng, generator) / accumulate
+            loss = loss_at(step, rng, generator) / draws
         return loss.item(), torch.autograd.grad(loss, trained, allow_unused=True)
 
     heads = ("patch_embedding", "condition_embedder", "proj_out", "scale_shift_table")
@@ -75,18 +86,21 @@ def run(
     optimizer = Optimizer(named, lr, heads, training.optimizer)
     average = EMAModel(trained, decay=training.ema) if training.ema else None
     step = load_checkpoint(folder, model, optimizer, average)
-    _cut_log(folder / "log.jsonl", step)
+    processes.wait_for_everyone()  # who is ahead must not save what another has yet to read
+    if processes.is_main_process:
+        _cut_log(folder / "log.jsonl", step)
     on_step(step)
     started, recent = time.monotonic(), []
     with ThreadPoolExecutor(workers, initializer=torch.set_num_threads, initargs=(threads // workers,)) as pool:
         while step < steps:
-            draws = [f"{seed}/{step}/{part}" for part in range(accumulate)]
             total = 0.0
-            for loss, grads in pool.map(gradients, draws):
+            for loss, grads in pool.map(gradients, [f"{seed}/{step}/{part}" for part in mine]):
                 total += loss
                 for p, grad in zip(trained, grads, strict=True):
                     if grad is not None:
                         p.grad = grad if p.grad is None else p.grad.add_(grad)
+            if processes.num_processes > 1:
+                total = _summed(trained, total)
             torch.nn.utils.clip_grad_norm_(trained, 1.0)
             optimizer.step(learning_rate(step, steps, lr))
             if average:
@@ -94,6 +108,8 @@ def run(
             step += 1
             on_step(1)
             recent.append(total)
+            if not processes.is_main_process:
+                continue
             if step % LOG_STEPS == 0 or step == steps:
                 row = {"step": step, "loss": round(sum(recent) / len(recent), 5)}
                 recent.clear()
@@ -105,6 +121,16 @@ def run(
                 save_checkpoint(folder, model, optimizer, step, average)
     if average:
         average.copy_to(trained)
+
+
+def _summed(trained: list[torch.nn.Parameter], loss: float) -> float:
+    """Adds up all processes' gradients, in one message, and losses."""
+    grads = [torch.zeros_like(p) if p.grad is None else p.grad for p in trained]
+    flat = torch.cat([*(g.flatten().float() for g in grads), torch.tensor([loss], device=grads[0].device)])
+    flat = reduce(flat, "sum")
+    for p, part in zip(trained, flat[:-1].split([p.numel() for p in trained]), strict=True):
+        p.grad = part.view_as(p).to(p.dtype)
+    return flat[-1].item()
 
 
 def _cut_log(path: Path, step: int) -> None:

@@ -3,6 +3,7 @@
 The same command continues an interrupted training from its checkpoint; other data, weights or settings start anew.
 """
 
+import contextlib
 import random
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -16,6 +17,7 @@ from . import corpus, dataset, store, train
 from .console import Console
 from .embeddings import EmbeddingCache
 from .errors import InputError, UsageError
+from .loop import all_processes
 from .session import Session
 from .weights import load_transformer, load_vae, model_hash
 
@@ -45,10 +47,12 @@ class Job:
 def make(session: Session, job: Job, console: Console) -> Path:
     """Trains the adapter and saves it; checkpoints, latents, embeddings and log.jsonl lie in `job.work`.
 
+    Of several processes (`accelerate launch`), which share a disk, the first one encodes, saves and speaks.
     `InputError` where no clip can be used, `UsageError` where the output is another file.
     """
     if session.preset.experts:
         raise UsageError(f"preset {session.preset.name} has two experts, which are not trained yet; choose another")
+    processes = all_processes()
     preset, base = session.preset, model_hash(session.folder, "transformer")
     if not (preset.proxy.scaled_time and preset.detail.scaled_positions and preset.detail.clean_proxy):
         raise UsageError(
@@ -56,7 +60,8 @@ def make(session: Session, job: Job, console: Console) -> Path:
             " how; remove that key from the preset"
         )
     lr = LEARNING_RATES[preset.training.optimizer] if job.lr is None else job.lr
-    groups = _samples(session, job, console)
+    with processes.main_process_first():  # the others find what it encoded
+        groups = _samples(session, job, console)
     key = store.artefact_hash(
         {
             "weights": model_hash(session.folder, "transformer", "text_encoder", "vae"),
@@ -79,7 +84,8 @@ def make(session: Session, job: Job, console: Console) -> Path:
     trained, held_out = split_groups(groups)
     if not held_out:
         console.warn(f"with fewer than {HELD_OUT} clips none is held out, so there is no validation loss")
-    embed = embedder(session, [s["caption"] for s in (*trained, *held_out)], job.work, console)
+    with processes.main_process_first():
+        embed = embedder(session, [s["caption"] for s in (*trained, *held_out)], job.work, console)
     ratios: Sequence[object] = [s["ratio"] for s in trained] if job.stage == "detail" else ()
     metadata = train.adapter_metadata(
         job.stage, base, preset.proxy.time_ratio, ratios, preset.detail.windows, preset.detail.streams
@@ -92,7 +98,8 @@ def make(session: Session, job: Job, console: Console) -> Path:
     for parameter in model.parameters():
         if parameter.requires_grad:
             parameter.data = parameter.data.float()  # bfloat16 would lose updates as small as theirs
-    with store.lock(folder), console.stage(f"train {job.stage}", job.steps) as advance:
+    alone = store.lock(folder) if processes.is_main_process else contextlib.nullcontext()
+    with alone, console.stage(f"train {job.stage}", job.steps) as advance:
         if job.stage == "proxy":
             train.train_clips(
                 model,
@@ -127,7 +134,9 @@ def make(session: Session, job: Job, console: Console) -> Path:
                 advance,
                 preset.training,
             )
-        train.save_adapter(model, job.output, metadata | {"run": key})
+        if processes.is_main_process:
+            train.save_adapter(model, job.output, metadata | {"run": key})
+    processes.wait_for_everyone()
     return job.output
 
 

@@ -1,7 +1,10 @@
 """The loop lowers a loss with every optimiser, goes on from a checkpoint as if never stopped, keeps an average."""
 
 import json
+import os
 import random
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -88,3 +91,24 @@ def test_the_average_of_the_weights_is_validated_and_kept(tmp_path):
     saved = load_file(tmp_path / "a" / "checkpoint.safetensors")
     assert torch.equal(saved["model.0.weight"], plain["0.weight"])
     assert torch.equal(saved["average.0.weight"], seen[-1])
+
+
+def test_processes_share_the_draws_of_a_step_and_end_with_the_same_weights(tmp_path):
+    """Four draws by one process, and by two that `accelerate launch` would start alike."""
+    script = tmp_path / "fit.py"
+    script.write_text(
+        "import sys\nfrom pathlib import Path\nfrom atlasvid_cli import loop\n"
+        "from tests.test_loop import loss_of, network\n"
+        "model = network()\n"
+        "loop.run(model, Path(sys.argv[1]), 25, 0.02, 0, loss_of(model), accumulate=4)\n"
+    )
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node"]
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path), "OMP_NUM_THREADS": "1"}
+    for count in (1, 2):
+        command = [*launch, str(count), str(script), str(tmp_path / str(count))]
+        subprocess.run(command, env=environment, check=True, capture_output=True, timeout=300)
+    one, two = (load_file(tmp_path / count / "checkpoint.safetensors") for count in ("1", "2"))
+    for name, value in one.items():
+        torch.testing.assert_close(two[name], value, atol=1e-5, rtol=0)
+    logs = [[json.loads(x)["loss"] for x in (tmp_path / n / "log.jsonl").read_text().splitlines()] for n in "12"]
+    assert logs[0] == pytest.approx(logs[1], abs=1e-5) and len(logs[0]) == 1
