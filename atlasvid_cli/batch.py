@@ -157,38 +157,6 @@ def with_clip(
     return dataclasses.replace(request, clip=clip, seconds=length)
 
 
-def train_part(
-    what: str, preset: str, work: Path, output: Path | None, given: dict[str, Any], console: "Console"
-) -> Path:
-    """Trains `tiny`, or the adapter of stage `proxy` or `detail` with what is `given` of its options; where it lies."""
-    if what not in ("tiny", "proxy", "detail"):
-        raise UsageError(
-            f"there is no training called {what!r}; choose tiny, proxy or detail, as in atlasvid train tiny"
-        )
-    given = {name: value for name, value in given.items() if value is not None}
-    if what == "tiny":
-        if given:
-            raise UsageError(f"train tiny has a recipe of its own; leave --{next(iter(given))} out")
-        from . import train_tiny
-
-        work.mkdir(parents=True, exist_ok=True)
-        output = output or work / "tiny"
-        train_tiny.make(work, output)
-        return output
-    if "data" not in given:
-        raise UsageError(f"train {what} needs clips: give --data, a folder of clip.mp4 + clip.txt")
-    from . import train_adapter
-    from .presets import load_preset
-
-    load_preset(preset)  # usage errors first
-    from .session import Session
-
-    session = Session(preset, given.pop("model-path", None))
-    target = (output or Path(f"{what}_lora.safetensors")).absolute()
-    check_writable(target)
-    return train_adapter.make(session, train_adapter.Job(what, output=target, work=work, **given), console)
-
-
 def check_writable(target: Path) -> None:
     """An output that cannot be written is said before hours of work."""
     from .errors import ResourceError

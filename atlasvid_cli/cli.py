@@ -9,7 +9,8 @@ from typing import NoReturn
 import typer
 
 from .cli_make import decode, proxy, refine, render
-from .cli_tell import bench, doctor, info, plan, presets, train
+from .cli_tell import bench, doctor, info, plan, presets
+from .cli_train import train
 from .errors import ExitCode, explain, one_line
 
 app = typer.Typer(

@@ -1,13 +1,12 @@
-"""The commands around making: what it would take, how fast it is, what there is, and training."""
+"""The commands around making: what it would take, how fast it is, what there is."""
 
-import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from . import options as opt
-from .batch import check_writable, show_plan, train_part
+from .batch import check_writable, show_plan
 from .errors import UsageError
 from .parse import check_finite, make_request
 
@@ -174,28 +173,3 @@ def doctor(as_json: opt.Json = False, debug: opt.Debug = False) -> None:
 
     facts = examine(Path())
     Console(as_json).emit(facts, "\n".join(lines(facts)))
-
-
-def train(
-    what: Annotated[str, typer.Argument(help="tiny: the embedded model, from nothing; proxy or detail: an adapter.")],
-    data: opt.Data = None,
-    preset: opt.PresetName = "tiny",
-    model_path: opt.ModelPath = None,
-    work: Annotated[Path, typer.Option("--work", help="Checkpoints, latents, logs; resumed from.")] = Path("training"),
-    output: opt.Trained = None,
-    steps: opt.TrainSteps = None,
-    lr: opt.Rate = None,
-    rank: opt.Rank = None,
-    seed: opt.TrainSeed = None,
-    debug: opt.Debug = False,
-) -> None:
-    """Train an adapter for a stage on captioned clips, or the embedded model itself; the same command resumes.
-
-    On several GPUs: accelerate launch -m atlasvid_cli train ...
-    """
-    from .console import Console
-
-    check_finite("--lr", lr, 0)
-    given = {"data": data, "steps": steps, "lr": lr, "rank": rank, "seed": seed, "model-path": model_path}
-    console = Console(quiet=os.environ.get("RANK", "0") != "0")  # as accelerate and torchrun number processes
-    console.emit({}, str(train_part(what, preset, work, output, given, console)))

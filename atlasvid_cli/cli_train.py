@@ -1,0 +1,72 @@
+"""The command that trains."""
+
+import os
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from . import options as opt
+from .batch import check_writable
+from .errors import UsageError
+from .parse import check_finite
+
+if TYPE_CHECKING:
+    from .console import Console
+
+
+def train(
+    what: Annotated[str, typer.Argument(help="tiny: the embedded model, from nothing; proxy or detail: an adapter.")],
+    data: opt.Data = None,
+    preset: opt.PresetName = "tiny",
+    model_path: opt.ModelPath = None,
+    work: Annotated[Path, typer.Option("--work", help="Checkpoints, latents, logs; resumed from.")] = Path("training"),
+    output: opt.Trained = None,
+    steps: opt.TrainSteps = None,
+    lr: opt.Rate = None,
+    rank: opt.Rank = None,
+    seed: opt.TrainSeed = None,
+    debug: opt.Debug = False,
+) -> None:
+    """Train an adapter for a stage on captioned clips, or the embedded model itself; the same command resumes.
+
+    On several GPUs: accelerate launch -m atlasvid_cli train ...
+    """
+    from .console import Console
+
+    check_finite("--lr", lr, 0)
+    given = {"data": data, "steps": steps, "lr": lr, "rank": rank, "seed": seed, "model-path": model_path}
+    console = Console(quiet=os.environ.get("RANK", "0") != "0")  # as accelerate and torchrun number processes
+    console.emit({}, str(train_part(what, preset, work, output, given, console)))
+
+
+def train_part(
+    what: str, preset: str, work: Path, output: Path | None, given: dict[str, Any], console: "Console"
+) -> Path:
+    """Trains `tiny`, or the adapter of stage `proxy` or `detail` with what is `given` of its options; where it lies."""
+    if what not in ("tiny", "proxy", "detail"):
+        raise UsageError(
+            f"there is no training called {what!r}; choose tiny, proxy or detail, as in atlasvid train tiny"
+        )
+    given = {name: value for name, value in given.items() if value is not None}
+    if what == "tiny":
+        if given:
+            raise UsageError(f"train tiny has a recipe of its own; leave --{next(iter(given))} out")
+        from . import train_tiny
+
+        work.mkdir(parents=True, exist_ok=True)
+        output = output or work / "tiny"
+        train_tiny.make(work, output)
+        return output
+    if "data" not in given:
+        raise UsageError(f"train {what} needs clips: give --data, a folder of clip.mp4 + clip.txt")
+    from . import train_adapter
+    from .presets import load_preset
+
+    load_preset(preset)  # usage errors first
+    from .session import Session
+
+    session = Session(preset, given.pop("model-path", None))
+    target = (output or Path(f"{what}_lora.safetensors")).absolute()
+    check_writable(target)
+    return train_adapter.make(session, train_adapter.Job(what, output=target, work=work, **given), console)
