@@ -7,8 +7,9 @@ goes on as if it had never stopped, and draws may be shared among processes, as 
 import json
 import random
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
@@ -23,7 +24,7 @@ from .optim import Optimizer, learning_rate
 from .presets import Training
 from .store import atomic
 
-CHECKPOINT_STEPS, VALIDATION_STEPS, LOG_STEPS = 200, 100, 25
+CHECKPOINT_STEPS, SAMPLE_STEPS, VALIDATION_STEPS, LOG_STEPS = 200, 500, 100, 25
 
 MUON = Training()
 
@@ -44,14 +45,15 @@ def run(
     validate: Callable[[], float | None] = lambda: None,
     on_step: Callable[[int], None] = lambda done: None,
     training: Training = MUON,
+    show: Callable[[int], None] = lambda step: None,
 ) -> None:
     """The loop: `loss_at(step, rng, generator)` over `accumulate` draws a step; logs and checkpoints to `folder`.
 
     On a CPU the draws of a step run side by side, a thread each: small models keep more cores busy so than by splitting
     every product over all of them. Several processes share the draws, which are as many more as leave none idle, and
     the first one logs, validates and saves. `validate()` is the loss on held-out samples, None without any; `on_step`
-    gets the steps newly known to be done. Where `training` asks for an average of the weights, that is validated and
-    what the model ends with.
+    gets the steps newly known to be done; `show(step)` is called now and then, to sample. Where `training` asks for an
+    average of the weights, that is validated, shown, and what the model ends with.
     """
     processes = all_processes()
     draws = -(-accumulate // processes.num_processes) * processes.num_processes
@@ -71,14 +73,15 @@ def run(
 
     heads = ("patch_embedding", "condition_embedder", "proj_out", "scale_shift_table")
 
-    def averaged_loss() -> float | None:
-        """`validate()` of the average, where there is one."""
+    @contextmanager
+    def averaged() -> Iterator[None]:
+        """The model with the average of its weights, where there is one."""
         if average:
             average.store(trained)
             average.copy_to(trained)
         try:
             with cpu_autocast(on_cpu):
-                return validate()
+                yield
         finally:
             if average:
                 average.restore(trained)
@@ -113,12 +116,17 @@ def run(
             if step % LOG_STEPS == 0 or step == steps:
                 row = {"step": step, "loss": round(sum(recent) / len(recent), 5)}
                 recent.clear()
-                if (step % VALIDATION_STEPS == 0 or step == steps) and (held_out := averaged_loss()) is not None:
-                    row["validation_loss"] = round(held_out, 5)
+                if step % VALIDATION_STEPS == 0 or step == steps:
+                    with averaged():
+                        held_out = validate()
+                    row |= {} if held_out is None else {"validation_loss": round(held_out, 5)}
                 with (folder / "log.jsonl").open("a") as log:
                     log.write(json.dumps(row | {"seconds": round(time.monotonic() - started, 1)}) + "\n")
             if step % CHECKPOINT_STEPS == 0 or step == steps:
                 save_checkpoint(folder, model, optimizer, step, average)
+            if step % SAMPLE_STEPS == 0 or step == steps:
+                with averaged():
+                    show(step)
     if average:
         average.copy_to(trained)
 

@@ -12,7 +12,7 @@ from .errors import UsageError
 from .flops import context_flops, detail_flops, full_flops, linear_flops
 from .memory import Offload
 from .parse import Lora
-from .presets import Experts, Preset, Transformer, load_preset
+from .presets import Detail, Experts, Level, Preset, Transformer, load_preset
 from .shapes import Grid
 
 if TYPE_CHECKING:
@@ -258,40 +258,31 @@ def make_plan(
         if proxy.t < base.t:
             raise UsageError(f"the proxy is shorter than {float(request.seconds):g} s; make a longer one")
         base = proxy
-    stage_1 = Stage(
-        base,
-        Fraction(1),
-        time_ratio,
-        request.steps if request.steps and proxy is None else preset.proxy.steps,
-        1.0,
-        preset.proxy.guidance_scale if request.guidance_scale is None else request.guidance_scale,
-        request.flow_shift or preset.proxy.flow_shift,
-        _experts(preset, request.guidance_scale),
-        preset.proxy.scaled_time,
-    )
+    stage_1 = proxy_stage(preset, base, time_ratio)
+    stage_1 = dataclasses.replace(stage_1, flow_shift=request.flow_shift or stage_1.flow_shift)
+    if request.steps and proxy is None:
+        stage_1 = dataclasses.replace(stage_1, steps=request.steps)
+    if (guidance := request.guidance_scale) is not None:  # both experts follow it
+        experts = preset.experts and dataclasses.replace(preset.experts, guidance_scale=guidance)
+        stage_1 = dataclasses.replace(stage_1, guidance_scale=guidance, experts=experts)
     levels = []
     for i, (grid, ratio) in enumerate(shapes.climb(base, target, detail.max_ratio, detail.ratio_steps)):
-        level = detail.first if i == 0 else detail.upper
-        levels.append(
-            Stage(
-                grid,
-                ratio,
-                time_ratio if i == 0 else 1,
-                request.steps if request.steps and proxy is not None else level.steps,
-                level.strength,
-                level.guidance_scale,
-                detail.flow_shift,
-                guidance_interval=level.guidance_interval,
-            )
-        )
+        stage = level_stage(detail, detail.upper if i else detail.first, grid, ratio, 1 if i else time_ratio)
+        levels.append(dataclasses.replace(stage, steps=request.steps) if request.steps and proxy else stage)
     return Plan(request, preset, fps, written, scale, stage_1, tuple(levels), proxy is not None)
 
 
-def _experts(preset: Preset, guidance_scale: float | None) -> Experts | None:
-    """The preset's, of which both follow a guidance scale that the user gives."""
-    if preset.experts is None or guidance_scale is None:
-        return preset.experts
-    return dataclasses.replace(preset.experts, guidance_scale=guidance_scale)
+def proxy_stage(preset: Preset, grid: Grid, time_ratio: int) -> Stage:
+    """Stage 1 on a grid as a preset samples it."""
+    proxy, whole = preset.proxy, Fraction(1)
+    scales = 1.0, proxy.guidance_scale, proxy.flow_shift
+    return Stage(grid, whole, time_ratio, proxy.steps, *scales, preset.experts, proxy.scaled_time)
+
+
+def level_stage(detail: Detail, level: Level, grid: Grid, ratio: Fraction, time_ratio: int) -> Stage:
+    """A detail level on a grid as a preset samples it."""
+    scales = level.strength, level.guidance_scale, detail.flow_shift
+    return Stage(grid, ratio, time_ratio, level.steps, *scales, guidance_interval=level.guidance_interval)
 
 
 def _plain(value: Any) -> Any:

@@ -179,6 +179,7 @@ def train_clips(
     held_out: Sequence[dict] = (),
     on_step: Callable[[int], None] = lambda done: None,
     training: Training = MUON,
+    show: Callable[[int], None] = lambda step: None,
 ) -> None:
     """Stage 1 training on clips, and on single `images` at a share of draws going from `stills[0]` to `stills[1]`.
 
@@ -197,7 +198,8 @@ def train_clips(
         shift = shift_of(latents.shape[1])
         return clip_loss(model, [latents], [embed(sample["caption"])], generator, time_ratio, shift)
 
-    run(model, folder, steps, lr, seed, loss_at, accumulate, validation(held_out, held_out_loss), on_step, training)
+    validate = validation(held_out, held_out_loss)
+    run(model, folder, steps, lr, seed, loss_at, accumulate, validate, on_step, training, show)
 
 
 def train_detail(
@@ -215,6 +217,7 @@ def train_detail(
     held_out: Sequence[dict] = (),
     on_step: Callable[[int], None] = lambda done: None,
     training: Training = MUON,
+    show: Callable[[int], None] = lambda step: None,
 ) -> None:
     """Stage 2 training of `proxy_model`, which is `model` itself where the adapter acts on both streams."""
 
@@ -229,7 +232,7 @@ def train_detail(
         return loss_of(sample, embed(sample["caption"]), rng, generator)
 
     validate = validation(held_out, held_out_loss)
-    run(proxy_model, folder, steps, lr, seed, loss_at, accumulate, validate, on_step, training)
+    run(proxy_model, folder, steps, lr, seed, loss_at, accumulate, validate, on_step, training, show)
 
 
 def adapter_metadata(

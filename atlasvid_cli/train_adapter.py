@@ -19,6 +19,7 @@ from .embeddings import EmbeddingCache
 from .errors import InputError, UsageError
 from .loop import all_processes
 from .session import Session
+from .train_samples import Sampler
 from .weights import load_transformer, load_vae, model_hash
 
 WORLD = "world"
@@ -85,7 +86,9 @@ def make(session: Session, job: Job, console: Console) -> Path:
     if not held_out:
         console.warn(f"with fewer than {HELD_OUT} clips none is held out, so there is no validation loss")
     with processes.main_process_first():
-        embed = embedder(session, [s["caption"] for s in (*trained, *held_out)], job.work, console)
+        embed = embedder(
+            session, [preset.negative_prompt, *(s["caption"] for s in (*trained, *held_out))], job.work, console
+        )
     ratios: Sequence[object] = [s["ratio"] for s in trained] if job.stage == "detail" else ()
     metadata = train.adapter_metadata(
         job.stage, base, preset.proxy.time_ratio, ratios, preset.detail.windows, preset.detail.streams
@@ -98,6 +101,7 @@ def make(session: Session, job: Job, console: Console) -> Path:
     for parameter in model.parameters():
         if parameter.requires_grad:
             parameter.data = parameter.data.float()  # bfloat16 would lose updates as small as theirs
+    sampler = Sampler(session, job.stage, bare, model, held_out, embed, folder / "samples")
     alone = store.lock(folder) if processes.is_main_process else contextlib.nullcontext()
     with alone, console.stage(f"train {job.stage}", job.steps) as advance:
         if job.stage == "proxy":
@@ -116,6 +120,7 @@ def make(session: Session, job: Job, console: Console) -> Path:
                 held_out=held_out,
                 on_step=advance,
                 training=preset.training,
+                show=sampler.show,
             )
         else:
             train.train_detail(
@@ -133,6 +138,7 @@ def make(session: Session, job: Job, console: Console) -> Path:
                 held_out,
                 advance,
                 preset.training,
+                sampler.show,
             )
         if processes.is_main_process:
             train.save_adapter(model, job.output, metadata | {"run": key})

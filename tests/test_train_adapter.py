@@ -7,9 +7,11 @@ from dataclasses import replace
 from fractions import Fraction
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from diffusers import WanPipeline
+from PIL import Image
 
 from atlasvid_cli import dataset, loop, store, train, train_adapter, weights
 from atlasvid_cli.console import Console
@@ -44,7 +46,7 @@ def encoded(clips, random_preset, tmp_path_factory):
 @pytest.fixture(params=["proxy", "detail"])
 def job(request, clips, encoded, tmp_path, monkeypatch):
     shutil.copytree(encoded, tmp_path / "work")
-    for name, steps in (("CHECKPOINT_STEPS", 4), ("VALIDATION_STEPS", 4), ("LOG_STEPS", 2)):
+    for name, steps in (("CHECKPOINT_STEPS", 4), ("VALIDATION_STEPS", 4), ("LOG_STEPS", 2), ("SAMPLE_STEPS", 6)):
         monkeypatch.setattr(loop, name, steps)
     monkeypatch.setattr(train_adapter, "ACCUMULATED", 1)
     return Job(request.param, clips, tmp_path / "a.safetensors", tmp_path / "work", steps=9, lr=0.03, rank=4)
@@ -174,6 +176,19 @@ def test_where_the_adapter_is_for_the_proxy_stream_only_that_one_learns(session,
     assert store.read_header(job.output)[0]["streams"] == "proxy"
     assert all(torch.equal(before[n], p) for n, p in seen[0].state_dict().items())
     assert any(t.abs().max() > 0 for n, t in store.open_tensors(job.output)[0].items() if "lora_B" in n)
+
+
+def test_held_out_clips_are_shown_as_sampled(session, job):
+    """A picture of a row of true frames above one of made ones, at every so many steps and at the end."""
+    make(session, job, quiet())
+    [folder] = job.work.glob(f"{job.stage}-*/samples")
+    steps = {p.name.rsplit("-", 1)[0] for p in folder.iterdir()}
+    assert steps == {"step-000006", "step-000009"}
+    picture = np.asarray(Image.open(folder / "step-000009-0.png"), dtype=float)
+    half = picture.shape[0] // 2
+    true, made = picture[:half], picture[half:]
+    assert picture.shape[1] >= 5 * 16 and true.std() > 1 and made.std() > 1
+    assert np.abs(true[: half - 4] - made[-(half - 4) :]).mean() > 1  # nine steps do not learn a clip
 
 
 def test_validation_is_of_whole_clips_at_the_same_noise(session, clips, tmp_path):

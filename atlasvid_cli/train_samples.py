@@ -1,0 +1,82 @@
+"""Pictures of what an adapter in training makes of held-out clips, for those who watch it learn."""
+
+from dataclasses import dataclass
+from fractions import Fraction
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from diffusers import WanTransformer3DModel
+
+from .cost import vae_tile
+from .decode import decode_stream
+from .model import TextContext, text_context
+from .plan import level_stage, proxy_stage
+from .proxy import Expert, sample_proxy
+from .refine import sample_detail
+from .session import Session
+from .train import PATCH, Embed, grid_of
+from .video import contact_sheet, write_png
+from .weights import load_scheduler, load_vae
+
+SHOWN = 2  # held-out samples
+FRAMES = 5  # of each, evenly spread
+THUMBNAIL = 320  # pixels of the longer side
+SEED = 0
+
+
+@dataclass(frozen=True)
+class Sampler:
+    """Samples `held_out` with the models in training, as `render` would: their own grids, the preset's steps.
+
+    `model` is the one in training, `bare` the other stream's in stage 2 where the adapter acts on one alone.
+    """
+
+    session: Session
+    stage: str
+    bare: WanTransformer3DModel
+    model: WanTransformer3DModel
+    held_out: list[dict]
+    embed: Embed
+    folder: Path
+
+    def show(self, step: int) -> None:
+        """Writes `folder/step-<step>-<sample>.png`: a row of frames of the truth, and below it one as sampled."""
+        make = self._proxy if self.stage == "proxy" else self._detail
+        vae = load_vae(self.session.folder).to(self.session.device)
+        self.folder.mkdir(exist_ok=True)
+        for number, sample in enumerate(self.held_out[:SHOWN]):
+            frames = [f for x in (sample["latents"].float(), make(sample)) for f in _frames(self.session, vae, x)]
+            write_png(self.folder / f"step-{step:06d}-{number}.png", contact_sheet(frames, FRAMES))
+
+    def _proxy(self, sample: dict) -> torch.Tensor:
+        preset, grid = self.session.preset, grid_of(sample["latents"])
+        stage = proxy_stage(preset, grid, preset.proxy.time_ratio)
+        prompt, negative = self._texts(self.model, sample["caption"], preset.negative_prompt)
+        expert = Expert(self.model, prompt, negative, stage.guidance_scale)
+        scheduler = load_scheduler(self.session.folder, stage.flow_shift)
+        return sample_proxy(lambda _: expert, scheduler, stage, preset.transformer.channels, PATCH, SEED)
+
+    def _detail(self, sample: dict) -> torch.Tensor:
+        preset, ratio = self.session.preset, Fraction(sample["ratio"])
+        time_ratio, detail = preset.proxy.time_ratio, preset.detail
+        stage = level_stage(detail, detail.first, grid_of(sample["latents"]), ratio, time_ratio)
+        prompts = (sample["caption"], preset.negative_prompt)[: stage.passes]
+        streams = (self.bare, self.model)
+        texts = list(zip(*(self._texts(m, *prompts) for m in streams), strict=True))
+        below = sample[f"proxy_{time_ratio}"].float()
+        return sample_detail(*streams, stage, detail, PATCH, SEED, 1, below, texts, detail.chunk)
+
+    def _texts(self, model: WanTransformer3DModel, *prompts: str) -> list[TextContext]:
+        length = self.session.preset.transformer.text_length
+        with torch.no_grad():
+            return [text_context(model, [self.embed(prompt)], length) for prompt in prompts]
+
+
+def _frames(session: Session, vae: torch.nn.Module, latents: torch.Tensor) -> list[torch.Tensor]:
+    """`FRAMES` thumbnails (3, h, w) in 0..1, evenly spread over a clip of normalised latents (C, T, H, W)."""
+    tile = vae_tile(session.preset, *latents.shape[2:])
+    made = torch.cat(list(decode_stream(vae, latents, tile)))
+    chosen = made[torch.linspace(0, len(made) - 1, FRAMES).round().long()]
+    factor = min(1.0, THUMBNAIL / max(chosen.shape[2:]))
+    return list(F.interpolate(chosen, scale_factor=factor, mode="area"))
