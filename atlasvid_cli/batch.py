@@ -71,7 +71,14 @@ def run_batch(
     from .session import Session
     from .store import artefact_hash, lock, run_directory
 
-    session = Session(request.preset, request.model_path, request.attention_backend, request.loras, request.strict)
+    session = Session(
+        request.preset,
+        request.model_path,
+        request.attention_backend,
+        request.loras,
+        request.strict,
+        request.weight_dtype,
+    )
     standard = session.preset.negative_prompt
     negatives = [standard if item.negative_prompt is None else item.negative_prompt for item in items]
     session.expect([*(item.prompt for item in items), *negatives])

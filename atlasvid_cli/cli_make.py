@@ -28,6 +28,7 @@ def render(
     strict: opt.Strict = False,
     attention_backend: opt.Backend = None,
     offload: opt.OffloadMode = "auto",
+    weight_dtype: opt.WeightDtype = "auto",
     chunk: opt.Chunk = None,
     codec: opt.CodecName = "h264",
     output: opt.Output = None,
@@ -56,6 +57,7 @@ def render(
         codec=codec,
         model_path=model_path,
         offload=offload,
+        weight_dtype=weight_dtype,
         attention_backend=attention_backend,
         strict=strict,
     )
@@ -83,6 +85,7 @@ def proxy(
     strict: opt.Strict = False,
     attention_backend: opt.Backend = None,
     offload: opt.OffloadMode = "auto",
+    weight_dtype: opt.WeightDtype = "auto",
     output: opt.Output = None,
     from_video: opt.FromVideo = None,
     prompt_file: opt.PromptFile = None,
@@ -106,6 +109,7 @@ def proxy(
         flow_shift=flow_shift,
         model_path=model_path,
         offload=offload,
+        weight_dtype=weight_dtype,
         attention_backend=attention_backend,
         strict=strict,
         proxy_only=True,
@@ -134,6 +138,7 @@ def refine(
     strict: opt.Strict = False,
     attention_backend: opt.Backend = None,
     offload: opt.OffloadMode = "auto",
+    weight_dtype: opt.WeightDtype = "auto",
     chunk: opt.Chunk = None,
     codec: opt.CodecName = "h264",
     output: opt.Output = None,
@@ -167,6 +172,7 @@ def refine(
         frames=span,
         model_path=model_path,
         offload=parse_offload(offload),
+        weight_dtype=weight_dtype,
         attention_backend=attention_backend,
         loras=tuple(map(parse_lora, lora or ())),
         strict=strict,
@@ -181,7 +187,7 @@ def refine(
     target = target_of(output, default, suffix_for(codec))
     check_target(target, codec, width, height)
     make_plan(request)  # usage errors first
-    session = Session(request.preset, model_path, attention_backend, request.loras, strict)
+    session = Session(request.preset, model_path, attention_backend, request.loras, strict, weight_dtype)
     plan = pipeline.plan_from_proxy(latents, request, session)
     if span and span[1] > plan.frames:
         raise UsageError(f"--frames {frames} ends after the video's {plan.frames} frames; end it there")

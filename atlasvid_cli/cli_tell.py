@@ -24,6 +24,7 @@ def plan(
     preset: opt.PresetName = "tiny",
     chunk: opt.Chunk = None,
     offload: opt.OffloadMode = "auto",
+    weight_dtype: opt.WeightDtype = "auto",
     codec: opt.CodecName = "h264",
     as_json: opt.Json = False,
     debug: opt.Debug = False,
@@ -41,6 +42,7 @@ def plan(
         chunk=chunk,
         codec=codec,
         offload=offload,
+        weight_dtype=weight_dtype,
     )
     from .cost import rows
     from .plan import make_plan

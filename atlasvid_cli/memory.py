@@ -37,10 +37,11 @@ def fits_gpu(weights: int, free: int) -> bool:
     return weights * 1.2 < free
 
 
-def proxy_memory(preset: Preset, tokens: int, offload: Offload, device: Device) -> Memory:
+def proxy_memory(preset: Preset, tokens: int, offload: Offload, device: Device, fp8: bool = False) -> Memory:
     """Stage 1: under full attention every token is in the block at once, so its states are never offloaded."""
     latents = 8 * tokens * _patch_values(preset) * 4  # the sample and a multistep scheduler's history
-    return _placed(preset, device, offload, states=0, working=tokens * _block_bytes(preset, device), latents=latents)
+    working = tokens * _block_bytes(preset, device)
+    return _placed(preset, device, offload, fp8, states=0, working=working, latents=latents)
 
 
 def detail_memory(
@@ -52,6 +53,7 @@ def detail_memory(
     latent_copies: int,
     offload: Offload,
     device: Device,
+    fp8: bool = False,
 ) -> Memory:
     """A detail level of `grid`, `chunk` windows at a time, above `proxy_tokens` tokens."""
     size, detail = preset.transformer, preset.detail
@@ -62,15 +64,19 @@ def detail_memory(
         preset,
         device,
         offload,
+        fp8,
         states=grid.tokens * a_token + kept,
         working=chunk * window * _block_bytes(preset, device),
         latents=latent_copies * grid.tokens * _patch_values(preset) * 4,
     )
 
 
-def _placed(preset: Preset, device: Device, offload: Offload, states: int, working: int, latents: int) -> Memory:
+def _placed(
+    preset: Preset, device: Device, offload: Offload, fp8: bool, states: int, working: int, latents: int
+) -> Memory:
     size, width = preset.transformer, device.bytes_per_value
-    block = (8 * size.dim**2 + 2 * size.dim * size.ffn) * width
+    block = (8 * size.dim**2 + 2 * size.dim * size.ffn) * (1 if fp8 else width)
+    working += size.dim * size.ffn * width if fp8 else 0  # the layer that computes, in the dtype that it computes in
     rest = size.dim * (8 * size.dim + size.text_dim + 2 * _patch_values(preset)) * width
     blocks = size.layers * block
     if device.kind == "cpu":

@@ -5,7 +5,7 @@ import math
 from dataclasses import dataclass
 from fractions import Fraction
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 from . import shapes
 from .errors import UsageError
@@ -52,6 +52,7 @@ class Request:
     frames: tuple[int, int] | None = None
     model_path: str | None = None
     offload: Offload | None = None
+    weight_dtype: Literal["auto", "fp8"] = "auto"
     attention_backend: str | None = None
     loras: tuple[Lora, ...] = ()
     strict: bool = False

@@ -4,7 +4,7 @@ import gc
 import hashlib
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 
@@ -43,10 +43,11 @@ class Session:
         backend: str | None = None,
         loras: tuple[Lora, ...] = (),
         strict: bool = False,
+        weight_dtype: Literal["auto", "fp8"] = "auto",
         cache: Path | None = None,
     ):
         self.preset = load_preset(preset) if isinstance(preset, str) else preset
-        self.backend, self.loras, self.strict = backend, loras, strict
+        self.backend, self.loras, self.strict, self.weight_dtype = backend, loras, strict, weight_dtype
         if backend:
             check_backend(backend)
         for lora in loras:
@@ -71,7 +72,8 @@ class Session:
     def arithmetic(self) -> dict[str, str]:
         """How values are computed, beside what they are computed from: the same job elsewhere differs by rounding."""
         backend = self.backend or default_backend(self.device, self.dtype)
-        return {"dtype": str(self.dtype).removeprefix("torch."), "attention": backend}
+        dtype = str(self.dtype).removeprefix("torch.")
+        return {"dtype": dtype if self.weight_dtype == "auto" else f"{dtype}+fp8", "attention": backend}
 
     def hash(self, stage: str) -> str:
         """Identity of the weights that make a stage's latents."""
@@ -118,6 +120,8 @@ class Session:
                 continue
             matched = merge_lora(model, lora, self.strict, console.warn)
             console.note(f"{lora.path}: {matched} layers changed in the {stage} stage")
+        if self.weight_dtype == "fp8":  # after the adapters, which are merged in full precision
+            model.enable_layerwise_casting(torch.float8_e4m3fn, self.dtype)
         return place(model, self.device, offload)
 
     def vae(self) -> Any:

@@ -18,17 +18,17 @@ from atlasvid_cli.world import render, sample_scene
 
 RENDER = ["--res", "256x192", "--seconds", "0.5"]
 OPTIONS = {
-    "render": "--attention-backend --lora --offload --strict"
+    "render": "--attention-backend --lora --offload --weight-dtype --strict"
     " --chunk --codec --debug --dry-run --flow-shift --fps --from-video --guidance-scale --json --model-path"
     " --negative-prompt --output --preset --prompt-file --res --run-dir --seconds --seed --shard --steps",
-    "proxy": "--attention-backend --lora --offload --strict"
+    "proxy": "--attention-backend --lora --offload --weight-dtype --strict"
     " --debug --dry-run --flow-shift --fps --from-video --guidance-scale --json --model-path --negative-prompt --output"
     " --preset --prompt-file --res --seconds --seed --shard --steps",
-    "refine": "--attention-backend --lora --offload --strict"
+    "refine": "--attention-backend --lora --offload --weight-dtype --strict"
     " --chunk --codec --debug --dry-run --fps --frames --json --model-path --output --preset --region --res"
     " --run-dir --seed --steps",
     "decode": "--codec --debug --json --model-path --output --preset",
-    "plan": "--offload --chunk --codec --debug --fps --guidance-scale --json --preset --res --seconds --steps",
+    "plan": "--offload --weight-dtype --chunk --codec --debug --fps --guidance-scale --json --preset --res --seconds --steps",
     "bench": "--ablation --budget-seconds --count --debug --html --json --model-path --output --preset --quality"
     " --quick --repeats --res --seconds --seeds --steps",
     "train": "--data --debug --lr --model-path --output --preset --rank --seed --steps --work",

@@ -8,6 +8,7 @@ from transformers import UMT5EncoderModel
 from atlasvid_cli import cost
 from atlasvid_cli.cost import VIDEO_BYTES, check_resources, rows
 from atlasvid_cli.errors import ResourceError
+from atlasvid_cli.machine import Device
 from atlasvid_cli.plan import Request, make_plan
 from atlasvid_cli.presets import load_preset
 from atlasvid_cli.video import CODECS
@@ -76,3 +77,15 @@ def test_the_embedded_text_encoder_is_as_large_as_its_preset_says():
     encoder = UMT5EncoderModel.from_pretrained(preset.folder / "text_encoder")
     assert sum(p.numel() for p in encoder.parameters()) == preset.text.parameters
     assert encoder.shared.weight.numel() == preset.text.looked_up
+
+
+def test_wan_14b_fits_a_48_gib_gpu_in_fp8_and_not_without(monkeypatch):
+    """4K x 12 s with nothing offloaded; DESIGN §4's goal is 80 GiB, 48 with fp8 weights."""
+    gpu = Device("cuda", "a GPU", "bfloat16", 2, "test")
+    monkeypatch.setattr(cost, "compute_device", lambda: gpu)
+    needed = {}
+    for dtype in ("auto", "fp8"):
+        request = Request("wan2.1-14b", 3840, 2160, Fraction(12), offload="none", weight_dtype=dtype)
+        plan = make_plan(request)
+        needed[dtype] = max(cost.memory(plan, stage, "none").device for _, stage in plan.own_stages())
+    assert needed["fp8"] < 48 * cost.GIB - cost.PROGRAM_VRAM < needed["auto"] < 80 * cost.GIB - cost.PROGRAM_VRAM
