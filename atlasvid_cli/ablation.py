@@ -20,15 +20,27 @@ import torch
 import torch.nn.functional as F
 from diffusers import WanPipeline
 
-from . import pipeline, store
+from . import pipeline, store, world
 from .artefacts import job_hash, read_latents
 from .console import Console
 from .cost import GIB, offload_of, vae_tile
 from .decode import decode_stream
+from .encode import encode_stream
 from .machine import peak_rss, reset_peak
 from .plan import Plan, Request, make_plan
 from .presets import Preset
-from .quality import Assessment, assess, check, frames_at, held_out_prompts, looked_at, proxy_frames, seam_ratio
+from .quality import (
+    Assessment,
+    Attributes,
+    assess,
+    check,
+    frames_at,
+    held_out_prompts,
+    looked_at,
+    proxy_frames,
+    seam_ratio,
+    true_scene,
+)
 from .session import Session
 from .video import write_video
 from .weights import load_scheduler, load_text, load_transformer
@@ -66,21 +78,19 @@ SAMPLED: dict[str, tuple[Callable[[Preset], Preset], bool]] = {
     "no detail adapter": (_detail(lora=None), False),
     "tiles, each alone": (_tiles, False),
 }
-UPSAMPLED, NATIVE = "upsampled proxy", "native full attention"
+RECONSTRUCTED, UPSAMPLED, NATIVE = "a true render through the VAE", "upsampled proxy", "native full attention"
 
 
 @dataclass(frozen=True)
 class Arm:
-    """How an arm makes the video of a prompt above the proxy in a run directory: `make(plan, prompt, proxy, video)`.
-
-    `warm` loads what it needs, which is not timed.
-    """
+    """How an arm makes the video of a prompt above the proxy in a run directory:
+    `make(plan, prompt, attributes, proxy, video)`. `warm` loads what it needs, which is not timed."""
 
     name: str
     session: Session
     trained: bool
     warm: Callable[[Plan], object]
-    make: Callable[[Plan, str, Path, Path], object]
+    make: Callable[[Plan, str, Attributes, Path, Path], object]
 
 
 @dataclass(frozen=True)
@@ -105,8 +115,8 @@ def run(request: Request, count: int, seeds: int, folder: Path, console: Console
                 job = make_plan(dataclasses.replace(request, seed=k * APART + i), preset=arm.session.preset)
                 seen.append(look(arm, job, prompt, attributes, folder, console))
         columns = summary(by_seed)
-        if arm.name == NATIVE:
-            columns["coherence_db"] = None  # it never saw that proxy
+        if arm.name in (NATIVE, RECONSTRUCTED):
+            columns["coherence_db"] = None  # they never saw that proxy
         rows.append({"arm": arm.name + ("" if arm.trained else " (untrained)"), **columns})
     facts = {name: plan.summary[name] for name in ("preset", "size", "seconds")}
     return {**facts, "prompts": count, "seeds": seeds, "arms": rows}
@@ -115,6 +125,7 @@ def run(request: Request, count: int, seeds: int, folder: Path, console: Console
 def arms(request: Request, console: Console) -> Iterator[Arm]:
     """Every arm; of those that sample, all that the preset does not come to anyway."""
     base = Session(request.preset, request.model_path)
+    yield Arm(RECONSTRUCTED, base, True, lambda plan: base.vae(), partial(reconstruct, base))
     yield Arm(UPSAMPLED, base, True, lambda plan: base.vae(), partial(upsample, base))
     for name, (change, trained) in SAMPLED.items():
         if name == "the full method" or change(base.preset) != base.preset:
@@ -127,7 +138,7 @@ def _sampled(name: str, session: Session, trained: bool, console: Console) -> Ar
         session.detail_models(offload_of(plan), console)
         session.vae()
 
-    def make(plan: Plan, prompt: str, proxy: Path, video: Path) -> None:
+    def make(plan: Plan, prompt: str, attributes: Attributes, proxy: Path, video: Path) -> None:
         latents = pipeline.refine(session, plan, proxy / "proxy.safetensors", video.with_suffix(""), console)
         pipeline.decode(session, latents, video, plan.request.codec, console)
 
@@ -145,7 +156,7 @@ def _native(session: Session) -> Arm:
         pipe.set_progress_bar_config(disable=True)
         return pipe
 
-    def make(plan: Plan, prompt: str, proxy: Path, video: Path) -> None:
+    def make(plan: Plan, prompt: str, attributes: Attributes, proxy: Path, video: Path) -> None:
         grid, geometry = plan.native_grid, session.preset.geometry
         frames = load()(
             prompt,
@@ -163,7 +174,21 @@ def _native(session: Session) -> Arm:
     return Arm(NATIVE, session, True, lambda plan: load(), make)
 
 
-def upsample(session: Session, plan: Plan, prompt: str, proxy: Path, video: Path) -> None:
+def reconstruct(session: Session, plan: Plan, prompt: str, attributes: Attributes, proxy: Path, video: Path) -> None:
+    """A true render encoded and decoded again: what the VAE costs, and so the best that any arm can reach."""
+    scene, grid, geometry = true_scene(plan, attributes), plan.target, session.preset.geometry
+    width, height = grid.w * geometry.token_pixels, grid.h * geometry.token_pixels
+    window = (0.0, 0.0, height / (plan.request.height * plan.scale))
+    times = torch.arange((grid.t - 1) * geometry.temporal + 1) / plan.fps
+    latents = encode_stream(session.vae(), (world.render(scene, t[None], height, width, window)[:, 0] for t in times))
+    tile = vae_tile(session.preset, *latents.shape[2:])
+    frames = decode_stream(session.vae(), latents, tile, video.parent)
+    sizes = plan.request.height * plan.scale, plan.request.width * plan.scale
+    cropped = (chunk[..., : sizes[0], : sizes[1]] for chunk in frames)
+    write_video(video, (F.avg_pool2d(chunk, plan.scale) for chunk in cropped), **_shape(plan))
+
+
+def upsample(session: Session, plan: Plan, prompt: str, attributes: Attributes, proxy: Path, video: Path) -> None:
     """The proxy made as large as the video by bicubic interpolation, each of its frames shown until the next."""
     latents, _ = read_latents(proxy / "proxy.safetensors", session, "vae")
     width, height = plan.proxy_size
@@ -184,9 +209,7 @@ def _shape(plan: Plan) -> dict[str, Any]:
     return {**size, "codec": request.codec}
 
 
-def look(
-    arm: Arm, plan: Plan, prompt: str, attributes: tuple[str, str, str, str, str], folder: Path, console: Console
-) -> Seen:
+def look(arm: Arm, plan: Plan, prompt: str, attributes: Attributes, folder: Path, console: Console) -> Seen:
     """Makes a video where it is not there yet, and looks at it."""
     seed = str(plan.request.seed)
     # the same for all arms that sample it alike
@@ -197,11 +220,11 @@ def look(
     proxy_seconds, _ = _timed(proxy, proxy / "proxy.mp4", proxy_job, lambda: None, sample)
     work = folder / arm.name.replace(" ", "-").replace(",", "").replace("'", "") / seed
     video = work.with_suffix(".mp4")
-    make = partial(arm.make, plan, prompt, proxy, video)
+    make = partial(arm.make, plan, prompt, attributes, proxy, video)
     seconds, peak = _timed(work, video, job, partial(arm.warm, plan), make)
     frames = frames_at(video, looked_at(plan))
     seen = assess(plan, frames, proxy_frames(plan, proxy / "proxy.mp4"), attributes)
-    return Seen(seen, seconds if arm.name == NATIVE else proxy_seconds + seconds, peak)
+    return Seen(seen, seconds if arm.name in (NATIVE, RECONSTRUCTED) else proxy_seconds + seconds, peak)
 
 
 def _timed(

@@ -3,11 +3,13 @@
 import contextlib
 import os
 import shutil
+import statistics
 import sys
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import lru_cache
+from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -87,15 +89,15 @@ def gemm_rate(size: int | None = None, seconds: float = 0.1) -> float:
 
 
 def _rate(work: Callable[[], Any], flops: int, seconds: float) -> float:
-    """FLOP/s of `work`, repeated for about so many seconds."""
+    """FLOP/s of `work`, repeated for about so many seconds: by the median, which what else runs now and then spares."""
     work()
     synchronize()
-    count, start = 0, time.perf_counter()
-    while time.perf_counter() - start < seconds:
+    times = [time.perf_counter()]
+    while times[-1] - times[0] < seconds or len(times) < 4:
         work()
         synchronize()
-        count += 1
-    return count * flops / (time.perf_counter() - start)
+        times.append(time.perf_counter())
+    return flops / statistics.median(b - a for a, b in pairwise(times))
 
 
 def synchronize() -> None:

@@ -23,6 +23,8 @@ from .session import Session
 from .video import read_frames
 from .windows import borders
 
+Attributes = tuple[str, str, str, str, str]  # as `world.sample_attributes` gives them
+
 FRAMES = 9  # looked at in each video, evenly spread
 
 
@@ -39,7 +41,7 @@ class Assessment:
     edge_width: float | None
 
 
-def held_out_prompts(count: int) -> list[tuple[str, tuple[str, str, str, str, str]]]:
+def held_out_prompts(count: int) -> list[tuple[str, Attributes]]:
     """The first `count` held-out combinations of a fixed sequence, as plain captions."""
     rng = random.Random("quality")
     prompts = []
@@ -61,13 +63,18 @@ def window_borders(plan: Plan) -> tuple[list[int], list[int]]:
     return rows, columns
 
 
-def true_frames(plan: Plan, attributes: tuple[str, str, str, str, str], seed: int) -> Iterator[np.ndarray]:
+def true_scene(plan: Plan, attributes: Attributes) -> world.Scene:
+    """A scene with these attributes whose object stays in the frame for as long as the video lasts."""
+    request = plan.request
+    aspect = request.width / request.height
+    return world.sample_scene(random.Random(request.seed), aspect, float(request.seconds), attributes)
+
+
+def true_frames(plan: Plan, attributes: Attributes) -> Iterator[np.ndarray]:
     """Frames of a true render of a scene with these attributes, as large and as far apart as those looked at."""
-    width, height = plan.request.width, plan.request.height
-    seconds = float(plan.request.seconds)
-    scene = world.sample_scene(random.Random(seed), width / height, seconds, attributes)
-    for t in torch.linspace(0, seconds, FRAMES):
-        pixels = world.render(scene, t[None], height, width)[:, 0]
+    scene = true_scene(plan, attributes)
+    for t in torch.linspace(0, float(plan.request.seconds), FRAMES):
+        pixels = world.render(scene, t[None], plan.request.height, plan.request.width)[:, 0]
         yield ((pixels + 1) * 127.5).round().byte().permute(1, 2, 0).numpy()
 
 
@@ -137,15 +144,13 @@ def proxy_frames(plan: Plan, preview: Path) -> list[np.ndarray]:
     return frames_at(preview, [n // plan.proxy.time_ratio for n in looked_at(plan)])
 
 
-def assess(
-    plan: Plan, frames: list[np.ndarray], proxy: list[np.ndarray], attributes: tuple[str, str, str, str, str]
-) -> Assessment:
+def assess(plan: Plan, frames: list[np.ndarray], proxy: list[np.ndarray], attributes: Attributes) -> Assessment:
     """Looks at the uint8 (H, W, 3) `frames` of a video and those of its proxy at the same times."""
     found = detect(frames, looked_at(plan)[-1] / plan.fps)
     lines = window_borders(plan)
     made, true = (
         np.mean([seam_energy(f, *lines) for f in source], axis=0).tolist()
-        for source in (frames, true_frames(plan, attributes, plan.request.seed))
+        for source in (frames, true_frames(plan, attributes))
     )
     widths = [w for f in frames if (w := edge_width(f)) is not None]
     return Assessment(

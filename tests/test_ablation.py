@@ -30,15 +30,18 @@ def found(request_of, tmp_path_factory):
 def test_every_arm_is_there_with_its_columns(found):
     _, table = found
     names = [row["arm"].removesuffix(" (untrained)") for row in table["arms"]]
-    assert names == ["upsampled proxy", *ablation.SAMPLED, "native full attention"]
-    assert [row["coherence_db"] is None for row in table["arms"]].index(True) == len(names) - 1
+    assert names == ["a true render through the VAE", "upsampled proxy", *ablation.SAMPLED, "native full attention"]
+    assert [n for n, row in zip(names, table["arms"], strict=True) if row["coherence_db"] is None] == [
+        names[0],
+        names[-1],
+    ]
     assert table["prompts"] == 1 and table["seeds"] == 2
 
 
 def test_sampled_arms_differ_and_share_their_proxies(found):
     folder, _ = found
     videos = {p.parent.name: next(read_frames(p)).tobytes() for p in folder.glob("*/0.mp4")}
-    assert len(set(videos.values())) == len(videos) == len(ablation.SAMPLED) + 2
+    assert len(set(videos.values())) == len(videos) == len(ablation.SAMPLED) + 3
     keys = {p.parent.parent.name: describe(p)["key"] for p in folder.glob("*/0/proxy.safetensors")}
     assert set(keys) == {"proxy", "proxy-unscaled"}
     below = {p.parent.parent.name: describe(p)["below"] for p in folder.glob("*/0/level-1.safetensors")}

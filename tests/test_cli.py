@@ -28,7 +28,8 @@ OPTIONS = {
     " --chunk --codec --debug --dry-run --fps --frames --json --model-path --output --preset --region --res"
     " --run-dir --seed --steps",
     "decode": "--codec --debug --json --model-path --output --preset",
-    "plan": "--offload --weight-dtype --chunk --codec --debug --fps --guidance-scale --json --preset --res --seconds --steps",
+    "plan": "--offload --weight-dtype --chunk --codec --debug --fps --guidance-scale --json --preset --res --seconds"
+    " --steps",
     "bench": "--ablation --budget-seconds --count --debug --html --json --model-path --output --preset --quality"
     " --quick --repeats --res --seconds --seeds --steps",
     "train": "--data --debug --lr --model-path --output --preset --rank --seed --steps --work",

@@ -31,7 +31,7 @@ def test_a_run_counts_its_videos_and_is_kept(random_preset, tmp_path, monkeypatc
 def test_true_renders_pass_and_have_no_seams():
     plan = make_plan(Request("tiny", 480, 272, Fraction(4)))
     (_, attributes), *_ = quality.held_out_prompts(1)
-    frames = list(quality.true_frames(plan, attributes, 0))
+    frames = list(quality.true_frames(plan, attributes))
     assert all(adherence(detect(frames, 4.0), attributes).values())
 
 
