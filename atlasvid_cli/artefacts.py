@@ -20,24 +20,37 @@ FORMAT = "atlasvid-latents/1"
 
 def job_hash(session: Session, plan: Plan, prompt: str, negative_prompt: str) -> str:
     """Stands for all that decides a finished video: the plan, the prompts, the weights, the size and the codec."""
+    return store.artefact_hash({"run": run_hash(session, plan, prompt, negative_prompt), "codec": plan.request.codec})
+
+
+def run_hash(session: Session, plan: Plan, prompt: str, negative_prompt: str) -> str:
+    """Stands for all that decides what lies in a run directory: two jobs that differ never share one."""
     return store.artefact_hash(
         {
             **plan.key(),
+            "size": plan.summary["size"],
             "prompts": [prompt, negative_prompt],
             "models": [session.hash("proxy"), session.hash("detail"), session.vae_hash],
-            "codec": plan.request.codec,
             **session.arithmetic,
         }
     )
 
 
-def result_key(session: Session, plan: Plan, proxy_path: Path, run_dir: Path) -> str:
-    """The key that the latents of `refine` will carry, before anything is sampled."""
-    metadata = describe(proxy_path)
+def proxy_metadata(session: Session, plan: Plan, prompt: str, negative_prompt: str) -> dict[str, str]:
+    """What the proxy of a plan will say of itself, sampled or encoded from the request's clip."""
+    clip = plan.request.clip
+    vae = session.vae_hash if clip else ""
+    metadata = stage_metadata(session, plan, plan.proxy, "proxy", prompt, negative_prompt, vae)
+    return metadata | ({"clip": clip.path.name} if clip else {})
+
+
+def result_key(session: Session, plan: Plan, proxy: dict[str, str], run_dir: Path) -> str:
+    """The key that the latents made above a proxy with this metadata will carry, before anything is sampled."""
+    metadata = proxy
     if plan.is_region:
         base = level_path(plan, run_dir, len(plan.levels))
-        below = level_path(plan, run_dir, len(plan.levels) - 1) if len(plan.levels) > 1 else proxy_path
-        found = level_metadata(session, plan, plan.levels[-1], describe(below))
+        below = describe(level_path(plan, run_dir, len(plan.levels) - 1)) if len(plan.levels) > 1 else proxy
+        found = level_metadata(session, plan, plan.levels[-1], below)
         return region_metadata(plan, describe(base), found)["key"]
     for stage in plan.levels:
         metadata = level_metadata(session, plan, stage, metadata)

@@ -1,6 +1,7 @@
 """Making one or many items through one session, and the guards that keep what is already on disk."""
 
 import dataclasses
+import os
 import re
 from collections.abc import Callable
 from pathlib import Path
@@ -68,8 +69,9 @@ def run_batch(
     base = (output or Path()).absolute()
     folder = base if many or base.is_dir() else base.parent
     check_resources(resolved, folder, run_dir)
+    from .artefacts import run_hash
     from .session import Session
-    from .store import artefact_hash, lock, run_directory
+    from .store import lock, run_directory
 
     session = Session(
         request.preset,
@@ -88,8 +90,8 @@ def run_batch(
         own = folder / item.output if item.output else None
         default = folder / (item.id if many else item.output or f"{slug(item.prompt)}-{item.seed}")
         target = target_of(own if many or output is None else output, default, suffix)
-        key = artefact_hash({**plan.key(), "prompt": item.prompt, "negative": negative, "size": plan.summary["size"]})
-        run = run_dir or target.parent / "runs" / f"{slug(target.stem)}-{key}"
+        own_run = f"{slug(target.stem)}-{run_hash(session, plan, item.prompt, negative)}"
+        run = run_dir or target.parent / "runs" / own_run
         event = {"id": item.id, "prompt": item.prompt, "seed": item.seed}
         try:
             if is_video:
@@ -122,7 +124,7 @@ def render_one(
 
     if (finished := pipeline.finished_video(session, plan, item.prompt, negative, run, target)) is not None:
         return finished
-    proxy = pipeline.make_proxy(session, plan, item.prompt, negative, run, console)
+    proxy = artefacts.proxy_metadata(session, plan, item.prompt, negative)
     keep_foreign(target, artefacts.result_key(session, plan, proxy, run))
     return pipeline.render(session, plan, item.prompt, negative, run, target, console)
 
@@ -132,11 +134,12 @@ def proxy_one(
 ) -> dict[str, Any]:
     from . import artefacts, pipeline
 
+    wanted = artefacts.proxy_metadata(session, plan, item.prompt, negative)
+    if target.exists() and not artefacts.is_current(target, wanted):
+        raise UsageError(f"{target} exists and was made from something else; choose another --output")
     made = pipeline.make_proxy(session, plan, item.prompt, negative, run, console)
     if not target.exists():
         pipeline.publish(made, target)
-    elif artefacts.describe(target) != artefacts.describe(made):
-        raise UsageError(f"{target} exists and was made from something else; choose another --output")
     return {"proxy": str(target), "preview": str(run / "proxy.mp4"), "run_dir": str(run)}
 
 
@@ -170,7 +173,7 @@ def check_writable(target: Path) -> None:
 
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
-        probe = target.parent / f".{target.name}.probe"
+        probe = target.parent / f".{target.name}.{os.getpid()}.probe"
         probe.touch()
         probe.unlink()
     except OSError as error:

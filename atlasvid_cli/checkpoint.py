@@ -5,12 +5,21 @@ import os
 from pathlib import Path
 
 import torch
+from diffusers import AutoencoderKLWan, WanTransformer3DModel
 from diffusers.training_utils import EMAModel
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import nn
+from transformers import UMT5EncoderModel
 
 from .optim import Optimizer
+
+
+def save_folder(part: AutoencoderKLWan | WanTransformer3DModel | UMT5EncoderModel, path: Path) -> None:
+    """`save_pretrained` that leaves no half-written folder, which would count as finished."""
+    unfinished = path.with_name(path.name + ".unfinished")
+    part.save_pretrained(unfinished)
+    unfinished.rename(path)
 
 
 def save_checkpoint(

@@ -35,9 +35,7 @@ def main() -> NoReturn:
             raise KeyboardInterrupt
         sys.exit(code if isinstance(code, int) else ExitCode.OK)
     except (KeyboardInterrupt, typer.Abort):
-        _fail(
-            "interrupted: run the same command again to go on from the last finished step", ExitCode.INTERRUPTED, debug
-        )
+        _fail("interrupted: run the same command again to go on from what is saved", ExitCode.INTERRUPTED, debug)
     except Exception as error:
         # typer brings its own Click, whose usage errors are only known by what they carry
         usage = getattr(error, "exit_code", None) == 2 and hasattr(error, "format_message")

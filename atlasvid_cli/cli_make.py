@@ -129,7 +129,7 @@ def refine(
     frames: Annotated[
         str | None, typer.Option("--frames", help="first:end in frames: sample only these again.")
     ] = None,
-    seed: Annotated[int | None, typer.Option("--seed", min=0, help="Seed [default: the proxy's].")] = None,
+    seed: opt.RefineSeed = None,
     steps: opt.LevelSteps = None,
     fps: opt.Fps = None,
     preset: opt.SavedPreset = None,
@@ -187,20 +187,20 @@ def refine(
     target = target_of(output, default, suffix_for(codec))
     check_target(target, codec, width, height)
     make_plan(request)  # usage errors first
-    session = Session(request.preset, model_path, attention_backend, request.loras, strict, weight_dtype)
-    plan = pipeline.plan_from_proxy(latents, request, session)
+    plan = pipeline.plan_from_proxy(latents, request)
     if span and span[1] > plan.frames:
         raise UsageError(f"--frames {frames} ends after the video's {plan.frames} frames; end it there")
     if show_plan(plan, console, dry_run):
         return
     check_resources(plan, target.parent, run_dir)
+    session = Session(request.preset, model_path, attention_backend, request.loras, strict, weight_dtype)
     # a region is redone in the run of its video, whose seed is the proxy's unless --run-dir names another
     run_seed = known["seed"] if plan.is_region else request.seed
     source = artefacts.describe(latents)["key"]
     folder = run_dir or target.parent / "runs" / f"{slug(latents.stem)}-{width}x{height}-{source}-{run_seed}"
     check_writable(target)
     with lock(run_directory(folder.parent, folder.name)):
-        keep_foreign(target, artefacts.result_key(session, plan, latents, folder))
+        keep_foreign(target, artefacts.result_key(session, plan, artefacts.describe(latents), folder))
         result = pipeline.refine(session, plan, latents, folder, console)
         pipeline.decode(session, result, target, codec, console)
     console.emit({"video": str(target), "latents": str(result), "status": "ok"}, str(target))

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from fractions import Fraction
 from itertools import islice
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -64,7 +65,10 @@ def _read_folder(folder: Path, console: Console) -> list[Captioned]:
         if path.suffix in ("", ".txt") or path.name.startswith("."):
             continue
         if text.is_file():
-            found.append(Captioned(path, " ".join(text.read_text(encoding="utf-8-sig").split())))
+            try:
+                found.append(Captioned(path, " ".join(text.read_text(encoding="utf-8-sig").split())))
+            except (OSError, UnicodeDecodeError) as error:
+                console.warn(f"{path} is skipped: {text.name} cannot be read ({error})")
         elif (mimetypes.guess_type(path.name)[0] or "").startswith("video/"):
             console.warn(f"{path} is skipped: it has no caption, {text.name}")
     return found
@@ -91,15 +95,7 @@ def load_samples(session: Session, stage: str, data: Path, work: Path, console: 
     """
     entries = read_index(data, console)
     preset = session.preset
-    figures = {
-        "vae": model_hash(session.folder, "vae"),
-        "stage": stage,
-        "fps": [preset.fps, preset.proxy.time_ratio],
-        "geometry": [preset.geometry.temporal, preset.geometry.spatial, preset.geometry.patch],
-        "size": [proxy_latents(preset), preset.proxy.base_tokens] if stage == "proxy" else detail_size(preset),
-        "max_ratio": preset.detail.max_ratio,
-    }
-    cache = store.run_directory(work, f"latents-{store.artefact_hash(figures)}")
+    cache = store.run_directory(work, f"latents-{store.artefact_hash(figures(session, stage))}")
     vae: AutoencoderKLWan | None = None
     groups, skipped = [], 0
     with console.stage("clips", len(entries)) as advance:
@@ -108,7 +104,7 @@ def load_samples(session: Session, stage: str, data: Path, work: Path, console: 
                 clip = open_clip(entry.path)
                 path = cache / f"{clip.sha256[:32]}.safetensors"
                 if (made := _cached(path)) is None:
-                    vae = vae or load_vae(session.folder)
+                    vae = vae or load_vae(session.folder).to(session.device)
                     encoded = (encode_for_proxy if stage == "proxy" else encode_for_detail)(vae, preset, clip)
                     _save(path, encoded)
                     made = _cached(path)
@@ -123,6 +119,19 @@ def load_samples(session: Session, stage: str, data: Path, work: Path, console: 
     if skipped:
         console.warn(f"{skipped} of {len(entries)} clips were skipped, {len(groups)} are used")
     return groups
+
+
+def figures(session: Session, stage: str) -> dict[str, Any]:
+    """All that decides the samples of a clip, beside the clip."""
+    preset = session.preset
+    return {
+        "vae": model_hash(session.folder, "vae"),
+        "stage": stage,
+        "fps": [preset.fps, preset.proxy.time_ratio],
+        "geometry": [preset.geometry.temporal, preset.geometry.spatial, preset.geometry.patch],
+        "size": [proxy_latents(preset), preset.proxy.base_tokens] if stage == "proxy" else detail_size(preset),
+        "ratios": [preset.detail.max_ratio, preset.detail.ratio_steps],
+    }
 
 
 def _cached(path: Path) -> list[dict] | None:
@@ -175,7 +184,7 @@ def encode_for_proxy(vae: AutoencoderKLWan, preset: Preset, clip: Clip) -> Encod
     _check_length(clip, pieces, geometry.temporal / fps)
     # the grid of a video of this aspect, as a plan would choose it
     target = shapes.video_grid(max(1, round(2160 * clip.width / clip.height)), 2160, 1, geometry)
-    grid = shapes.base_grid(target, preset.proxy.base_tokens, preset.detail.max_ratio, 1)
+    grid = shapes.base_grid(target, preset.proxy.base_tokens, preset.detail.max_ratio, 1, preset.detail.ratio_steps)
     size = grid.w * geometry.token_pixels, grid.h * geometry.token_pixels
     frames = read_clip(clip, fps, sum(pieces), size)
     return [({"latents": encode_stream(vae, islice(frames, length))}, {}) for length in pieces]

@@ -101,6 +101,8 @@ def _text_row(plan: Plan, rate: float) -> dict[str, Any]:
 
 def video_bytes(plan: Plan) -> int:
     """An upper estimate of the video file."""
+    if plan.request.proxy_only:
+        return 0
     return int(plan.request.width * plan.request.height * plan.frames * VIDEO_BYTES[plan.request.codec])
 
 

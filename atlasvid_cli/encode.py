@@ -14,7 +14,7 @@ def encode_clips(vae: AutoencoderKLWan, pixels: torch.Tensor) -> torch.Tensor:
 
     Several clips at a time: PyTorch's conv3d takes its slow path on CPU at batch 1.
     """
-    return normalised(vae, vae.encode(pixels.to(vae.dtype)).latent_dist.mode().float())
+    return normalised(vae, vae.encode(pixels.to(vae.device, vae.dtype)).latent_dist.mode().float().cpu())
 
 
 @torch.no_grad()

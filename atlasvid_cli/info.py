@@ -19,11 +19,14 @@ def describe(path: Path) -> dict:
 
 
 def _describe_run(path: Path) -> dict:
+    """What a finished render recorded, or without that what the latents there say of themselves."""
     record = path / "run.json"
     try:
-        run = json.loads(record.read_text(encoding="utf-8"))
-    except FileNotFoundError as error:
-        raise InputError(f"{path} is no run directory, as it holds no run.json: give one below runs/") from error
+        run = json.loads(record.read_text(encoding="utf-8")) if record.exists() else {}
+        latents = [p for p in sorted(path.glob("*.safetensors")) if ".state." not in p.name]
+        if not run and not latents:
+            raise InputError(f"{path} is no run directory, as it holds no latents: give one below runs/")
+        run = run or {p.name: read_header(p)[0] for p in latents}
     except (OSError, ValueError) as error:
         raise InputError(f"{record} cannot be read ({error}): run the same render again") from error
     files = {file.name: file.stat().st_size for file in sorted(path.iterdir()) if not file.name.startswith(".")}

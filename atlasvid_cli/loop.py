@@ -9,7 +9,8 @@ import random
 import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
+from datetime import timedelta
 from pathlib import Path
 
 import torch
@@ -24,14 +25,18 @@ from .optim import Optimizer, learning_rate
 from .presets import Training
 from .store import atomic
 
+CHECKPOINT_SECONDS = 600
 CHECKPOINT_STEPS, SAMPLE_STEPS, VALIDATION_STEPS, LOG_STEPS = 200, 500, 100, 25
 
 MUON = Training()
 
 
 def all_processes() -> PartialState:
-    """This process among those that accelerate or torchrun started together, or alone."""
-    return PartialState(cpu=not torch.cuda.is_available())
+    """This process among those that accelerate or torchrun started together, or alone.
+
+    The others wait for the first one for as long as it encodes the data or samples what it has learnt.
+    """
+    return PartialState(cpu=not torch.cuda.is_available(), timeout=timedelta(days=7))
 
 
 def run(
@@ -93,7 +98,8 @@ def run(
     if processes.is_main_process:
         _cut_log(folder / "log.jsonl", step)
     on_step(step)
-    started, recent = time.monotonic(), []
+    started = saved = time.monotonic()
+    recent: list[float] = []
     with ThreadPoolExecutor(workers, initializer=torch.set_num_threads, initargs=(threads // workers,)) as pool:
         while step < steps:
             total = 0.0
@@ -122,8 +128,10 @@ def run(
                     row |= {} if held_out is None else {"validation_loss": round(held_out, 5)}
                 with (folder / "log.jsonl").open("a") as log:
                     log.write(json.dumps(row | {"seconds": round(time.monotonic() - started, 1)}) + "\n")
-            if step % CHECKPOINT_STEPS == 0 or step == steps:
+            due = time.monotonic() - saved > CHECKPOINT_SECONDS
+            if step % CHECKPOINT_STEPS == 0 or step == steps or due:
                 save_checkpoint(folder, model, optimizer, step, average)
+                saved = time.monotonic()
             if step % SAMPLE_STEPS == 0 or step == steps:
                 with averaged():
                     show(step)
@@ -142,11 +150,14 @@ def _summed(trained: list[torch.nn.Parameter], loss: float) -> float:
 
 
 def _cut_log(path: Path, step: int) -> None:
-    """Drops what an interrupted run logged after its last checkpoint, and will log again."""
+    """Drops what an interrupted run logged after its last checkpoint, and will log again, and a line cut short."""
     if path.exists():
-        lines = path.read_text(encoding="utf-8").splitlines()
+        kept = []
+        for line in path.read_text(encoding="utf-8").splitlines():
+            with suppress(ValueError, KeyError, TypeError):
+                kept += [line] if json.loads(line)["step"] <= step else []
         with atomic(path) as file:
-            file.writelines(f"{line}\n".encode() for line in lines if json.loads(line)["step"] <= step)
+            file.writelines(f"{line}\n".encode() for line in kept)
 
 
 def validation(

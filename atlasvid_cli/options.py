@@ -99,11 +99,12 @@ Data = Annotated[
 ]
 Trained = Annotated[
     Path | None,
-    typer.Option("--output", "-o", help="Where it goes [default: <stage>_lora.safetensors; presets/tiny for tiny]."),
+    typer.Option("--output", "-o", help="Where it goes [default: <stage>_lora.safetensors; <work>/tiny for tiny]."),
 ]
 TrainSteps = Annotated[int | None, typer.Option("--steps", min=1, help="Optimiser steps [default: 1000].")]
 Rate = Annotated[
     float | None, typer.Option("--lr", help="Peak learning rate, after a warm-up [default: 0.003, of prodigy 1].")
 ]
 Rank = Annotated[int | None, typer.Option("--rank", min=1, max=1024, help="Rank of the adapter [default: 64].")]
+RefineSeed = Annotated[int | None, typer.Option("--seed", min=0, max=2**63 - 1, help="Seed [default: the proxy's].")]
 TrainSeed = Annotated[int | None, typer.Option("--seed", min=0, max=2**63 - 1, help="Seed [default: 0].")]

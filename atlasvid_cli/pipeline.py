@@ -21,23 +21,25 @@ from .artefacts import (
     job_hash,
     level_metadata,
     level_path,
+    proxy_metadata,
     read_latents,
     region_of,
-    stage_metadata,
 )
 from .console import Console
 from .cost import offload_of, vae_tile
 from .decode import decode_stream
 from .encode import encode_stream
+from .errors import InputError
 from .footage import Clip, read_clip
 from .model import TextContext, text_context
 from .plan import Plan, Request, Stage, make_plan
+from .presets import load_preset
 from .proxy import Expert, sample_proxy
 from .refine import Region, sample_detail
 from .session import Session
 from .shapes import Grid
 from .video import contact_sheet, suffix_for, write_png, write_video
-from .weights import load_scheduler, model_hash
+from .weights import load_scheduler
 
 SHEET_FRAMES = 12
 
@@ -97,17 +99,14 @@ def make_proxy(
     proxy.mp4 and its contact sheet show what will happen before the detail is paid for.
     """
     path, preview = run_dir / "proxy.safetensors", run_dir / "proxy.mp4"
-    clip = plan.request.clip
-    vae = model_hash(session.folder, "vae") if clip else ""
-    metadata = stage_metadata(session, plan, plan.proxy, "proxy", prompt, negative_prompt, vae)
-    metadata |= {"clip": clip.path.name} if clip else {}
+    metadata = proxy_metadata(session, plan, prompt, negative_prompt)
     if is_current(path, metadata):
         if not preview.exists():
             decode(session, path, preview, "h264", progress, "preview")
         return path
     store.run_directory(run_dir.parent, run_dir.name)
     state = run_dir / "proxy.state.safetensors"
-    if clip:
+    if clip := plan.request.clip:
         latents = encode_proxy(session, plan, clip, progress)
     else:
         latents = _sample_proxy(session, plan, (prompt, negative_prompt), state, metadata["key"], progress)
@@ -233,11 +232,14 @@ def decode(
     return output
 
 
-def plan_from_proxy(path: Path, request: Request, session: Session) -> Plan:
-    """A plan whose levels climb from a saved proxy (or an earlier result): length, prompt and seed come from it."""
-    latents, metadata = read_latents(path, session)
-    patch = session.preset.geometry.patch
-    _, t, h, w = latents.shape
+def plan_from_proxy(path: Path, request: Request) -> Plan:
+    """A plan whose levels climb from a saved proxy (or an earlier result), known by its header: length, prompt and seed
+    come from it."""
+    metadata, entries = describe(path), store.read_header(path)[1]
+    patch = load_preset(request.preset).geometry.patch
+    if "latents" not in entries or len(shape := entries["latents"].shape) != 4:
+        raise InputError(f"{path} holds no latents of a video: give a proxy or an earlier result")
+    _, t, h, w = shape
     return make_plan(request, Grid(t, h // patch, w // patch), Fraction(metadata["fps"]))
 
 

@@ -164,6 +164,7 @@ class Preset:
 
 
 MAY_BE_ZERO = ("margin", "guidance_interval", "ema")
+AT_MOST_ONE = ("strength", "guidance_interval", "ema")
 
 
 def window_cycle(shapes: Sequence[Shape], shifted: bool = True) -> tuple[Layout, ...]:
@@ -228,6 +229,8 @@ def _parse(kind: Any, value: Any, where: str) -> Any:
         value = float(value)
     if not isinstance(value, kind) or (kind is int and isinstance(value, bool)):
         raise UsageError(f"{where} must be of type {kind.__name__}, not {value!r}")
-    if kind in (int, float) and not where.endswith(MAY_BE_ZERO) and not value > 0:
-        raise UsageError(f"{where} must be above 0, not {value!r}")
+    if kind in (int, float) and not (value >= 0 if where.endswith(MAY_BE_ZERO) else value > 0):
+        raise UsageError(f"{where} must be {'0 or ' if where.endswith(MAY_BE_ZERO) else ''}above 0, not {value!r}")
+    if where.endswith(AT_MOST_ONE) and value > 1:
+        raise UsageError(f"{where} must be 1 or less, not {value!r}")
     return value

@@ -78,6 +78,7 @@ def make(session: Session, job: Job, console: Console) -> Path:
             "centre": preset.detail.proxy_centre,
             "job": [job.stage, job.steps, lr, job.rank, job.seed],
             "training": [preset.training.optimizer, preset.training.ema],
+            "samples": corpus.figures(session, job.stage),
             "data": [[group[0].get("clip"), group[0]["caption"]] for group in groups],
         }
     )
@@ -179,7 +180,7 @@ def _samples(session: Session, job: Job, console: Console) -> list[list[dict]]:
     if (geometry.token_pixels, preset.fps, preset.proxy.time_ratio) != (dataset.TOKEN, dataset.FPS, 4):
         raise UsageError(f"--data world is drawn for preset tiny and not for {preset.name}; give a folder of clips")
     folder = job.work / f"data-{model_hash(session.folder, 'vae')}"
-    dataset.build(job.stage, WORLD_SAMPLES[job.stage], folder, load_vae(session.folder))
+    dataset.build(job.stage, WORLD_SAMPLES[job.stage], folder, load_vae(session.folder).to(session.device))
     return [[sample] for sample in dataset.load(job.stage, folder)]
 
 

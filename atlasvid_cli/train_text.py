@@ -10,6 +10,7 @@ from torch import nn
 from transformers import PreTrainedTokenizerFast, UMT5Config, UMT5EncoderModel
 
 from . import world
+from .checkpoint import save_folder
 
 FILLERS = tuple(
     "a an the is that over under on across with in of and moving moves goes slides going sliding rolling rolls flying"  # noqa: SIM905
@@ -97,6 +98,6 @@ def train(folder: Path, steps: int = 700, batch: int = 64, seed: int = 0) -> flo
         if step >= steps - 50:
             right += sum((part.argmax(1) == target[:, i]).sum().item() for i, part in enumerate(logits))
             total += target.numel()
-    encoder.save_pretrained(folder / "text_encoder")
     tokenizer.save_pretrained(folder / "tokenizer")
+    save_folder(encoder, folder / "text_encoder")  # last: it counts as finished
     return right / total

@@ -18,6 +18,7 @@ from diffusers import AutoencoderKLWan, UniPCMultistepScheduler, WanPipeline, Wa
 from transformers import AutoTokenizer, UMT5EncoderModel
 
 from . import dataset, train, train_text, train_vae
+from .checkpoint import save_folder
 from .encode import encode_clips
 from .presets import load_preset
 from .text import encode_prompts
@@ -83,13 +84,6 @@ def finish_vae(vae: AutoencoderKLWan, folder: Path) -> None:
     spread = values.var(dim=1).mean().sqrt().item()
     vae.register_to_config(latents_mean=values.mean(1).tolist(), latents_std=[spread] * len(values))
     save_folder(vae.half(), folder / "vae")
-
-
-def save_folder(part: AutoencoderKLWan | WanTransformer3DModel, path: Path) -> None:
-    """`save_pretrained` that leaves no half-written folder, which would count as finished."""
-    unfinished = path.with_name(path.name + ".unfinished")
-    part.save_pretrained(unfinished)
-    unfinished.rename(path)
 
 
 def embedder(folder: Path) -> Callable[[str], torch.Tensor]:

@@ -214,6 +214,8 @@ def test_proxy_then_refine_then_region_then_decode(run, random_preset, tmp_path)
     assert code == 0 and out.strip() == str(tmp_path / "p.safetensors")
     known = json.loads(run("info", "p.safetensors", "--json")[1])["metadata"]
     assert known["prompt"] == "a red ball" and known["kind"] == "proxy"
+    [folder] = (tmp_path / "runs").iterdir()
+    assert json.loads(run("info", folder, "--json")[1])["run"]["proxy.safetensors"] == known
     refine = ["refine", "p.safetensors", "--preset", random_preset, "--json"]
     for res in ("256x192", "448x256"):
         code, out, _ = run(*refine, "--res", res)
@@ -226,6 +228,17 @@ def test_proxy_then_refine_then_region_then_decode(run, random_preset, tmp_path)
     assert json.loads(run("info", "again.mkv", "--json")[1])["codec"] == "ffv1"
     code, _, err = run(*refine, "--res", "448x256", "--frames", "4:400")
     assert code == 2 and "--frames" in err
+
+
+def test_a_refused_render_leaves_the_run_of_the_video_alone(run, random_preset, tmp_path):
+    """Other weights are another job: it is refused for the video's sake before it samples anything."""
+    command = ["render", "a red ball", *RENDER, "--preset", random_preset, "-o", "a.mp4"]
+    assert run(*command)[0] == 0
+    before = {p: digest(p) for p in (tmp_path / "runs").rglob("*") if p.is_file()}
+    code, _, err = run(*command, "--weight-dtype", "fp8")
+    assert code == 2 and "--output" in err and "proxy:" not in err
+    assert {p: digest(p) for p in before} == before
+    assert json.loads(run(*command, "--json")[1])["status"] == "skipped"
 
 
 def test_a_clip_becomes_the_proxy_and_gives_its_length(run, random_preset, tmp_path):

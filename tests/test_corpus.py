@@ -14,6 +14,8 @@ from atlasvid_cli import corpus, footage
 from atlasvid_cli.console import Console
 from atlasvid_cli.encode import encode_clips
 from atlasvid_cli.errors import InputError
+from atlasvid_cli.plan import Request, make_plan
+from atlasvid_cli.presets import load_preset, preset_names
 from atlasvid_cli.session import Session
 from atlasvid_cli.video import write_video
 
@@ -154,6 +156,31 @@ def test_latents_are_made_once_a_content_and_caption_apart(session, tmp_path, co
     damaged.write_bytes(damaged.read_bytes()[:100])
     mended = corpus.load_samples(session, "proxy", tmp_path, work, console)
     assert all(torch.equal(a[0]["latents"], b[0]["latents"]) for a, b in zip(again, mended, strict=True))
+
+
+@pytest.mark.parametrize("size", [(1280, 720), (720, 1280), (960, 720)])
+@pytest.mark.parametrize("name", preset_names())
+def test_a_proxy_is_trained_at_the_size_that_a_render_samples(name, size, tmp_path, monkeypatch):
+    made = clip(tmp_path / "a.mp4", 3, size=size, fps=4)
+    preset, seen = load_preset(name), []
+
+    def read(source, fps, count, pixels):
+        seen.append(pixels)
+        return iter([torch.zeros(3, 1, 1)] * count)
+
+    monkeypatch.setattr(corpus, "read_clip", read)
+    monkeypatch.setattr(corpus, "encode_stream", lambda vae, frames: torch.zeros(1))
+    corpus.encode_for_proxy(None, preset, footage.open_clip(made))
+    grid = make_plan(Request(name, 2160 * size[0] // size[1], 2160, Fraction(3))).proxy.grid
+    token = preset.geometry.token_pixels
+    assert seen == [(grid.w * token, grid.h * token)]
+
+
+def test_a_caption_that_cannot_be_read_is_named(tmp_path, console, capsys):
+    pairs(tmp_path, a=0.5, b=0.5)
+    (tmp_path / "b.txt").write_bytes(b"caf\xe9")
+    assert [e.path.name for e in corpus.read_index(tmp_path, console)] == ["a.mp4"]
+    assert "b.txt cannot be read" in capsys.readouterr().err
 
 
 def test_sizes_of_the_embedded_preset_are_those_it_was_trained_with():

@@ -79,6 +79,13 @@ def test_the_embedded_text_encoder_is_as_large_as_its_preset_says():
     assert encoder.shared.weight.numel() == preset.text.looked_up
 
 
+def test_a_proxy_is_not_asked_for_the_disk_of_its_video(tmp_path, monkeypatch):
+    request = Request("tiny", 7680, 4320, Fraction(600), proxy_only=True)
+    monkeypatch.setattr(cost, "available_ram", lambda: 1 << 40)
+    monkeypatch.setattr(cost, "disk_of", lambda p: (1, cost.GIB))
+    check_resources(make_plan(request), tmp_path)
+
+
 def test_wan_14b_fits_a_48_gib_gpu_in_fp8_and_not_without(monkeypatch):
     """4K x 12 s with nothing offloaded; DESIGN §4's goal is 80 GiB, 48 with fp8 weights."""
     gpu = Device("cuda", "a GPU", "bfloat16", 2, "test")

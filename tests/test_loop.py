@@ -93,6 +93,24 @@ def test_the_average_of_the_weights_is_validated_and_kept(tmp_path):
     assert torch.equal(saved["average.0.weight"], seen[-1])
 
 
+def test_a_log_whose_last_line_was_cut_short_is_gone_on_with(tmp_path):
+    fit(tmp_path, Training())
+    log = tmp_path / "log.jsonl"
+    whole = log.read_text()
+    log.write_text(whole + '{"step": 50, "lo')
+    fit(tmp_path, Training())
+    assert log.read_text() == whole
+
+
+def test_a_slow_training_is_saved_by_the_clock(tmp_path, monkeypatch):
+    monkeypatch.setattr(loop, "CHECKPOINT_STEPS", 1000)
+    monkeypatch.setattr(loop, "CHECKPOINT_SECONDS", 0)
+    steps = []
+    monkeypatch.setattr(loop, "save_checkpoint", lambda folder, model, optimizer, step, average: steps.append(step))
+    fit(tmp_path, Training(), steps=3)
+    assert steps == [1, 2, 3]
+
+
 def test_processes_share_the_draws_of_a_step_and_end_with_the_same_weights(tmp_path):
     """Four draws by one process, and by two that `accelerate launch` would start alike."""
     script = tmp_path / "fit.py"

@@ -48,6 +48,9 @@ def test_an_interval_of_guidance_may_begin_at_zero(changed):
         ("ratio_steps = 2 ", "ratio_steps = true #", "must be of type int"),
         ('streams = "both"', 'streams = "all"', "choose one of both, proxy"),
         ("margin = [0, 1, 1]", "margin = [0, 1]", "list of 3 values"),
+        ("margin = [0, 1, 1]", "margin = [0, 1, -1]", "margin must be 0 or above 0"),
+        ("strength = 0.75", "strength = 1.5", "strength must be 1 or less"),
+        ("[detail.first] ", "[training]\nema = 1.5\n[detail.first]\n#", "ema must be 1 or less"),
         ("fps = 16", "fps = = 16", "not valid TOML"),
     ],
 )
