@@ -24,7 +24,8 @@ from .presets import load_preset
 from .text import encode_prompts
 from .weights import model_hash
 
-VAE_STEPS, COMPRESSED_STEPS, SETTLED_STEPS, PROXY_STEPS, DETAIL_STEPS = 2200, 1400, 1100, 4000, 2500
+VAE_STEPS, COMPRESSED_STEPS, SETTLED_STEPS, SHARPENED_STEPS = 2200, 1400, 1100, 1000
+PROXY_STEPS, DETAIL_STEPS = 8000, 2500
 # cosines, each (steps, peak learning rate, share of single images at its start and end): colours, shapes and grounds,
 # then motion
 BASE_CYCLES = (
@@ -34,9 +35,10 @@ BASE_CYCLES = (
     (1500, 2e-3, (0.5, 0.3)),
     (5000, 2e-3, (0.5, 0.3)),
     (4000, 1.5e-3, (0.5, 0.3)),
+    (4000, 1.5e-3, (0.5, 0.3)),
 )
 # fewer are learnt by heart: of 800 clips the loss on fresh ones was 15 % above that on its own (docs/LOG.md)
-SAMPLES = {"image": 24000, "clip": 8000, "proxy": 5000, "still": 6000, "detail": 600}
+SAMPLES = {"image": 24000, "clip": 12000, "proxy": 5000, "still": 6000, "detail": 600}
 LATENT_CHANNELS = 16  # what is left of the VAE's first 32
 LONG_CLIPS = ((3, 96, 9), (2, 96, 17), (2, 64, 29))  # of the VAE's last training: clips, pixels a side, frames
 LORA_RANK = 64
@@ -118,6 +120,10 @@ def make(work: Path, out: Path) -> None:
         vae = train_vae.train(vae, work / "vae-compressed", COMPRESSED_STEPS, lr=2.5e-3, noise=0.25, seed=1)
         teacher, run = deepcopy(vae).requires_grad_(False), work / "vae-settled"
         vae = train_vae.train(vae, run, SETTLED_STEPS, lr=2e-3, noise=0.25, seed=2, shapes=LONG_CLIPS, teacher=teacher)
+        vae.encoder.requires_grad_(False)
+        vae.quant_conv.requires_grad_(False)
+        run = work / "vae-sharpened"
+        vae = train_vae.train(vae, run, SHARPENED_STEPS, lr=1.5e-3, noise=0.25, seed=3, shapes=LONG_CLIPS, slopes=1.0)
         finish_vae(vae, out)
     vae = AutoencoderKLWan.from_pretrained(out / "vae", torch_dtype=torch.float32)
     embed = embedder(out)
