@@ -123,7 +123,9 @@ def make(work: Path, out: Path) -> None:
         vae.encoder.requires_grad_(False)
         vae.quant_conv.requires_grad_(False)
         run = work / "vae-sharpened"
-        vae = train_vae.train(vae, run, SHARPENED_STEPS, lr=1.5e-3, noise=0.25, seed=3, shapes=LONG_CLIPS, slopes=1.0)
+        vae = train_vae.train(
+            vae, run, SHARPENED_STEPS, lr=1.5e-3, noise=0.25, seed=3, shapes=LONG_CLIPS, slopes=1.0, cut=True
+        )
         finish_vae(vae, out)
     vae = AutoencoderKLWan.from_pretrained(out / "vae", torch_dtype=torch.float32)
     embed = embedder(out)

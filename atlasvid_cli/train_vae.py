@@ -129,6 +129,15 @@ def settled(vae: AutoencoderKLWan, x: torch.Tensor) -> torch.Tensor:
     return vae.encode(torch.cat([held, x], dim=2)).latent_dist.mean[:, :, HELD_FRAMES // 4 :]
 
 
+def cut_sides(latents: torch.Tensor, pixels: torch.Tensor, rng: random.Random) -> tuple[torch.Tensor, torch.Tensor]:
+    """Latents (..., h, w) and their pixels (..., H, W) with or without each side's outermost latent, by chance."""
+    _, _, _, h, w = latents.shape
+    scale = pixels.shape[-1] // w
+    top, left, bottom, right = (rng.randint(0, 1) for _ in range(4))
+    kept = latents[..., top : h - bottom, left : w - right]
+    return kept, pixels[..., top * scale : (h - bottom) * scale, left * scale : (w - right) * scale]
+
+
 def train(
     vae: AutoencoderKLWan,
     folder: Path,
@@ -139,6 +148,7 @@ def train(
     shapes: Sequence[tuple[int, int, int]] = ((3, 96, 9),),
     teacher: AutoencoderKLWan | None = None,
     slopes: float = 0.0,
+    cut: bool = False,
 ) -> AutoencoderKLWan:
     """Trains `vae` for `steps`, resuming from `folder` where it holds a checkpoint; logs to `folder/log.jsonl`.
 
@@ -149,7 +159,9 @@ def train(
     With a `teacher`, the encoder also learns to give from the first frame on what the teacher gives once settled:
     a diffusion model that does not know how long ago a clip began cannot follow latents that drift.
     `slopes` weighs the error of steps between neighbouring pixels: blurred outlines, and borders between the blocks of
-    pixels that one latent makes, which weigh next to nothing in the other terms. What needs no gradient stays as it is.
+    pixels that one latent makes, which weigh next to nothing in the other terms. With `cut` the decoder gets parts of
+    what was encoded: the encoder pads clips with zeros, to the right and below more than elsewhere, and latents that a
+    diffusion model makes at the border of a larger grid do not show it. What needs no gradient stays as it is.
     """
     named = [(n, p) for n, p in vae.named_parameters() if p.requires_grad]
     optimizer = Optimizer(named, lr, adamw_names=("conv_in", "conv_out", "quant_conv"))
@@ -165,6 +177,8 @@ def train(
         strength = noise * torch.rand(count, 1, 1, 1, 1, generator=generator)
         scale = posterior.mean.detach().var(dim=(0, 2, 3, 4)).mean().sqrt()
         latents = latents + strength * scale * torch.randn(latents.shape, generator=generator)
+        if cut:
+            latents, x = cut_sides(latents, x, random.Random(f"{seed}/{step}/cut"))
         with cpu_autocast():
             reconstruction = vae._decode(latents).sample
         error = reconstruction.float() - x

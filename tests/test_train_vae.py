@@ -1,6 +1,7 @@
 """The VAE's training: compression keeps what the latents hold, runs resume to the same weights."""
 
 import json
+import random
 from copy import deepcopy
 
 import pytest
@@ -70,3 +71,33 @@ def test_a_teacher_draws_the_encoder_towards_settled_latents(tmp_path, monkeypat
     train_vae.train(vae, tmp_path, 100, lr=2e-3, shapes=((1, 32, 9),), teacher=teacher)
     first, *_, last = (json.loads(line)["drift"] for line in (tmp_path / "log.jsonl").read_text().splitlines())
     assert last < 0.7 * first
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_cut_sides_are_cut_from_latents_and_pixels_alike(seed):
+    y, x = torch.meshgrid(torch.arange(4), torch.arange(5), indexing="ij")
+    places = (y * 5 + x).float()[None, None, None]
+    pixels = places.repeat_interleave(16, dim=-1).repeat_interleave(16, dim=-2)
+    latents, cut = train_vae.cut_sides(places, pixels, random.Random(seed))
+    assert latents.shape[-2] in (2, 3, 4) and latents.shape[-1] in (3, 4, 5)
+    assert torch.equal(latents.repeat_interleave(16, dim=-1).repeat_interleave(16, dim=-2), cut)
+
+
+def test_only_the_decoder_learns_where_the_encoder_is_frozen(tmp_path, monkeypatch):
+    """And what it learns with `slopes` are the steps between pixels."""
+    monkeypatch.setattr(train_vae, "evaluate", lambda vae: {})
+    vae = train_vae.build(CONFIG)
+    for part in (vae.encoder, vae.quant_conv):
+        part.requires_grad_(False)
+    before = {k: v.clone() for k, v in vae.state_dict().items()}
+    x = train_vae.batch(1, 0, 2, 64, 1)
+
+    def error():
+        with torch.no_grad():
+            wrong = vae.decode(vae.encode(x).latent_dist.mode()).sample - x
+        return sum(wrong.diff(dim=axis).abs().mean().item() for axis in (-2, -1))
+
+    first = error()
+    train_vae.train(vae, tmp_path, 60, lr=2e-3, shapes=((2, 64, 1),), slopes=1.0, cut=True)
+    changed = {k.split(".")[0] for k, v in vae.state_dict().items() if not torch.equal(v, before[k])}
+    assert changed == {"decoder", "post_quant_conv"} and error() < first
