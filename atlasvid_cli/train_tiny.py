@@ -24,7 +24,7 @@ from .presets import load_preset
 from .text import encode_prompts
 from .weights import model_hash
 
-VAE_STEPS, COMPRESSED_STEPS, SETTLED_STEPS, SHARPENED_STEPS = 2200, 1400, 1100, 1000
+VAE_STEPS, COMPRESSED_STEPS, SETTLED_STEPS, SHARPENED_STEPS = 2200, 1400, 1100, 3500
 PROXY_STEPS, DETAIL_STEPS = 8000, 2500
 # cosines, each (steps, peak learning rate, share of single images at its start and end): colours, shapes and grounds,
 # then motion
@@ -124,7 +124,7 @@ def make(work: Path, out: Path) -> None:
         vae.quant_conv.requires_grad_(False)
         run = work / "vae-sharpened"
         vae = train_vae.train(
-            vae, run, SHARPENED_STEPS, lr=1.5e-3, noise=0.25, seed=3, shapes=LONG_CLIPS, slopes=1.0, cut=True
+            vae, run, SHARPENED_STEPS, lr=2e-3, noise=0.25, seed=3, shapes=LONG_CLIPS, slopes=1.0, cut=True
         )
         finish_vae(vae, out)
     vae = AutoencoderKLWan.from_pretrained(out / "vae", torch_dtype=torch.float32)
