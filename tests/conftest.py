@@ -114,6 +114,7 @@ def random_preset(tmp_path_factory: pytest.TempPathFactory) -> Path:
         ("steps = 4\n", "steps = 3\n"),
         ("[[7, 8, 8], [13, 6, 6]]", "[[2, 3, 3], [3, 2, 2]]"),
     ):
+        assert old in text, old
         text = text.replace(old, new)
     path = root / "random.toml"
     path.write_text(text)
@@ -153,6 +154,7 @@ def stock_preset(tmp_path_factory: pytest.TempPathFactory) -> Path:
         ("steps = 35", "steps = 2"),
         ("windows = [[21, 30, 52]]", "windows = [[3, 3, 4]]"),
     ):
+        assert old in text, old
         assert old in text, old
         text = text.replace(old, new)
     path = root / "stock.toml"
