@@ -26,6 +26,7 @@ TEXT_LENGTH = 512
 PATCH = 2
 PROXY_DROP, TEXT_DROP = 0.05, 0.1  # DESIGN §4, so that guidance can act on either
 PROXY_NOISE = 0.25  # the largest sigma that the proxy is noised with, so that an imperfect one still guides
+WORN = 0.5  # how often the proxy is a worn one, where the sample has one (`wear`)
 LORA_TARGETS = ["to_q", "to_k", "to_v", "to_out.0", "ffn.net.0.proj", "ffn.net.2"]
 
 Embed = Callable[[str], torch.Tensor]
@@ -83,7 +84,8 @@ def detail_loss(
     """
     level, time_ratio = rng.choice(((detail.first, proxy_time_ratio), (detail.upper, 1)))
     latents, ratio = sample["latents"].float(), Fraction(sample["ratio"])
-    proxy = sample[f"proxy_{time_ratio}"].float()
+    worn = f"worn_{time_ratio}"
+    proxy = sample[worn if worn in sample and rng.random() < WORN else f"proxy_{time_ratio}"].float()
     noise = torch.randn(latents.shape, generator=generator)
     proxy = torch.lerp(proxy, torch.randn(proxy.shape, generator=generator), rng.random() * PROXY_NOISE)
     keep_proxy = rng.random() >= PROXY_DROP
@@ -151,9 +153,12 @@ def draw_crops(data: list[dict], rng: random.Random, time_ratio: int) -> list[di
     longest = max(s["latents"].shape[1] for s in data)
     length = rng.choice(range(1, longest + 1, time_ratio))
     long_enough = [s for s in data if s["latents"].shape[1] >= length]
-    lengths = {"latents": length, "proxy_1": length, f"proxy_{time_ratio}": (length - 1) // time_ratio + 1}
+    sparse = (length - 1) // time_ratio + 1
+    lengths = {"latents": length} | {
+        f"{kind}_{r}": n for kind in ("proxy", "worn") for r, n in ((1, length), (time_ratio, sparse))
+    }
     return [
-        picked | {name: picked[name][:, :n] for name, n in lengths.items()}
+        picked | {name: picked[name][:, :n] for name, n in lengths.items() if name in picked}
         for picked in rng.choices(long_enough, k=max(1, round(longest / length / 2)))
     ]
 

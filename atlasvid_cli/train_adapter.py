@@ -20,6 +20,7 @@ from .errors import InputError, UsageError
 from .loop import all_processes
 from .session import Session
 from .train_samples import Sampler
+from .wear import add_worn
 from .weights import load_transformer, load_vae, model_hash
 
 WORLD = "world"
@@ -55,6 +56,7 @@ def make(session: Session, job: Job, console: Console) -> Path:
         raise UsageError(f"preset {session.preset.name} has two experts, which are not trained yet; choose another")
     processes = all_processes()
     preset, base = session.preset, model_hash(session.folder, "transformer")
+    stage1 = model_hash(session.folder, "transformer", preset.proxy.lora) if job.stage == "detail" else None
     if not (preset.proxy.scaled_time and preset.detail.scaled_positions and preset.detail.clean_proxy):
         raise UsageError(
             f"preset {preset.name} leaves out scaled_time, scaled_positions or clean_proxy, and training does not know"
@@ -65,7 +67,7 @@ def make(session: Session, job: Job, console: Console) -> Path:
         groups = _samples(session, job, console)
     key = store.artefact_hash(
         {
-            "weights": model_hash(session.folder, "transformer", "text_encoder", "vae"),
+            "weights": [model_hash(session.folder, "transformer", "text_encoder", "vae"), stage1],
             "preset": [
                 preset.proxy.time_ratio,
                 preset.proxy.flow_shift,
@@ -90,6 +92,10 @@ def make(session: Session, job: Job, console: Console) -> Path:
         embed = embedder(
             session, [preset.negative_prompt, *(s["caption"] for s in (*trained, *held_out))], job.work, console
         )
+    if job.stage == "detail":
+        for time_ratio, adapter in ((1, None), (preset.proxy.time_ratio, preset.proxy.lora)):
+            model = load_transformer(session.folder, adapter, "proxy", session.dtype).to(session.device)
+            add_worn(model, [*trained, *held_out], embed, time_ratio, lambda latents: preset.proxy.flow_shift)
     ratios: Sequence[object] = [s["ratio"] for s in trained] if job.stage == "detail" else ()
     metadata = train.adapter_metadata(
         job.stage, base, preset.proxy.time_ratio, ratios, preset.detail.windows, preset.detail.streams

@@ -22,7 +22,8 @@ from .checkpoint import save_folder
 from .encode import encode_clips
 from .presets import load_preset
 from .text import encode_prompts
-from .weights import model_hash
+from .wear import add_worn
+from .weights import load_transformer, model_hash
 
 VAE_STEPS, COMPRESSED_STEPS, SETTLED_STEPS, SHARPENED_STEPS = 2200, 1400, 1100, 3500
 PROXY_STEPS, DETAIL_STEPS = 8000, 2500
@@ -95,10 +96,6 @@ def embedder(folder: Path) -> Callable[[str], torch.Tensor]:
     return lru_cache(maxsize=None)(lambda prompt: encode_prompts([prompt], tokenizer, encoder)[0])
 
 
-def base_model(folder: Path) -> WanTransformer3DModel:
-    return WanTransformer3DModel.from_pretrained(folder / "transformer", torch_dtype=torch.float32)
-
-
 def clip_shift(latents: int) -> float:
     """The flow shift of a clip of so many latent frames.
 
@@ -159,12 +156,12 @@ def make(work: Path, out: Path) -> None:
     scheduler = UniPCMultistepScheduler(prediction_type="flow_prediction", use_flow_sigmas=True, flow_shift=3.0)
     tokenizer = AutoTokenizer.from_pretrained(out / "tokenizer")
     encoder = UMT5EncoderModel.from_pretrained(out / "text_encoder")
-    WanPipeline(tokenizer, encoder, vae, scheduler, base_model(out)).save_config(out)
+    WanPipeline(tokenizer, encoder, vae, scheduler, load_transformer(out)).save_config(out)
     scheduler.save_pretrained(out / "scheduler")
 
     if not (out / "proxy_lora.safetensors").exists():
         dataset.build("proxy", SAMPLES["proxy"], latents, vae)
-        model = base_model(out)
+        model = load_transformer(out)
         torch.manual_seed(1)
         model.add_adapter(train.lora_config(LORA_RANK))
         data = dataset.load("proxy", latents)
@@ -186,10 +183,12 @@ def make(work: Path, out: Path) -> None:
     if not (out / "detail_lora.safetensors").exists():
         for kind in ("still", "detail"):
             dataset.build(kind, SAMPLES[kind], latents, vae)
-        model = base_model(out)
+        data = dataset.load("still", latents) + dataset.load("detail", latents)
+        for time_ratio, adapter in ((1, None), (4, "proxy_lora.safetensors")):
+            add_worn(load_transformer(out, adapter, "proxy"), data, embed, time_ratio, clip_shift)
+        model = load_transformer(out)
         torch.manual_seed(2)
         model.add_adapter(train.lora_config(LORA_RANK))
-        data = dataset.load("still", latents) + dataset.load("detail", latents)
         run = work / f"detail-{base}"
         detail = load_preset("tiny").detail
         train.train_detail(model, model, run, data, embed, DETAIL_STEPS, 3e-3, detail, accumulate=4)

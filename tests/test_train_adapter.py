@@ -178,6 +178,25 @@ def test_where_the_adapter_is_for_the_proxy_stream_only_that_one_learns(session,
     assert any(t.abs().max() > 0 for n, t in store.open_tensors(job.output)[0].items() if "lora_B" in n)
 
 
+@pytest.mark.parametrize("job", ["detail"], indirect=True)
+def test_stage_2_learns_from_proxies_as_the_preset_makes_them(session, job, monkeypatch):
+    seen, real = {}, train_adapter.add_worn
+
+    def recorded(model, data, embed, time_ratio, shift_of):
+        seen[time_ratio] = model
+        real(model, data, embed, time_ratio, shift_of)
+
+    monkeypatch.setattr(train_adapter, "add_worn", recorded)
+    trained = train.train_detail
+    monkeypatch.setattr(train, "train_detail", lambda *a, **k: seen.update(data=a[3]) or trained(*a, **k))
+    make(session, job, quiet())
+    assert all({"worn_1", "worn_4"} <= set(sample) for sample in seen["data"])
+    for time_ratio, adapter in ((1, None), (4, session.preset.proxy.lora)):
+        expected = weights.load_transformer(session.folder, adapter, "proxy", session.dtype)
+        assert torch.equal(seen[time_ratio].blocks[0].attn1.to_q.weight, expected.blocks[0].attn1.to_q.weight)
+    assert not torch.equal(seen[1].blocks[0].attn1.to_q.weight, seen[4].blocks[0].attn1.to_q.weight)
+
+
 def test_held_out_clips_are_shown_as_sampled(session, job):
     """A picture of a row of true frames above one of made ones, at every so many steps and at the end."""
     make(session, job, quiet())

@@ -1,0 +1,68 @@
+"""Proxies with the mistakes of stage 1, for stage 2 to learn to mend: one trained on true proxies alone keeps them all.
+
+A true proxy is noised and denoised again by stage 1's own model (SDEdit, arXiv 2108.01073), so that what it cannot draw
+comes out as it draws it, in the place where it was.
+"""
+
+import random
+from collections.abc import Callable, Sequence
+from itertools import pairwise
+
+import torch
+from diffusers import WanTransformer3DModel
+
+from .model import clip_forward, patchify, text_context, unpatchify
+from .schedule import shift_sigma, sigmas
+from .train import PATCH, TEXT_LENGTH, Embed, by_shape, grid_of
+
+STEPS = 4
+PLAIN = (0.25, 0.55)  # noised to one in between, before the shift: below, little changes; above, objects go elsewhere
+TOGETHER = 2000  # tokens of a batch, about
+
+
+@torch.no_grad()
+def wear(
+    model: WanTransformer3DModel,
+    latents: torch.Tensor,
+    prompts: list[torch.Tensor],
+    time_ratio: int,
+    shift: float,
+    sigma: float,
+    generator: torch.Generator,
+) -> torch.Tensor:
+    """Latents (n, C, T, H, W) noised to `sigma` (0..1] and denoised by Euler steps under the flow `shift`."""
+    grid = grid_of(latents[0])
+    noise = torch.randn(latents.shape, generator=generator)
+    x = torch.stack([patchify(each, PATCH) for each in torch.lerp(latents, noise, sigma)])
+    text = text_context(model, prompts, TEXT_LENGTH)
+    steps = sigmas(STEPS, sigma, shift)
+    for now, then in pairwise(steps):
+        velocity = clip_forward(model, x, grid, torch.full((len(x),), now * 1000).floor(), text, time_ratio)
+        x = x + (then - now) * velocity.float()
+    return torch.stack([unpatchify(each, grid, PATCH) for each in x])
+
+
+def add_worn(
+    model: WanTransformer3DModel,
+    data: list[dict],
+    embed: Embed,
+    time_ratio: int,
+    shift_of: Callable[[int], float],
+    seed: int = 0,
+) -> None:
+    """Gives every sample of stage 2 a worn copy, `worn_<time_ratio>` fp16, of its proxy of that time ratio."""
+    source = f"proxy_{time_ratio}"
+    views = [s | {"latents": s[source], "sample": s} for s in data]
+    for group in by_shape(views):
+        c, t, h, w = group[0]["latents"].shape
+        together = max(1, TOGETHER * PATCH**2 // (t * h * w))
+        for first in range(0, len(group), together):
+            batch: Sequence[dict] = group[first : first + together]
+            rng = random.Random(f"{seed}/{time_ratio}/{c, t, h, w}/{first}")
+            generator = torch.Generator().manual_seed(rng.getrandbits(60))
+            latents = torch.stack([s["latents"].float() for s in batch])
+            prompts = [embed(s["caption"]) for s in batch]
+            shift = shift_of(t)
+            worn = wear(model, latents, prompts, time_ratio, shift, shift_sigma(rng.uniform(*PLAIN), shift), generator)
+            for view, each in zip(batch, worn, strict=True):
+                view["sample"][f"worn_{time_ratio}"] = each.half()
