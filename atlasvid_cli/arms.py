@@ -15,7 +15,6 @@ from diffusers import WanPipeline
 from . import pipeline
 from .artefacts import read_latents
 from .cost import DECODE_EFFICIENCY, EFFICIENCY, GIB, rows, vae_tile
-from .decode import decode_flops
 from .flops import full_flops
 from .machine import available_ram, conv_rate, peak_rss, reset_peak
 from .measure import (
@@ -38,6 +37,7 @@ from .measure import (
 from .plan import Plan, make_plan
 from .session import Session
 from .shapes import Grid
+from .vae_cost import decode_flops
 from .video import read_frames
 from .weights import load_scheduler
 

@@ -9,7 +9,7 @@ from typing import Any, Literal
 
 import torch
 
-from . import __version__, store
+from . import __version__, store, tensor_file
 from .errors import InputError
 from .plan import Plan, Stage
 from .refine import Region
@@ -64,19 +64,19 @@ def read_latents(
 
     To be decoded they need only be of the same VAE.
     """
-    tensors, metadata = store.open_tensors(
+    tensors, metadata = tensor_file.open_tensors(
         path, {"latents": ("F32", (session.preset.transformer.channels, None, None, None))}
     )
-    store.check_artefact(metadata, {"format": FORMAT, "preset": session.preset.name}, path)
+    tensor_file.check_artefact(metadata, {"format": FORMAT, "preset": session.preset.name}, path)
     expected = session.vae_hash if bound_to == "vae" else session.hash(metadata["kind"])
-    store.check_artefact(metadata, {bound_to: expected}, path)
+    tensor_file.check_artefact(metadata, {bound_to: expected}, path)
     return tensors["latents"], metadata
 
 
 def describe(path: Path) -> dict[str, str]:
     """The metadata of a latents file, from its header alone. Raises InputError for any other file."""
-    metadata, _ = store.read_header(path)
-    store.check_artefact(metadata, {"format": FORMAT}, path)
+    metadata, _ = tensor_file.read_header(path)
+    tensor_file.check_artefact(metadata, {"format": FORMAT}, path)
     return metadata
 
 

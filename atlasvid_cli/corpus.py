@@ -19,7 +19,7 @@ import torch
 import torch.nn.functional as F
 from diffusers import AutoencoderKLWan
 
-from . import shapes, store
+from . import shapes, store, tensor_file
 from .console import Console
 from .dataset import split
 from .encode import encode_clips, encode_stream
@@ -138,7 +138,7 @@ def _cached(path: Path) -> list[dict] | None:
     if not path.exists():
         return None
     try:
-        tensors, metadata = store.open_tensors(path)
+        tensors, metadata = tensor_file.open_tensors(path)
         return split(tensors, json.loads(metadata["samples"]))
     except (InputError, KeyError, ValueError):
         return None  # damaged: made anew
@@ -146,7 +146,7 @@ def _cached(path: Path) -> list[dict] | None:
 
 def _save(path: Path, encoded: Encoded) -> None:
     tensors = {f"{i}.{name}": x.half() for i, (own, _) in enumerate(encoded) for name, x in own.items()}
-    store.save_tensors(path, tensors, {"samples": json.dumps([info for _, info in encoded])})
+    tensor_file.save_tensors(path, tensors, {"samples": json.dumps([info for _, info in encoded])})
 
 
 def proxy_latents(preset: Preset) -> int:

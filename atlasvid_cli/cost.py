@@ -144,7 +144,7 @@ def check_resources(plan: Plan, output_dir: Path, run_dir: Path | None = None) -
 
 
 def _decode_row(plan: Plan, rate: float) -> dict[str, Any]:
-    from .decode import decode_bytes, decode_flops, spool_bytes
+    from .vae_cost import decode_bytes, decode_flops, spool_bytes
 
     config = dataclasses.asdict(plan.preset.vae)
     h, w = plan.target.h * plan.preset.geometry.patch, plan.target.w * plan.preset.geometry.patch
@@ -174,7 +174,7 @@ def _decode_row(plan: Plan, rate: float) -> dict[str, Any]:
 
 def vae_tile(preset: Preset, h: int, w: int) -> int | None:
     """The tile side in latents with which decoding h x w latents fits in `decode_gib`; None for whole frames."""
-    from .decode import choose_tile
+    from .vae_cost import choose_tile
 
     return choose_tile(
         dataclasses.asdict(preset.vae), h, w, int(preset.decode_gib * GIB), decode_dtype(preset.decode_dtype).itemsize

@@ -21,7 +21,7 @@ from safetensors import safe_open
 from . import world
 from .encode import encode_clips
 from .machine import cpu_autocast
-from .store import save_tensors
+from .tensor_file import save_tensors
 
 FPS = 16
 TOKEN = 32  # pixels

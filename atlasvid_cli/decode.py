@@ -9,11 +9,10 @@ conv2d is not, and with frames apart nothing has to be concatenated or copied fo
 """
 
 import errno
-import itertools
 import math
 import os
 import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -22,14 +21,12 @@ import torch
 import torch.nn.functional as F
 
 from .errors import RenderError, ResourceError
+from .vae_cost import BLEND, receptive_radius, space_factor, time_factor
 
 Module = Any  # diffusers' modules, whose attributes are not typed
 
 # A convolution's last two inputs (1, C, h, w), newest last, by module.
 History = dict[Module, list[torch.Tensor]]
-
-# With a live middle attention tiles differ, so they are blended over this many latents on each side of a border.
-BLEND = 4
 
 
 @torch.no_grad()
@@ -262,104 +259,3 @@ def _decode_tile(
         added = (decoded * weight).round_().int().numpy()
         target[...] = np.minimum(target + added, 65535)  # roundings of several tiles may add up to 65536
         start += len(decoded)
-
-
-# --- planning: from the config alone -------------------------------------------------------------------------------
-
-
-def time_factor(config: Mapping[str, Any]) -> int:
-    """Frames a latent frame, after the first."""
-    return 2 ** sum(config["temperal_downsample"])
-
-
-def space_factor(config: Mapping[str, Any]) -> int:
-    """Pixels a latent, in height and in width."""
-    return 2 ** (len(config["dim_mult"]) - 1) * (config.get("patch_size") or 1)
-
-
-def receptive_radius(config: Mapping[str, Any]) -> int:
-    """Latents that a decoded pixel sees in each direction, middle attention apart."""
-    convs = 2 * (config["num_res_blocks"] + 1)
-    radius = 1 + convs  # conv_out and the last block
-    for _ in config["dim_mult"][1:]:
-        radius = -(-(radius + 1) // 2) + convs  # the upsampler's convolution, then half the resolution
-    return radius + 4 + 1  # the middle block and conv_in
-
-
-def spool_bytes(config: Mapping[str, Any], steps: int, h: int, w: int) -> int:
-    """Disk that `decode_stream` with a tile takes for `steps` latent frames of h x w."""
-    return (1 + time_factor(config) * (steps - 1)) * 3 * h * w * space_factor(config) ** 2 * 2
-
-
-def decode_bytes(config: Mapping[str, Any], h: int, w: int, tile: int | None = None, width: int = 4) -> int:
-    """Peak bytes of activations, caches and output of `decode_stream` on h x w latents; weights not counted.
-
-    `width`: bytes a value of the VAE's dtype; frames come out in fp32.
-
-    Counts tensors as the walk above holds them: two cached frames a convolution, what each level keeps while deeper
-    ones run, and the largest working set on top of it.
-    """
-    if tile is not None and tile < max(h, w):
-        reach = receptive_radius(config) + BLEND // 2
-        h, w = (min(side, math.ceil(side / math.ceil(side / tile)) + 2 * reach) for side in (h, w))
-    base = config.get("decoder_base_dim") or config["base_dim"]
-    dims = [base * m for m in (config["dim_mult"][-1], *reversed(config["dim_mult"]))]
-    temporal = [*reversed(config["temperal_downsample"]), False]
-    residual, convs = config.get("is_residual", False), 2 * (config["num_res_blocks"] + 1)
-    area = h * w
-    cached = (config["z_dim"] + 4 * dims[0]) * area * 2
-    peaks = [10 * dims[0] * area]  # the middle attention with its three copies of queries, keys and values
-    held = config["z_dim"] * area
-    for level, (source, d) in enumerate(itertools.pairwise(dims)):
-        c = source // 2 if level and not residual else source
-        last = level == len(dims) - 2
-        cached += (c + (convs - 1) * d + (d if temporal[level] else 0)) * area * 2
-        kept = c * area if residual and not last else 0  # what the shortcut will need
-        # a residual block holds its input, a normed frame, a sum and one term of a convolution
-        block = max(2 * c + 2 * d, c + 3 * d) * area
-        peaks.append(held + max(block, kept + 4 * d * area))
-        if last:
-            break
-        held += kept + (2 * d if temporal[level] else d) * area
-        area *= 4
-        up = d if residual else d // 2
-        peaks.append(held + (d + up) * area)
-    channels = config.get("out_channels", 3)
-    cached += dims[-1] * area * 2
-    peaks.append(held + (dims[-1] + 2 * channels) * area)
-    output = time_factor(config) * 3 * h * w * space_factor(config) ** 2
-    return width * (cached + max(peaks)) + 2 * 4 * output  # who takes the frames holds some while more are made
-
-
-def decode_flops(config: Mapping[str, Any], h: int, w: int) -> int:
-    """FLOPs of the convolutions that one latent frame of h x w takes (two for each multiply-add); tiles add overlap."""
-    base = config.get("decoder_base_dim") or config["base_dim"]
-    dims = [base * m for m in (config["dim_mult"][-1], *reversed(config["dim_mult"]))]
-    temporal = [*reversed(config["temperal_downsample"]), False]
-    residual, blocks = config.get("is_residual", False), config["num_res_blocks"] + 1
-    area, frames = h * w, 1
-    total = 27 * (config["z_dim"] * dims[0] + 4 * dims[0] ** 2) * area
-    for level, (source, d) in enumerate(itertools.pairwise(dims)):
-        c = source // 2 if level and not residual else source
-        total += 27 * (c * d + (2 * blocks - 1) * d * d) * area * frames
-        if level == len(dims) - 2:
-            break
-        if temporal[level]:
-            total += 3 * d * 2 * d * area * frames
-            frames *= 2
-        area *= 4
-        total += 4 * d * (d if residual else d // 2) * area * frames
-    return 2 * (total + 27 * dims[-1] * config.get("out_channels", 3) * area * frames)
-
-
-def choose_tile(config: Mapping[str, Any], h: int, w: int, budget_bytes: int, width: int = 4) -> int | None:
-    """The largest tile side whose decoding fits in `budget_bytes`: None for whole frames, `ResourceError` if none."""
-    if decode_bytes(config, h, w, None, width) <= budget_bytes:
-        return None
-    for tile in range(max(h, w) - 1, 7, -1):
-        if decode_bytes(config, h, w, tile, width) <= budget_bytes:
-            return tile
-    raise ResourceError(
-        f"Decoding needs at least {decode_bytes(config, h, w, 8, width) / 1e9:.1f} GB of memory even in small tiles,"
-        f" and {budget_bytes / 1e9:.1f} GB are free: close other programs, or use a smaller VAE."
-    )

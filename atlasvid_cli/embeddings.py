@@ -7,7 +7,7 @@ from typing import NamedTuple
 
 import torch
 
-from . import store
+from . import store, tensor_file
 from .errors import AtlasError
 
 
@@ -30,7 +30,7 @@ class EmbeddingCache:
         if not path.exists():
             return None
         try:
-            tensors, metadata = store.open_tensors(path)
+            tensors, metadata = tensor_file.open_tensors(path)
             return Embedding(tensors["embedding"], tuple(json.loads(metadata["unknown"])))
         except (AtlasError, KeyError, ValueError):
             return None
@@ -38,7 +38,7 @@ class EmbeddingCache:
     def write(self, prompt: str, embedding: Embedding) -> None:
         """Keeps an embedding; ResourceError where the folder cannot take it."""
         store.run_directory(self.folder.parent, self.folder.name)
-        store.save_tensors(
+        tensor_file.save_tensors(
             self._path(prompt), {"embedding": embedding.states}, {"unknown": json.dumps(embedding.unknown)}
         )
 

@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from av.stream import Disposition
 
 from .errors import InputError
-from .store import file_hash
+from .tensor_file import file_hash
 from .video import opened, rgb
 
 DEFAULT_RATE = Fraction(25)  # of a stream that says nothing of time, as FFmpeg has it

@@ -4,7 +4,7 @@ import json
 from pathlib import Path
 
 from .errors import InputError
-from .store import read_header
+from .tensor_file import read_header
 
 
 def describe(path: Path) -> dict:

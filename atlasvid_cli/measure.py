@@ -20,13 +20,14 @@ from diffusers.models.transformers import transformer_wan
 
 from .console import Console
 from .cost import EFFICIENCY
-from .decode import decode_flops, decode_stream, space_factor
+from .decode import decode_stream
 from .flops import detail_flops, full_flops, linear_flops
 from .machine import compute_device, conv_rate, synchronize
 from .model import detail_forward, proxy_context, text_context
 from .plan import Plan, Stage
 from .presets import Transformer
 from .shapes import Grid
+from .vae_cost import decode_flops, space_factor
 from .video import write_video
 
 MIN_ROWS = 1024  # PyTorch's CPU kernel cuts long queries in 256s, short ones finer: a sample must be long

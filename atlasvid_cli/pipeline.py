@@ -14,7 +14,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
-from . import store
+from . import store, tensor_file
 from .artefacts import (
     describe,
     is_current,
@@ -110,7 +110,7 @@ def make_proxy(
         latents = encode_proxy(session, plan, clip, progress)
     else:
         latents = _sample_proxy(session, plan, (prompt, negative_prompt), state, metadata["key"], progress)
-    store.save_tensors(path, {"latents": latents}, metadata)
+    tensor_file.save_tensors(path, {"latents": latents}, metadata)
     state.unlink(missing_ok=True)
     decode(session, path, preview, "h264", progress, "preview")
     return path
@@ -159,7 +159,7 @@ def _sample_proxy(
             session.preset.geometry.patch,
             plan.request.seed,
             resume,
-            lambda step, tensors: store.save_state(state, step, tensors, key),
+            lambda step, tensors: tensor_file.save_state(state, step, tensors, key),
             advance,
             backend=session.backend,
         )
@@ -184,7 +184,7 @@ def refine(session: Session, plan: Plan, proxy_path: Path, run_dir: Path, progre
             path = run_dir / f"detail-region-{metadata['key']}.safetensors"
         if not is_current(path, metadata):
             latents = _refine_level(session, plan, stage, name, number, below, metadata, redo, run_dir, progress)
-            store.save_tensors(path, {"latents": latents}, metadata)
+            tensor_file.save_tensors(path, {"latents": latents}, metadata)
             _state_path(run_dir, number).unlink(missing_ok=True)
     return path
 
@@ -235,7 +235,7 @@ def decode(
 def plan_from_proxy(path: Path, request: Request) -> Plan:
     """A plan whose levels climb from a saved proxy (or an earlier result), known by its header: length, prompt and seed
     come from it."""
-    metadata, entries = describe(path), store.read_header(path)[1]
+    metadata, entries = describe(path), tensor_file.read_header(path)[1]
     patch = load_preset(request.preset).geometry.patch
     if "latents" not in entries or len(shape := entries["latents"].shape) != 4:
         raise InputError(f"{path} holds no latents of a video: give a proxy or an earlier result")
@@ -278,7 +278,7 @@ def _refine_level(
             plan.chunk,
             region,
             resume,
-            lambda step, tensors: store.save_state(state, step, tensors, metadata["key"]),
+            lambda step, tensors: tensor_file.save_state(state, step, tensors, metadata["key"]),
             advance,
             session.backend,
             torch.device("cpu") if offload_of(plan) == "host" else None,
@@ -291,9 +291,9 @@ def _contexts(session: Session, prompts: tuple[str, ...], model: Any, progress: 
         return [text_context(model, [e], length) for e in session.embeddings(prompts, progress)]
 
 
-def _resume(path: Path, key: str, progress: Console) -> store.StepState | None:
+def _resume(path: Path, key: str, progress: Console) -> tensor_file.StepState | None:
     """The state that an interrupted run of the same stage left, with a word about one that cannot be used."""
-    state, warning = store.load_state(path, key)
+    state, warning = tensor_file.load_state(path, key)
     if warning:
         progress.warn(warning)
     return state

@@ -20,7 +20,7 @@ from .model import clip_forward, detail_forward, patchify, proxy_context, text_c
 from .presets import Detail, Training
 from .schedule import shift_sigma, upsample
 from .shapes import Grid
-from .store import save_tensors
+from .tensor_file import save_tensors
 
 TEXT_LENGTH = 512
 PATCH = 2

@@ -13,7 +13,7 @@ from pathlib import Path
 import torch
 from diffusers import WanTransformer3DModel
 
-from . import corpus, dataset, store, train
+from . import corpus, dataset, store, tensor_file, train
 from .console import Console
 from .embeddings import EmbeddingCache
 from .errors import InputError, UsageError
@@ -164,7 +164,7 @@ def _trainable(session: Session) -> WanTransformer3DModel:
 def check_output(output: Path, key: str) -> None:
     """Refuses to overwrite a file that this training did not make."""
     try:
-        same = not output.exists() or store.read_header(output)[0].get("run") == key
+        same = not output.exists() or tensor_file.read_header(output)[0].get("run") == key
     except InputError:
         same = False
     if not same:

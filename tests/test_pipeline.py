@@ -9,7 +9,7 @@ import pytest
 import torch
 from diffusers import WanPipeline
 
-from atlasvid_cli import artefacts, pipeline, store
+from atlasvid_cli import artefacts, pipeline, tensor_file
 from atlasvid_cli.console import Console
 from atlasvid_cli.encode import encode_clips
 from atlasvid_cli.errors import InputError
@@ -46,7 +46,7 @@ def digest(path):
 
 
 def latents(path):
-    return store.open_tensors(path)[0]["latents"]
+    return tensor_file.open_tensors(path)[0]["latents"]
 
 
 def test_the_folder_is_a_plain_diffusers_folder(session):
@@ -90,7 +90,7 @@ def test_the_same_job_gives_the_same_bytes_and_another_chunk_the_same_latents(se
 def test_a_killed_run_continues_to_the_same_bytes(session, request_, console, tmp_path, monkeypatch, saves):
     plan = make_plan(request_)
     pipeline.render(session, plan, PROMPT, "", tmp_path / "whole", tmp_path / "whole.mp4", console)
-    save, count = store.save_state, 0
+    save, count = tensor_file.save_state, 0
 
     def save_then_die(*arguments):
         nonlocal count
@@ -99,10 +99,10 @@ def test_a_killed_run_continues_to_the_same_bytes(session, request_, console, tm
         if count == saves:
             raise Killed
 
-    monkeypatch.setattr(store, "save_state", save_then_die)
+    monkeypatch.setattr(tensor_file, "save_state", save_then_die)
     with pytest.raises(Killed):
         pipeline.render(session, plan, PROMPT, "", tmp_path / "run", tmp_path / "a.mp4", console)
-    monkeypatch.setattr(store, "save_state", save)
+    monkeypatch.setattr(tensor_file, "save_state", save)
     pipeline.render(session, plan, PROMPT, "", tmp_path / "run", tmp_path / "a.mp4", console)
     for file in ("proxy.safetensors", "detail.safetensors"):
         assert digest(tmp_path / "run" / file) == digest(tmp_path / "whole" / file)

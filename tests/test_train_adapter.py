@@ -13,7 +13,7 @@ import torch
 from diffusers import WanPipeline
 from PIL import Image
 
-from atlasvid_cli import dataset, loop, store, train, train_adapter, weights
+from atlasvid_cli import dataset, loop, tensor_file, train, train_adapter, weights
 from atlasvid_cli.console import Console
 from atlasvid_cli.corpus import load_samples
 from atlasvid_cli.errors import UsageError
@@ -66,7 +66,7 @@ def test_an_adapter_is_trained_validated_and_loads(session, job, tmp_path):
     logged = rows(job)
     assert [r["step"] for r in logged] == [2, 4, 6, 8, 9]
     assert [("validation_loss" in r) for r in logged] == [False, True, False, True, True]
-    metadata, _ = store.read_header(job.output)
+    metadata, _ = tensor_file.read_header(job.output)
     assert metadata["stage"] == job.stage and metadata["base"] == weights.model_hash(session.folder, "transformer")
     assert metadata["time_ratio"] == ("4" if job.stage == "proxy" else "4,1")
     if job.stage == "detail":
@@ -90,7 +90,7 @@ def test_an_adapter_is_trained_validated_and_loads(session, job, tmp_path):
 
 def test_a_killed_training_goes_on_to_the_same_losses_and_weights(session, job, tmp_path, monkeypatch):
     make(session, job, quiet())
-    whole, weights_ = rows(job), store.open_tensors(job.output)[0]
+    whole, weights_ = rows(job), tensor_file.open_tensors(job.output)[0]
     shutil.rmtree(next(job.work.glob(f"{job.stage}-*")))
     job.output.unlink()
     rate = loop.learning_rate
@@ -112,7 +112,7 @@ def test_a_killed_training_goes_on_to_the_same_losses_and_weights(session, job, 
     for a, b in zip(whole, rows(job), strict=True):
         assert a["step"] == b["step"] and a["loss"] == pytest.approx(b["loss"], abs=1e-6)
         assert a.get("validation_loss") == pytest.approx(b.get("validation_loss"), abs=1e-6)
-    for name, tensor in store.open_tensors(job.output)[0].items():
+    for name, tensor in tensor_file.open_tensors(job.output)[0].items():
         torch.testing.assert_close(tensor, weights_[name], atol=1e-6, rtol=0)
 
 
@@ -124,7 +124,7 @@ def test_other_settings_start_anew_and_do_not_overwrite(session, job):
         make(session, replace(job, seed=1), quiet())
     other = replace(job, seed=1, output=job.output.with_name("b.safetensors"))
     make(session, other, quiet())
-    a, b = (store.open_tensors(j.output)[0] for j in (job, other))
+    a, b = (tensor_file.open_tensors(j.output)[0] for j in (job, other))
     assert any(not torch.equal(a[name], b[name]) for name in a)
 
 
@@ -152,7 +152,7 @@ def test_a_base_in_bfloat16_is_trained_through_factors_in_fp32(session, job, mon
     dtypes = {p.requires_grad: p.dtype for p in seen[0].parameters() if p.ndim > 1}
     assert dtypes == {True: torch.float32, False: torch.bfloat16} and seen[0].gradient_checkpointing
     assert all(math.isfinite(row["loss"]) for row in rows(job))
-    assert any(t.abs().max() > 0 for n, t in store.open_tensors(job.output)[0].items() if "lora_B" in n)
+    assert any(t.abs().max() > 0 for n, t in tensor_file.open_tensors(job.output)[0].items() if "lora_B" in n)
 
 
 def checkpointing(model):
@@ -173,9 +173,9 @@ def test_where_the_adapter_is_for_the_proxy_stream_only_that_one_learns(session,
     )
     before = weights.load_transformer(session.folder, dtype=session.dtype).state_dict()
     make(session, replace(job, steps=3), quiet())
-    assert store.read_header(job.output)[0]["streams"] == "proxy"
+    assert tensor_file.read_header(job.output)[0]["streams"] == "proxy"
     assert all(torch.equal(before[n], p) for n, p in seen[0].state_dict().items())
-    assert any(t.abs().max() > 0 for n, t in store.open_tensors(job.output)[0].items() if "lora_B" in n)
+    assert any(t.abs().max() > 0 for n, t in tensor_file.open_tensors(job.output)[0].items() if "lora_B" in n)
 
 
 @pytest.mark.parametrize("job", ["detail"], indirect=True)

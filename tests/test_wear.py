@@ -4,10 +4,10 @@ import random
 
 import pytest
 import torch
-from test_train import DETAIL, clips, details, embed, model
 
 from atlasvid_cli import train, wear
 from atlasvid_cli.train import PATCH, patchify
+from tests.test_train import DETAIL, clips, details, embed, model
 
 
 @pytest.mark.parametrize("sigma", [0.3, 0.8, 1.0])

@@ -1,0 +1,63 @@
+"""What decoding is said to take is what it takes."""
+
+import weakref
+
+import pytest
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from atlasvid_cli import decode, vae_cost
+from atlasvid_cli.errors import ResourceError
+from tests.test_decode import EMBEDDED, WAN21, WAN22, build, latents
+
+
+class LiveBytes(TorchDispatchMode):
+    """Peak bytes of tensors that operators made and that are still referenced."""
+
+    def __init__(self, module):
+        super().__init__()
+        self.live, self.peak = 0, 0
+        self.seen = weakref.WeakSet(p.untyped_storage() for p in module.parameters())
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        result = func(*args, **(kwargs or {}))
+        for tensor in tree_leaves(result):
+            if isinstance(tensor, torch.Tensor):
+                storage = tensor.untyped_storage()
+                if storage not in self.seen:
+                    self.seen.add(storage)
+                    self.live += storage.nbytes()
+                    weakref.finalize(storage, self._free, storage.nbytes())
+        self.peak = max(self.peak, self.live)
+        return result
+
+    def _free(self, size):
+        self.live -= size
+
+
+@pytest.mark.parametrize("config", [EMBEDDED, WAN21, WAN22], ids=["embedded", "wan2.1", "wan2.2"])
+@pytest.mark.parametrize("tile", [None, 8])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
+def test_memory_is_as_predicted(config, tile, dtype, tmp_path):
+    vae, z = build(config, live=False).to(dtype), latents(config, 4, 6, 40 if tile else 10)
+    list(decode.decode_stream(vae, z[:, :1, :2, :2]))
+    with LiveBytes(vae) as counter:
+        for _ in decode.decode_stream(vae, z, tile=tile, spool=tmp_path):
+            pass
+    predicted = vae_cost.decode_bytes(config, *z.shape[-2:], tile, dtype.itemsize)
+    assert predicted == pytest.approx(counter.peak, rel=0.2)
+
+
+def test_embedded_vae_at_4k_fits_whole():
+    assert vae_cost.decode_bytes(EMBEDDED, 136, 240) < 2.5 * 2**30
+    assert vae_cost.choose_tile(EMBEDDED, 136, 240, int(2.5 * 2**30)) is None
+
+
+def test_choose_tile_takes_the_largest_that_fits():
+    budget = 2 * 2**30
+    tile = vae_cost.choose_tile(EMBEDDED, 270, 480, budget)
+    taken, more = (vae_cost.decode_bytes(EMBEDDED, 270, 480, side) for side in (tile, tile + 1))
+    assert taken <= budget < more
+    with pytest.raises(ResourceError, match="memory"):
+        vae_cost.choose_tile(EMBEDDED, 270, 480, 2**20)
