@@ -80,6 +80,14 @@ def describe(path: Path) -> dict[str, str]:
     return metadata
 
 
+def latents_shape(path: Path) -> tuple[int, int, int]:
+    """Latents (t, h, w) of a file, from its header alone. Raises InputError where it holds none."""
+    entries = tensor_file.read_header(path)[1]
+    if "latents" not in entries or len(shape := entries["latents"].shape) != 4:
+        raise InputError(f"{path} holds no latents of a video: give a proxy or an earlier result")
+    return shape[1], shape[2], shape[3]
+
+
 def request_defaults(path: Path) -> dict[str, Any]:
     """What `refine` takes over from a saved proxy: preset, seed, fps and the exact duration."""
     metadata = describe(path)

@@ -218,6 +218,8 @@ def decode(
     """Saved latents to a video again, say with another codec; no sampling."""
     from . import artefacts, pipeline
     from .console import Console
+    from .cost import check_decode
+    from .presets import load_preset
     from .session import Session
     from .video import check_target, suffix_for
 
@@ -226,6 +228,12 @@ def decode(
     check_target(target, codec, int(known["width"]), int(known["height"]))
     keep_foreign(target, known["key"])
     check_writable(target)
+    check_decode(
+        load_preset(preset or known["preset"]),
+        artefacts.latents_shape(latents),
+        int(known["width"]),
+        int(known["height"]),
+    )
     session = Session(preset or known["preset"], model_path)
     console = Console(as_json)
     pipeline.decode(session, latents, target, codec, console)

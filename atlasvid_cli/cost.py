@@ -144,16 +144,12 @@ def check_resources(plan: Plan, output_dir: Path, run_dir: Path | None = None) -
 
 
 def _decode_row(plan: Plan, rate: float) -> dict[str, Any]:
-    from .vae_cost import decode_bytes, decode_flops, spool_bytes
+    from .vae_cost import decode_flops, spool_bytes
 
     config = dataclasses.asdict(plan.preset.vae)
     h, w = plan.target.h * plan.preset.geometry.patch, plan.target.w * plan.preset.geometry.patch
-    tile = vae_tile(plan.preset, h, w)
-    width = decode_dtype(plan.preset.decode_dtype).itemsize
-    decoder = int(KEPT[width] * decode_bytes(config, h, w, tile, width))
-    on_gpu = compute_device().kind == "cuda"
+    needed = decode_memory(plan.preset, (plan.target.t, h, w), plan.request.width, plan.request.height)
     flops = decode_flops(config, h, w) * plan.target.t
-    latents = plan.target.tokens * plan.preset.transformer.channels * plan.preset.geometry.patch**2 * 4
     return {
         "stage": "decode",
         "grid": f"{plan.target.t}x{h}x{w}",
@@ -161,15 +157,39 @@ def _decode_row(plan: Plan, rate: float) -> dict[str, Any]:
         "windows": 0,
         "steps": 1,
         "flops": flops,
-        # and the encoder keeps about 35 frames of 4:2:0
-        "ram_bytes": PROGRAM_BYTES
-        + latents
-        + (0 if on_gpu else decoder)
-        + int(35 * 1.5 * plan.request.width * plan.request.height),
-        "vram_bytes": PROGRAM_VRAM + decoder if on_gpu else 0,
-        "disk_bytes": (spool_bytes(config, plan.target.t, h, w) if tile else 0) + video_bytes(plan),
+        "ram_bytes": PROGRAM_BYTES + needed.host,
+        "vram_bytes": needed.device and PROGRAM_VRAM + needed.device,
+        "disk_bytes": (spool_bytes(config, plan.target.t, h, w) if vae_tile(plan.preset, h, w) else 0)
+        + video_bytes(plan),
         "seconds": round(flops / rate, 1),
     }
+
+
+def decode_memory(preset: Preset, latents: tuple[int, int, int], width: int, height: int) -> Memory:
+    """What decoding `latents` (t, h, w) to a video of `width` x `height` pixels needs beside the program."""
+    from .vae_cost import decode_bytes
+
+    t, h, w = latents
+    size = decode_dtype(preset.decode_dtype).itemsize
+    decoder = int(KEPT[size] * decode_bytes(dataclasses.asdict(preset.vae), h, w, vae_tile(preset, h, w), size))
+    # and the encoder keeps about 35 frames of 4:2:0
+    host = t * h * w * preset.transformer.channels * 4 + int(35 * 1.5 * width * height)
+    on_gpu = compute_device().kind == "cuda"
+    return Memory(decoder, host) if on_gpu else Memory(0, host + decoder)
+
+
+def check_decode(preset: Preset, latents: tuple[int, int, int], width: int, height: int) -> None:
+    """Raises ResourceError, before anything is loaded, where saved latents cannot be decoded in the memory here."""
+    needed = decode_memory(preset, latents, width, height)
+    for kind, size, free in (
+        ("GPU memory", needed.device and PROGRAM_VRAM + needed.device, available_vram()),
+        ("memory", PROGRAM_BYTES + needed.host, available_ram()),
+    ):
+        if size > free:
+            raise ResourceError(
+                f"decoding needs {size / GIB:.1f} GiB of {kind} and {free / GIB:.1f} GiB are free;"
+                " close other programs, or lower decode_gib in the preset"
+            )
 
 
 def vae_tile(preset: Preset, h: int, w: int) -> int | None:

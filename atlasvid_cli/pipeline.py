@@ -19,6 +19,7 @@ from .artefacts import (
     describe,
     is_current,
     job_hash,
+    latents_shape,
     level_metadata,
     level_path,
     proxy_metadata,
@@ -29,7 +30,6 @@ from .console import Console
 from .cost import offload_of, vae_tile
 from .decode import decode_stream
 from .encode import encode_stream
-from .errors import InputError
 from .footage import Clip, read_clip
 from .model import TextContext, text_context
 from .plan import Plan, Request, Stage, make_plan
@@ -235,12 +235,8 @@ def decode(
 def plan_from_proxy(path: Path, request: Request) -> Plan:
     """A plan whose levels climb from a saved proxy (or an earlier result), known by its header: length, prompt and seed
     come from it."""
-    metadata, entries = describe(path), tensor_file.read_header(path)[1]
-    patch = load_preset(request.preset).geometry.patch
-    if "latents" not in entries or len(shape := entries["latents"].shape) != 4:
-        raise InputError(f"{path} holds no latents of a video: give a proxy or an earlier result")
-    _, t, h, w = shape
-    return make_plan(request, Grid(t, h // patch, w // patch), Fraction(metadata["fps"]))
+    patch, (t, h, w) = load_preset(request.preset).geometry.patch, latents_shape(path)
+    return make_plan(request, Grid(t, h // patch, w // patch), Fraction(describe(path)["fps"]))
 
 
 def _refine_level(

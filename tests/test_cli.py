@@ -209,7 +209,7 @@ def test_bench_writes_one_json_object_and_a_page(run, random_preset, tmp_path, m
     assert found["baseline"] in (tmp_path / "report.html").read_text()
 
 
-def test_proxy_then_refine_then_region_then_decode(run, random_preset, tmp_path):
+def test_proxy_then_refine_then_region_then_decode(run, random_preset, tmp_path, monkeypatch):
     code, out, _ = run("proxy", "a red ball", *RENDER, "--preset", random_preset, "-o", "p.safetensors")
     assert code == 0 and out.strip() == str(tmp_path / "p.safetensors")
     known = json.loads(run("info", "p.safetensors", "--json")[1])["metadata"]
@@ -226,6 +226,11 @@ def test_proxy_then_refine_then_region_then_decode(run, random_preset, tmp_path)
     code, out, _ = run("decode", first, "--preset", random_preset, "--codec", "ffv1", "-o", "again.mkv")
     assert code == 0 and (tmp_path / "again.mkv").exists()
     assert json.loads(run("info", "again.mkv", "--json")[1])["codec"] == "ffv1"
+    with monkeypatch.context() as patch:
+        patch.setattr("atlasvid_cli.cost.available_ram", lambda: 1 << 28)
+        patch.setattr("atlasvid_cli.session.Session", None)
+        code, _, err = run("decode", first, "--preset", random_preset, "-o", "third.mp4")
+    assert code == 4 and "decoding needs" in err and not (tmp_path / "third.mp4").exists()
     code, _, err = run(*refine, "--res", "448x256", "--frames", "4:400")
     assert code == 2 and "--frames" in err
 

@@ -51,6 +51,18 @@ def test_too_little_memory_is_said(tmp_path, monkeypatch):
         check_resources(job(), tmp_path)
 
 
+def test_decoding_alone_needs_what_it_needs_in_a_plan(monkeypatch):
+    plan = job()
+    patch = plan.preset.geometry.patch
+    latents = plan.target.t, plan.target.h * patch, plan.target.w * patch
+    [needed] = [row["ram_bytes"] for row in rows(plan) if row["stage"] == "decode"]
+    monkeypatch.setattr(cost, "available_ram", lambda: needed)
+    cost.check_decode(plan.preset, latents, plan.request.width, plan.request.height)
+    monkeypatch.setattr(cost, "available_ram", lambda: needed - 1)
+    with pytest.raises(ResourceError, match="decode_gib"):
+        cost.check_decode(plan.preset, latents, plan.request.width, plan.request.height)
+
+
 def test_the_proxy_alone_is_asked_for_the_proxy_alone(tmp_path):
     plan = make_plan(Request("tiny", 16384, 9216, Fraction(600)))
     with pytest.raises(ResourceError, match="detail"):
