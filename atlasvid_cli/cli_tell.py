@@ -77,13 +77,15 @@ def bench(
     from .console import Console
 
     if quality or ablation:
-        speed = {"steps": steps, "repeats": repeats, "budget-seconds": budget_seconds, "quick": quick, "html": page}
-        speed |= {"ablation": ablation and quality}
+        speed: dict[str, object] = {"steps": steps, "repeats": repeats, "quick": quick, "html": page}
+        speed |= {"ablation": ablation, "budget-seconds": budget_seconds} if quality else {}
         if ignored := next((name for name, value in speed.items() if value), None):
             raise UsageError(f"--{ignored} does not go with --{'quality' if quality else 'ablation'}; leave one out")
         request = make_request(res or "960x540", seconds or "4", preset, model_path=model_path)
         if ablation:
-            show_ablation(request, count or 4, seeds or 3, output or Path("ablation"), Console(as_json))
+            budget = 600.0 if budget_seconds is None else budget_seconds
+            check_finite("--budget-seconds", budget, 1)
+            show_ablation(request, count or 4, seeds or 3, budget, output or Path("ablation"), Console(as_json))
         else:
             show_quality(request, count or 40, output or Path("quality"), Console(as_json))
         return
@@ -130,16 +132,16 @@ def show_quality(request: "Request", count: int, folder: Path, console: "Console
     console.emit(found, text)
 
 
-def show_ablation(request: "Request", count: int, seeds: int, folder: Path, console: "Console") -> None:
+def show_ablation(request: "Request", count: int, seeds: int, budget: float, folder: Path, console: "Console") -> None:
     """Measures and prints what each part of the method is worth."""
     from . import ablation, quality
 
     quality.check(request, "--ablation")  # usage errors before any work
     check_writable(folder.absolute() / "arm.json")
-    found = ablation.run(request, count, seeds, folder, console)
+    found = ablation.run(request, count, seeds, budget, folder, console)
     title = f"{found['size']} x {found['seconds']:g} s, {count} held-out prompts x {seeds} seeds"
     console.table(title, [{k: "" if v is None else v for k, v in arm.items()} for arm in found["arms"]])
-    best = max(found["arms"], key=lambda arm: arm["adherence_percent"])
+    best = max(found["arms"], key=lambda arm: arm["adherence_percent"] or 0)
     console.emit(found, f"most attributes right: {best['arm']}, {best['adherence_percent']} %")
 
 

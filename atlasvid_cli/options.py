@@ -67,7 +67,9 @@ Repeats = Annotated[
 Budget = Annotated[
     float | None,
     typer.Option(
-        "--budget-seconds", help="Seconds an arm may take, all repeats; beyond, it is projected [default: 60; 15]."
+        "--budget-seconds",
+        help="Seconds an arm may take, all repeats; beyond, it is projected [default: 60; 15 with --quick; for a video"
+        " of --ablation by full attention 600].",
     ),
 ]
 Quick = Annotated[bool, typer.Option("--quick", help="One run at a small size, in less than a minute.")]

@@ -24,7 +24,7 @@ def request_of(random_preset):
 @pytest.fixture(scope="module")
 def found(request_of, tmp_path_factory):
     folder = tmp_path_factory.mktemp("ablation")
-    return folder, ablation.run(request_of, 1, 2, folder, QUIET)
+    return folder, ablation.run(request_of, 1, 2, 600.0, folder, QUIET)
 
 
 def test_every_arm_is_there_with_its_columns(found):
@@ -53,9 +53,18 @@ def test_what_was_made_is_kept_also_with_more_seeds(found, request_of, monkeypat
     folder, table = found
     monkeypatch.setattr(ablation.pipeline, "refine", lambda *a: pytest.fail("refined again"))
     monkeypatch.setattr(ablation, "WanPipeline", lambda *a: pytest.fail("native again"))
-    assert ablation.run(request_of, 1, 2, folder, QUIET) == table
-    fewer = ablation.run(request_of, 1, 1, folder, QUIET)
+    assert ablation.run(request_of, 1, 2, 600.0, folder, QUIET) == table
+    fewer = ablation.run(request_of, 1, 1, 600.0, folder, QUIET)
     assert fewer["arms"][0]["spread"] is None
+
+
+def test_native_beyond_the_budget_is_projected(found, request_of, monkeypatch):
+    folder, table = found
+    monkeypatch.setattr(ablation, "WanPipeline", lambda *a: pytest.fail("native made a video"))
+    *others, native = ablation.run(request_of, 1, 2, 1e-9, folder, QUIET)["arms"]
+    assert others == table["arms"][:-1] and native["arm"] == "native full attention (projected)"
+    assert native.keys() == others[0].keys() and native["seconds"] > 0
+    assert all(value is None for name, value in native.items() if name not in ("arm", "seconds"))
 
 
 def test_what_an_interrupted_run_left_is_made_anew(tmp_path):
@@ -105,4 +114,4 @@ def test_columns_are_means_over_prompts_and_spread_over_seeds():
 
 def test_another_world_is_refused(stock_preset):
     with pytest.raises(UsageError, match=r"--ablation .* tiny only"):
-        ablation.run(Request(str(stock_preset), 200, 120, Fraction(1)), 1, 1, None, QUIET)
+        ablation.run(Request(str(stock_preset), 200, 120, Fraction(1)), 1, 1, 600.0, None, QUIET)
