@@ -93,9 +93,11 @@ def make(session: Session, job: Job, console: Console) -> Path:
             session, [preset.negative_prompt, *(s["caption"] for s in (*trained, *held_out))], job.work, console
         )
     if job.stage == "detail":
-        for time_ratio, adapter in ((1, None), (preset.proxy.time_ratio, preset.proxy.lora)):
-            model = load_transformer(session.folder, adapter, "proxy", session.dtype).to(session.device)
-            add_worn(model, [*trained, *held_out], embed, time_ratio, lambda latents: preset.proxy.flow_shift)
+        samples = [*trained, *held_out]
+        with console.stage("worn proxies", 2 * len(samples)) as advance:
+            for time_ratio, adapter in ((1, None), (preset.proxy.time_ratio, preset.proxy.lora)):
+                model = load_transformer(session.folder, adapter, "proxy", session.dtype).to(session.device)
+                add_worn(model, samples, embed, time_ratio, lambda latents: preset.proxy.flow_shift, advance)
     ratios: Sequence[object] = [s["ratio"] for s in trained] if job.stage == "detail" else ()
     metadata = train.adapter_metadata(
         job.stage, base, preset.proxy.time_ratio, ratios, preset.detail.windows, preset.detail.streams

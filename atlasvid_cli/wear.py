@@ -27,17 +27,21 @@ def wear(
     prompts: list[torch.Tensor],
     time_ratio: int,
     shift: float,
-    sigma: float,
+    strengths: list[float],
     generator: torch.Generator,
 ) -> torch.Tensor:
-    """Latents (n, C, T, H, W) noised to `sigma` (0..1] and denoised by Euler steps under the flow `shift`."""
+    """Latents (n, C, T, H, W), each noised to its own sigma of `strengths` (0..1] and denoised by Euler steps under the
+    flow `shift`."""
     grid = grid_of(latents[0])
-    noise = torch.randn(latents.shape, generator=generator)
-    x = torch.stack([patchify(each, PATCH) for each in torch.lerp(latents, noise, sigma)])
+    clean, noise = (
+        torch.stack([patchify(each, PATCH) for each in x])
+        for x in (latents, torch.randn(latents.shape, generator=generator))
+    )
+    schedule = torch.tensor([sigmas(STEPS, strength, shift) for strength in strengths])[..., None, None]
     text = text_context(model, prompts, TEXT_LENGTH)
-    steps = sigmas(STEPS, sigma, shift)
-    for now, then in pairwise(steps):
-        velocity = clip_forward(model, x, grid, torch.full((len(x),), now * 1000).floor(), text, time_ratio)
+    x = torch.lerp(clean, noise, schedule[:, 0])
+    for now, then in pairwise(schedule.unbind(1)):
+        velocity = clip_forward(model, x, grid, (now.flatten() * 1000).floor(), text, time_ratio)
         x = x + (then - now) * velocity.float()
     return torch.stack([unpatchify(each, grid, PATCH) for each in x])
 
@@ -48,9 +52,10 @@ def add_worn(
     embed: Embed,
     time_ratio: int,
     shift_of: Callable[[int], float],
-    seed: int = 0,
+    on_done: Callable[[int], None] = lambda samples: None,
 ) -> None:
-    """Gives every sample of stage 2 a worn copy, `worn_<time_ratio>` fp16, of its proxy of that time ratio."""
+    """Gives every sample of stage 2 a worn copy, `worn_<time_ratio>` fp16, of its proxy of that time ratio: always the
+    same one for the same samples."""
     source = f"proxy_{time_ratio}"
     views = [s | {"latents": s[source], "sample": s} for s in data]
     for group in by_shape(views):
@@ -58,11 +63,13 @@ def add_worn(
         together = max(1, TOGETHER * PATCH**2 // (t * h * w))
         for first in range(0, len(group), together):
             batch: Sequence[dict] = group[first : first + together]
-            rng = random.Random(f"{seed}/{time_ratio}/{c, t, h, w}/{first}")
+            rng = random.Random(f"worn/{time_ratio}/{c, t, h, w}/{first}")
             generator = torch.Generator().manual_seed(rng.getrandbits(60))
             latents = torch.stack([s["latents"].float() for s in batch])
             prompts = [embed(s["caption"]) for s in batch]
             shift = shift_of(t)
-            worn = wear(model, latents, prompts, time_ratio, shift, shift_sigma(rng.uniform(*PLAIN), shift), generator)
+            strengths = [shift_sigma(rng.uniform(*PLAIN), shift) for _ in batch]
+            worn = wear(model, latents, prompts, time_ratio, shift, strengths, generator)
             for view, each in zip(batch, worn, strict=True):
                 view["sample"][f"worn_{time_ratio}"] = each.half()
+            on_done(len(batch))

@@ -182,9 +182,9 @@ def test_where_the_adapter_is_for_the_proxy_stream_only_that_one_learns(session,
 def test_stage_2_learns_from_proxies_as_the_preset_makes_them(session, job, monkeypatch):
     seen, real = {}, train_adapter.add_worn
 
-    def recorded(model, data, embed, time_ratio, shift_of):
+    def recorded(model, data, embed, time_ratio, *rest):
         seen[time_ratio] = model
-        real(model, data, embed, time_ratio, shift_of)
+        real(model, data, embed, time_ratio, *rest)
 
     monkeypatch.setattr(train_adapter, "add_worn", recorded)
     trained = train.train_detail
