@@ -25,8 +25,8 @@ from .text import encode_prompts
 from .wear import add_worn
 from .weights import load_transformer, model_hash
 
-VAE_STEPS, COMPRESSED_STEPS, SETTLED_STEPS, SHARPENED_STEPS = 2200, 1400, 1100, 3500
-PROXY_STEPS, DETAIL_STEPS = 8000, 2500
+VAE_STEPS, COMPRESSED_STEPS, SETTLED_STEPS, SHARPENED_STEPS = 2200, 1400, 1100, 9000
+PROXY_STEPS, DETAIL_STEPS = 12000, 4500
 # cosines, each (steps, peak learning rate, share of single images at its start and end): colours, shapes and grounds,
 # then motion
 BASE_CYCLES = (
@@ -37,6 +37,7 @@ BASE_CYCLES = (
     (5000, 2e-3, (0.5, 0.3)),
     (4000, 1.5e-3, (0.5, 0.3)),
     (4000, 1.5e-3, (0.5, 0.3)),
+    (5000, 1.5e-3, (0.5, 0.3)),
 )
 # fewer are learnt by heart: of 800 clips the loss on fresh ones was 15 % above that on its own (docs/LOG.md)
 SAMPLES = {"image": 24000, "clip": 12000, "proxy": 5000, "still": 6000, "detail": 600}
@@ -121,7 +122,7 @@ def make(work: Path, out: Path) -> None:
         vae.quant_conv.requires_grad_(False)
         run = work / "vae-sharpened"
         vae = train_vae.train(
-            vae, run, SHARPENED_STEPS, lr=2e-3, noise=0.25, seed=3, shapes=LONG_CLIPS, slopes=1.0, cut=True
+            vae, run, SHARPENED_STEPS, lr=2e-3, noise=0.25, seed=3, shapes=LONG_CLIPS, slopes=5.0, cut=True
         )
         finish_vae(vae, out)
     vae = AutoencoderKLWan.from_pretrained(out / "vae", torch_dtype=torch.float32)
