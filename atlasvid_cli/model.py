@@ -70,7 +70,7 @@ def text_context(model: WanTransformer3DModel, embeddings: list[torch.Tensor], l
     keys_values = []
     for block in on_device(model.blocks, compute_device(model)):
         attn = block.attn2
-        keys = attn.norm_k(attn.to_k(hidden)).unflatten(-1, (attn.heads, -1))
+        keys = _norm(attn.norm_k, attn.to_k(hidden)).unflatten(-1, (attn.heads, -1))
         keys_values.append((keys, attn.to_v(hidden).unflatten(-1, (attn.heads, -1))))
     return TextContext(keys_values, bias.to(hidden.dtype))
 
@@ -103,8 +103,8 @@ def block_forward(
 
     attn = block.attn1
     normed = (block.norm1(x.float()) * (1 + scale) + shift).type_as(x)
-    q = rotate(attn.norm_q(attn.to_q(normed)).unflatten(-1, (attn.heads, -1)), rotation)
-    k = attn.norm_k(attn.to_k(normed)).unflatten(-1, (attn.heads, -1))
+    q = rotate(_norm(attn.norm_q, attn.to_q(normed)).unflatten(-1, (attn.heads, -1)), rotation)
+    k = _norm(attn.norm_k, attn.to_k(normed)).unflatten(-1, (attn.heads, -1))
     v = attn.to_v(normed).unflatten(-1, (attn.heads, -1))
     keys, values = rotate(k, rotation), v
     if proxy is not None:
@@ -114,7 +114,7 @@ def block_forward(
     x = (x.float() + attended * gate).type_as(x)
 
     attn = block.attn2
-    q = attn.norm_q(attn.to_q(block.norm2(x.float()).type_as(x))).unflatten(-1, (attn.heads, -1))
+    q = _norm(attn.norm_q, attn.to_q(block.norm2(x.float()).type_as(x))).unflatten(-1, (attn.heads, -1))
     if len(text[0]) == 1:  # one prompt for all windows: one long row of queries
         attended = attend(q.flatten(0, 1)[None], *text, text_bias, backend).view_as(q)
     else:
@@ -123,6 +123,11 @@ def block_forward(
 
     normed = (block.norm3(x.float()) * (1 + ffn_scale) + ffn_shift).type_as(x)
     return (x.float() + block.ffn(normed).float() * ffn_gate).type_as(x), k, v
+
+
+def _norm(norm: torch.nn.RMSNorm, x: torch.Tensor) -> torch.Tensor:
+    """`norm` of x in x's dtype, in which alone it is one kernel: under autocast the weight's is another."""
+    return torch.nn.functional.rms_norm(x, norm.normalized_shape, norm.weight.type_as(x), norm.eps)
 
 
 def _run_block(model: WanTransformer3DModel, *arguments: Any, **named: Any) -> tuple[torch.Tensor, ...]:
