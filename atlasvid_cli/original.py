@@ -2,7 +2,7 @@
 
 Wan2.1 T2V: `diffusion_pytorch_model*.safetensors` beside `config.json`, `Wan2.1_VAE.pth`, UMT5 in
 `models_t5_umt5-xxl-enc-bf16.pth` and its tokenizer in `google/umt5-xxl/`. Wan2.2 T2V-A14B has its two transformers in
-`high_noise_model/` and `low_noise_model/`. The VAE of Wan2.2 5B has another structure, for which there is no converter.
+`high_noise_model/` and `low_noise_model/`; Wan2.2 TI2V-5B has a VAE of another structure, `Wan2.2_VAE.pth`.
 """
 
 import json
@@ -17,10 +17,11 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 from transformers import UMT5Config, UMT5EncoderModel
 
-VAE, TEXT, TOKENIZER = "Wan2.1_VAE.pth", "models_t5_umt5-xxl-enc-bf16.pth", "google/umt5-xxl"
+VAE, VAE22 = "Wan2.1_VAE.pth", "Wan2.2_VAE.pth"
+TEXT, TOKENIZER = "models_t5_umt5-xxl-enc-bf16.pth", "google/umt5-xxl"
 EXPERTS = {"transformer": "high_noise_model", "transformer_2": "low_noise_model"}
 PARTS = ("vae", "text_encoder", *EXPERTS)
-LIST_OF_FILES = ["*.json", "*.safetensors", "*.model", VAE, TEXT]  # all that a folder of either layout needs
+LIST_OF_FILES = ["*.json", "*.safetensors", "*.model", VAE, VAE22, TEXT]  # all that a folder of either layout needs
 
 # what a layer of UMT5 is called by Wan -> by transformers
 TEXT_NAMES = (
@@ -35,28 +36,75 @@ TEXT_NAMES = (
     (r"^blocks\.(\d+)\.ffn\.fc2\.", r"encoder.block.\1.layer.1.DenseReluDense.wo."),
 )
 
+# what a layer of Wan2.2's VAE is called by Wan -> by diffusers; a level's resampling is its last layer
+VAE22_NAMES = (
+    (r"^conv1\.", "quant_conv."),
+    (r"^conv2\.", "post_quant_conv."),
+    (r"^(en|de)coder\.conv1\.", r"\1coder.conv_in."),
+    (r"\.head\.0\.", ".norm_out."),
+    (r"\.head\.2\.", ".conv_out."),
+    (r"\.middle\.1\.", ".mid_block.attentions.0."),
+    (r"\.middle\.0\.", ".mid_block.resnets.0."),
+    (r"\.middle\.2\.", ".mid_block.resnets.1."),
+    (r"\.(down|up)samples\.(\d+)\.\1samples\.\d+\.(resample|time_conv)\.", r".\1_blocks.\2.\1sampler.\3."),
+    (r"\.(down|up)samples\.(\d+)\.\1samples\.(\d+)\.", r".\1_blocks.\2.resnets.\3."),
+    (r"\.residual\.0\.", ".norm1."),
+    (r"\.residual\.2\.", ".conv1."),
+    (r"\.residual\.3\.", ".norm2."),
+    (r"\.residual\.6\.", ".conv2."),
+    (r"\.shortcut\.", ".conv_shortcut."),
+)
+# of its latents, a channel each, as its authors state them (wan/modules/vae2_2.py); Wan2.1's are diffusers' defaults
+# fmt: off
+MEAN22 = [
+    -0.2289, -0.0052, -0.1323, -0.2339, -0.2799, 0.0174, 0.1838, 0.1557, -0.1382, 0.0542, 0.2813, 0.0891,
+    0.1570, -0.0098, 0.0375, -0.1825, -0.2246, -0.1207, -0.0698, 0.5109, 0.2665, -0.2108, -0.2158, 0.2502,
+    -0.2055, -0.0322, 0.1109, 0.1567, -0.0729, 0.0899, -0.2799, -0.1230, -0.0313, -0.1649, 0.0117, 0.0723,
+    -0.2839, -0.2083, -0.0520, 0.3748, 0.0152, 0.1957, 0.1433, -0.2944, 0.3573, -0.0548, -0.1681, -0.0667,
+]
+STD22 = [
+    0.4765, 1.0364, 0.4514, 1.1677, 0.5313, 0.4990, 0.4818, 0.5013, 0.8158, 1.0344, 0.5894, 1.0901,
+    0.6885, 0.6165, 0.8454, 0.4978, 0.5759, 0.3523, 0.7135, 0.6804, 0.5833, 1.4146, 0.8986, 0.5659,
+    0.7069, 0.5338, 0.4889, 0.4917, 0.4069, 0.4999, 0.6866, 0.4093, 0.5709, 0.6065, 0.6415, 0.4944,
+    0.5726, 1.2042, 0.5458, 1.6887, 0.3971, 1.0600, 0.3943, 0.5537, 0.5444, 0.4089, 0.7468, 0.7744,
+]
+# fmt: on
+
 
 def is_original(folder: Path) -> bool:
-    return (folder / VAE).is_file()
+    return _vae(folder).is_file()
 
 
 def files(folder: Path, part: str) -> list[Path]:
     """The files that hold the weights of a part, named as diffusers names it."""
     if part in ("vae", "text_encoder"):
-        return [folder / (VAE if part == "vae" else TEXT)]
+        return [_vae(folder) if part == "vae" else folder / TEXT]
     return sorted(_home(folder, part).glob("*.safetensors"))
 
 
 def config(folder: Path, part: str) -> dict[str, Any]:
     """diffusers' config of the `vae` or of a transformer. OSError and ValueError where it cannot be read."""
     if part == "vae":
-        weights = _pickled(folder / VAE)
-        return {
+        weights = _pickled(_vae(folder))
+        sizes: dict[str, Any] = {
             "base_dim": len(weights["encoder.conv1.weight"]),
             "z_dim": len(weights["conv2.weight"]),
             "dim_mult": [1, 2, 4, 4],
             "num_res_blocks": 2,
             "temperal_downsample": [False, True, True],
+        }
+        if _vae(folder).name == VAE:
+            return sizes
+        return sizes | {
+            "decoder_base_dim": len(weights["decoder.conv1.weight"]) // sizes["dim_mult"][-1],
+            "is_residual": True,
+            "in_channels": 12,
+            "out_channels": 12,
+            "patch_size": 2,
+            "scale_factor_temporal": 4,
+            "scale_factor_spatial": 16,
+            "latents_mean": MEAN22,
+            "latents_std": STD22,
         }
     home = _home(folder, part)
     said = json.loads((home / "config.json").read_text(encoding="utf-8"))
@@ -76,7 +124,8 @@ def config(folder: Path, part: str) -> dict[str, Any]:
 def load(kind: Any, folder: Path, part: str, dtype: torch.dtype) -> tuple[Any, dict[str, list[str]]]:
     """A diffusers model of `kind` with a part's weights, and which keys are missing, unexpected and mismatched."""
     if part == "vae":
-        state = convert_wan_vae_to_diffusers(_pickled(folder / VAE))
+        weights, newer = _pickled(_vae(folder)), _vae(folder).name == VAE22
+        state = _renamed(weights, VAE22_NAMES) if newer else convert_wan_vae_to_diffusers(weights)
     else:
         state = {k: v for file in files(folder, part) for k, v in load_file(file).items()}
         state = convert_wan_transformer_to_diffusers(state)
@@ -112,14 +161,24 @@ def load_text(folder: Path, dtype: torch.dtype) -> UMT5EncoderModel:
     )
     with init_empty_weights():
         model = UMT5EncoderModel(sizes)
-    state = {}
-    for name, value in weights.items():
-        for theirs, ours in TEXT_NAMES:
-            name = re.sub(theirs, ours, name)
-        state[name] = value.to(dtype)
+    state = {name: value.to(dtype) for name, value in _renamed(weights, TEXT_NAMES).items()}
     state["encoder.embed_tokens.weight"] = state["shared.weight"]
     model.load_state_dict(state, assign=True)
     return model
+
+
+def _renamed(weights: dict[str, torch.Tensor], names: tuple[tuple[str, str], ...]) -> dict[str, torch.Tensor]:
+    state = {}
+    for name, value in weights.items():
+        for theirs, ours in names:
+            name = re.sub(theirs, ours, name)
+        state[name] = value
+    return state
+
+
+def _vae(folder: Path) -> Path:
+    newer = folder / VAE22
+    return newer if newer.is_file() else folder / VAE
 
 
 def _home(folder: Path, part: str) -> Path:

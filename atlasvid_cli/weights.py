@@ -42,11 +42,6 @@ def model_folder(preset: Preset, model_path: str | None) -> Path:
     folder = Path(named) if model_path else preset.folder
     if folder.is_dir():
         if not (folder / "model_index.json").is_file() and not original.is_original(folder):
-            if any(folder.glob("Wan2*_VAE.*")):
-                raise InputError(
-                    f"{folder} is an original checkpoint whose VAE only its converted form can be read of; give"
-                    f" --model-path {preset.model}"
-                )
             raise InputError(
                 f"{folder} is no model folder (it has neither model_index.json nor {original.VAE}); give another"
                 " --model-path"

@@ -239,7 +239,52 @@ def test_damaged_weights_are_refused_by_name(parts, checkpoint, preset, tmp_path
         load_vae(folder)
 
 
-def test_the_5b_checkpoint_is_refused_with_the_name_of_the_converted_one(tmp_path):
-    (tmp_path / "Wan2.2_VAE.pth").touch()
-    with pytest.raises(InputError, match=r"original .*--model-path Wan-AI/Wan2\.2-TI2V-5B-Diffusers"):
-        model_folder(load_preset("wan2.2-5b"), str(tmp_path))
+def vae22_name(name):
+    name = re.sub(r"(down|up)_blocks\.(\d)\.resnets\.(\d)", r"\1samples.\2.\1samples.\3", name)
+    name = re.sub(r"down_blocks\.(\d)\.downsampler", r"downsamples.\1.downsamples.2", name)
+    name = re.sub(r"up_blocks\.(\d)\.upsampler", r"upsamples.\1.upsamples.3", name)
+    return vae_name(name)
+
+
+def test_the_vae_of_wan22_5b_arrives(tmp_path):
+    torch.manual_seed(4)
+    preset = load_preset("wan2.2-5b").vae
+    layout = {
+        "z_dim": preset.z_dim,
+        "dim_mult": list(preset.dim_mult),
+        "num_res_blocks": preset.num_res_blocks,
+        "temperal_downsample": list(preset.temperal_downsample),
+        "is_residual": preset.is_residual,
+        "in_channels": preset.out_channels,
+        "out_channels": preset.out_channels,
+        "patch_size": preset.patch_size,
+    }
+    vae = AutoencoderKLWan(base_dim=4, decoder_base_dim=8, **layout, latents_mean=[0.0] * 48, latents_std=[1.0] * 48)
+    with torch.no_grad():
+        for parameter in vae.parameters():
+            parameter.add_(0.02 * torch.randn_like(parameter))
+    state = {vae22_name(k): v for k, v in vae.state_dict().items()}
+    assert len(state) == len(vae.state_dict())
+    assert {
+        "encoder.downsamples.1.downsamples.0.shortcut.weight",
+        "encoder.downsamples.0.downsamples.2.resample.1.weight",
+        "decoder.upsamples.1.upsamples.3.time_conv.weight",
+        "decoder.upsamples.3.upsamples.2.residual.6.bias",
+        "decoder.middle.0.residual.3.gamma",
+        "decoder.head.2.weight",
+    } <= state.keys()
+    torch.save(state, tmp_path / original.VAE22)
+    assert model_folder(load_preset("wan2.2-5b"), str(tmp_path)) == tmp_path
+    loaded = load_vae(tmp_path)
+    for name, value in vae.state_dict().items():
+        assert torch.equal(loaded.state_dict()[name], value), name
+    z = torch.randn(1, 48, 2, 2, 2)
+    with torch.no_grad():
+        torch.testing.assert_close(loaded.decode(z).sample, vae.decode(z).sample)
+    assert len(loaded.config.latents_mean) == len(loaded.config.latents_std) == 48
+    for name, value in layout.items():
+        assert loaded.config[name] == value, name
+    del state["encoder.middle.1.proj.bias"]
+    torch.save(state, tmp_path / original.VAE22)
+    with pytest.raises(InputError, match=r"encoder\.mid_block\.attentions\.0\.proj\.bias"):
+        load_vae(tmp_path)
