@@ -5,6 +5,7 @@ components of one object colour that are large enough and do not fill the frame.
 the component best, a ground the pattern that how dark the rest is goes with best.
 """
 
+import itertools
 import math
 from collections import Counter
 from dataclasses import dataclass
@@ -23,6 +24,8 @@ TEMPLATE = 64
 ALIKE = 0.8  # the part of component and outline together that both cover; a square's and its ball's is pi / 4
 OUTLINE_POINTS = 200
 PHASES = np.arange(10) / 10  # tried of each of a ground's two
+# how much larger than in a whole frame a ground may be: a video shows its proxy's top left part, up to a token less
+ZOOMS = (1.0, 1.1, 1.2)
 
 
 @dataclass(frozen=True)
@@ -250,11 +253,11 @@ def _ground_pattern(frames: list[np.ndarray], colour: str) -> str:
 
 @cache
 def _patterns(height: int, width: int) -> tuple[list[str], np.ndarray]:
-    """Every ground at every phase in a frame: names, and darkness (patterns, height * width)."""
-    pixel = 1 / height
-    x, y = ((torch.arange(size) + 0.5) * pixel for size in (width, height))
+    """Every ground at every phase and zoom in a frame: names, and darkness (patterns, height * width)."""
     names, patterns = [], []
-    for ground in world.GROUNDS:
+    for ground, zoom in itertools.product(world.GROUNDS, ZOOMS):
+        pixel = 1 / height / zoom
+        x, y = ((torch.arange(size) + 0.5) * pixel for size in (width, height))
         for a in PHASES if ground != "gradient" else PHASES[:1]:
             for b in PHASES if ground in ("checkerboard", "hills") else PHASES[:1]:
                 names.append(ground)

@@ -53,6 +53,17 @@ def test_shapes_that_are_not_what_was_asked_for_fail(scenes):
     assert np.mean(blobs) < 0.2
 
 
+@pytest.mark.parametrize("shown", [0.95, 0.85])
+def test_a_ground_is_known_by_a_part_of_it(scenes, shown):
+    """The top left of a frame, as videos show it of their proxies, in which patterns are larger."""
+    found = []
+    for scene in scenes:
+        pixels = world.render(scene, torch.tensor([0.0, 2.0]), 160, 256, (0.0, 0.0, shown))
+        frames = [((f + 1) * 127.5).round().byte().permute(1, 2, 0).numpy() for f in pixels.unbind(1)]
+        found.append(detect(frames, 2.0).ground == scene.ground)
+    assert np.mean(found) >= 0.97
+
+
 def test_a_ground_turned_by_a_quarter_is_another(scenes):
     turned = []
     for scene in scenes[:20]:
