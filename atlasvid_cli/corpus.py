@@ -130,7 +130,7 @@ def figures(session: Session, stage: str) -> dict[str, Any]:
         "fps": [preset.fps, preset.proxy.time_ratio],
         "geometry": [preset.geometry.temporal, preset.geometry.spatial, preset.geometry.patch],
         "size": [proxy_latents(preset), preset.proxy.base_tokens] if stage == "proxy" else detail_size(preset),
-        "ratios": [preset.detail.max_ratio, preset.detail.ratio_steps],
+        "ratio": preset.detail.max_ratio,
     }
 
 
@@ -184,7 +184,7 @@ def encode_for_proxy(vae: AutoencoderKLWan, preset: Preset, clip: Clip) -> Encod
     _check_length(clip, pieces, geometry.temporal / fps)
     # the grid of a video of this aspect, as a plan would choose it
     target = shapes.video_grid(max(1, round(2160 * clip.width / clip.height)), 2160, 1, geometry)
-    grid = shapes.base_grid(target, preset.proxy.base_tokens, preset.detail.max_ratio, 1, preset.detail.ratio_steps)
+    grid = shapes.base_grid(target, preset.proxy.base_tokens, preset.detail.max_ratio, 1)
     size = grid.w * geometry.token_pixels, grid.h * geometry.token_pixels
     frames = read_clip(clip, fps, sum(pieces), size)
     return [({"latents": encode_stream(vae, islice(frames, length))}, {}) for length in pieces]

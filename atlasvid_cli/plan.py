@@ -254,7 +254,7 @@ def make_plan(
                 f"latents at {proxy_fps} fps cannot guide a video at {fps} fps; use --fps {proxy_fps * time_ratio}"
             )
         time_ratio = int(fps / proxy_fps)
-    base = shapes.base_grid(target, preset.proxy.base_tokens, detail.max_ratio, time_ratio, detail.ratio_steps)
+    base = shapes.base_grid(target, preset.proxy.base_tokens, detail.max_ratio, time_ratio)
     if proxy is not None:
         if proxy.t < base.t:
             raise UsageError(f"the proxy is shorter than {float(request.seconds):g} s; make a longer one")
@@ -267,7 +267,7 @@ def make_plan(
         experts = preset.experts and dataclasses.replace(preset.experts, guidance_scale=guidance)
         stage_1 = dataclasses.replace(stage_1, guidance_scale=guidance, experts=experts)
     levels = []
-    for i, (grid, ratio) in enumerate(shapes.climb(base, target, detail.max_ratio, detail.ratio_steps)):
+    for i, (grid, ratio) in enumerate(shapes.climb(base, target, detail.max_ratio)):
         stage = level_stage(detail, detail.upper if i else detail.first, grid, ratio, 1 if i else time_ratio)
         levels.append(dataclasses.replace(stage, steps=request.steps) if request.steps and proxy else stage)
     return Plan(request, preset, fps, written, scale, stage_1, tuple(levels), proxy is not None)

@@ -99,15 +99,14 @@ class Level:
 class Detail:
     """Stage 2: windows in tokens (t, h, w), ratios r_s, and the sampling of its levels.
 
-    Ratios are multiples of 1/`ratio_steps` where the grids allow. Without `proxy_attention` (training-free) windows see
-    only themselves, and what they show comes from the level below by way of the noise that they start from. `shifted`,
+    Without `proxy_attention` (training-free) windows see only themselves, and what they show comes from the level below
+    by way of the noise that they start from. `shifted`,
     `scaled_positions` and `clean_proxy` are parts of the method that a preset may leave out: the shifts of the window
     grid, proxy keys at detail coordinates (else at their own), and the proxy stream at timestep 0 (else the detail's).
     """
 
     min_ratio: float
     max_ratio: float
-    ratio_steps: int
     proxy_attention: bool
     windows: tuple[Shape, ...]
     margin: Shape

@@ -7,6 +7,8 @@ import math
 from dataclasses import dataclass
 from fractions import Fraction
 
+RATIO_STEPS = 16  # ratios r_s are multiples of 1/16
+
 
 @dataclass(frozen=True)
 class Grid:
@@ -68,15 +70,23 @@ def proxy_latent(t: int, time_ratio: int) -> int:
     return -(-t // time_ratio)
 
 
-def base_grid(target: Grid, base_tokens: int, max_ratio: float, time_ratio: int, ratio_steps: int = 2) -> Grid:
+def base_grid(target: Grid, base_tokens: int, max_ratio: float, time_ratio: int) -> Grid:
     """The grid of the global proxy of `target`: about `base_tokens` tokens a latent frame, whatever the target's size.
 
-    The target is divided by one ratio, in 1/`ratio_steps`, for as many levels as keep the ratio within `max_ratio`.
+    The target is divided by one ratio, in sixteenths, for as many levels as keep the ratio within `max_ratio`: by the
+    one that hides the least of the proxy, which is rounded up to tokens, and strays the least from `base_tokens`. What
+    is hidden may be what the prompt asked for.
     """
     reach = max(1.0, math.sqrt(target.h * target.w / base_tokens))
     count = max(1, math.ceil(math.log(reach, max_ratio) - 1e-9))
-    ratio = _round_up(reach ** (1 / count), ratio_steps)
-    return proxy_grid(target, ratio**count, time_ratio)
+
+    def misfit(grid: Grid) -> float:
+        climbed = math.prod(float(ratio) for _, ratio in climb(grid, target, max_ratio))
+        shown = target.h * target.w / climbed**2 / (grid.h * grid.w)
+        return (1 - shown) + abs(math.log(grid.h * grid.w / base_tokens))
+
+    ratios = (Fraction(k, RATIO_STEPS) for k in range(RATIO_STEPS, math.floor(max_ratio * RATIO_STEPS) + 1))
+    return min((proxy_grid(target, ratio**count, time_ratio) for ratio in ratios), key=misfit)
 
 
 def shown_size(size: tuple[int, int], ratio: Fraction, proxy: Grid, geometry: Geometry) -> tuple[int, int]:
@@ -87,16 +97,12 @@ def shown_size(size: tuple[int, int], ratio: Fraction, proxy: Grid, geometry: Ge
     return width, height
 
 
-def climb(proxy: Grid, target: Grid, max_ratio: float, ratio_steps: int = 2) -> list[tuple[Grid, Fraction]]:
-    """The detail levels [(grid, ratio to the level below)] from `proxy` to `target`: fewest levels, one ratio.
-
-    The ratio is rounded up to 1/`ratio_steps` where that crops at most a fifteenth of the proxy away, else to 1/16.
-    """
+def climb(proxy: Grid, target: Grid, max_ratio: float) -> list[tuple[Grid, Fraction]]:
+    """The detail levels [(grid, ratio to the level below)] from `proxy` to `target`: fewest levels, one ratio, which is
+    rounded up to sixteenths."""
     reach = max(1.0, target.h / proxy.h, target.w / proxy.w)
     count = max(1, math.ceil(math.log(reach, max_ratio) - 1e-9))
-    ratio = _round_up(reach ** (1 / count), ratio_steps)
-    if reach < float(ratio) ** count * 14 / 15:
-        ratio = _round_up(reach ** (1 / count), 16)
+    ratio = Fraction(math.ceil(reach ** (1 / count) * RATIO_STEPS - 1e-9), RATIO_STEPS)
     while True:
         levels = [(target, ratio)]
         for _ in range(count - 1):
@@ -104,11 +110,7 @@ def climb(proxy: Grid, target: Grid, max_ratio: float, ratio_steps: int = 2) -> 
         lowest = proxy_grid(levels[0][0], ratio, 1)
         if lowest.h <= proxy.h and lowest.w <= proxy.w:
             return levels
-        ratio += Fraction(1, 16)  # rounding up at every level took one token too many
-
-
-def _round_up(value: float, denominator: int) -> Fraction:
-    return Fraction(math.ceil(value * denominator - 1e-9), denominator)
+        ratio += Fraction(1, RATIO_STEPS)  # rounding up at every level took one token too many
 
 
 def supersample(width: int, height: int, token_pixels: int, base_tokens: int, min_ratio: float) -> int:

@@ -63,6 +63,15 @@ def test_render_makes_exactly_what_was_asked(session, request_, console, tmp_pat
     assert found["metadata"]["prompt"] == PROMPT and found["color_space"] == "bt709"
     assert event["video"] == str(tmp_path / "a.mp4")
     assert (tmp_path / "run" / "proxy.mp4").exists() and (tmp_path / "run" / "proxy.sheet.png").exists()
+
+
+def test_the_preview_shows_of_the_proxy_what_the_video_will(session, request_, console, tmp_path):
+    plan = make_plan(replace(request_, width=320, height=180))
+    shown, whole = plan.proxy_size, plan.proxy.grid.w * plan.preset.geometry.token_pixels
+    assert shown[0] < whole or shown[1] < plan.proxy.grid.h * plan.preset.geometry.token_pixels
+    pipeline.make_proxy(session, plan, PROMPT, "", tmp_path / "run", console)
+    preview = probe(tmp_path / "run" / "proxy.mp4")
+    assert (preview["width"], preview["height"]) == shown
     assert (tmp_path / "a.sheet.png").exists() and (tmp_path / "run" / "run.json").exists()
     assert not list((tmp_path / "run").glob("*.state.*"))
 

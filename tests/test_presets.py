@@ -45,7 +45,7 @@ def test_an_interval_of_guidance_may_begin_at_zero(changed):
         ("fps = 16", "", "lacks the key 'fps'"),
         ("fps = 16", 'fps = "16"', "fps must be of type int"),
         ("fps = 16", "fps = 0", "fps must be above 0"),
-        ("ratio_steps = 2 ", "ratio_steps = true #", "must be of type int"),
+        ("chunk = 16 ", "chunk = true #", "must be of type int"),
         ('streams = "both"', 'streams = "all"', "choose one of both, proxy"),
         ("margin = [0, 1, 1]", "margin = [0, 1]", "list of 3 values"),
         ("margin = [0, 1, 1]", "margin = [0, 1, -1]", "margin must be 0 or above 0"),

@@ -13,7 +13,7 @@ from atlasvid_cli.shapes import Grid
 
 STAGE = Stage(Grid(9, 10, 12), Fraction(3), 4, 3, 1.0, 1.0, 3.0)
 LEVEL = Level(3, 1.0, 1.0)
-DETAIL = Detail(2.0, 4, 2, True, ((3, 4, 4), (5, 3, 3)), (0, 1, 1), (13, 9, 9), False, "both", 8, 3.0, LEVEL, LEVEL)
+DETAIL = Detail(2.0, 4, True, ((3, 4, 4), (5, 3, 3)), (0, 1, 1), (13, 9, 9), False, "both", 8, 3.0, LEVEL, LEVEL)
 
 
 @pytest.fixture

@@ -25,7 +25,7 @@ CONFIG = {
     "num_layers": 2,
 }
 LEVELS = Level(3, 0.75, 1.0), Level(3, 0.5, 1.0)
-DETAIL = Detail(2.0, 4, 2, True, ((3, 2, 2),), (0, 1, 1), (13, 9, 9), False, "both", 8, 3.0, *LEVELS)
+DETAIL = Detail(2.0, 4, True, ((3, 2, 2),), (0, 1, 1), (13, 9, 9), False, "both", 8, 3.0, *LEVELS)
 
 
 def model():
