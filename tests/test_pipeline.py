@@ -64,6 +64,7 @@ def test_render_makes_exactly_what_was_asked(session, request_, console, tmp_pat
     assert event["video"] == str(tmp_path / "a.mp4")
     assert (tmp_path / "run" / "proxy.mp4").exists() and (tmp_path / "run" / "proxy.sheet.png").exists()
     assert (tmp_path / "a.sheet.png").exists() and (tmp_path / "run" / "run.json").exists()
+    assert not list((tmp_path / "run").glob("*.state.*"))
 
 
 def test_the_preview_shows_of_the_proxy_what_the_video_will(session, request_, console, tmp_path):
@@ -73,7 +74,6 @@ def test_the_preview_shows_of_the_proxy_what_the_video_will(session, request_, c
     pipeline.make_proxy(session, plan, PROMPT, "", tmp_path / "run", console)
     preview = probe(tmp_path / "run" / "proxy.mp4")
     assert (preview["width"], preview["height"]) == shown
-    assert not list((tmp_path / "run").glob("*.state.*"))
 
 
 @pytest.mark.parametrize(("width", "height"), [(64, 64), (333, 177), (96, 320)])
