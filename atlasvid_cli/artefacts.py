@@ -38,11 +38,11 @@ def run_hash(session: Session, plan: Plan, prompt: str, negative_prompt: str) ->
 
 def proxy_metadata(session: Session, plan: Plan, prompt: str, negative_prompt: str) -> dict[str, str]:
     """What the proxy of a plan will say of itself, sampled or encoded from the request's clip. Its size is that of what
-    the video shows of it."""
+    the video shows of it, in even numbers, so that the preview plays everywhere."""
     clip = plan.request.clip
     vae = session.vae_hash if clip else ""
     metadata = stage_metadata(session, plan, plan.proxy, "proxy", prompt, negative_prompt, vae)
-    width, height = plan.proxy_size
+    width, height = (side - side % 2 or side for side in plan.proxy_size)
     metadata |= {"width": str(width), "height": str(height)}
     return metadata | ({"clip": clip.path.name} if clip else {})
 

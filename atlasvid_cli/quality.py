@@ -79,10 +79,11 @@ def true_frames(plan: Plan, attributes: Attributes) -> Iterator[np.ndarray]:
 
 
 def coherence(plan: Plan, frames: list[np.ndarray], proxy: list[np.ndarray]) -> float:
-    """PSNR in dB between (H, W, 3) uint8 `frames`, made as small as their proxy, and the proxy's at those times."""
+    """PSNR in dB between (H, W, 3) uint8 `frames`, made as small as their proxy, and its preview's at those times."""
     width, height = plan.proxy_size
     shown = [F.adaptive_avg_pool2d(_pixels(f), (height, width)) for f in frames]
-    return float(np.mean([_psnr(a, _pixels(b[:height, :width])) for a, b in zip(shown, proxy, strict=True)]))
+    seen = [_pixels(p) for p in proxy]  # without the last row or column where that is an odd one
+    return float(np.mean([_psnr(a[:, : b.shape[1], : b.shape[2]], b) for a, b in zip(shown, seen, strict=True)]))
 
 
 def _pixels(frame: np.ndarray) -> torch.Tensor:
