@@ -39,11 +39,12 @@ def test_coherence_is_the_likeness_to_the_proxy():
     plan = make_plan(Request("tiny", 480, 270, Fraction(4)))
     width, height = plan.proxy_size
     rng = np.random.default_rng(0)
-    proxy = rng.integers(40, 200, (height + 5, width, 3), np.uint8)
+    proxy = rng.integers(40, 200, (height, width, 3), np.uint8)
     shown = np.zeros((270, 480, 3), np.uint8)
     rows, columns = (np.arange(a) * b // a for a, b in ((270, height), (480, width)))
     shown[:] = proxy[rows][:, columns]
     close = quality.coherence(plan, [shown], [proxy])
+    assert quality.coherence(plan, [shown], [proxy[:-1, :-1]]) == pytest.approx(close, abs=0.1)  # an even preview
     assert close > quality.coherence(plan, [np.roll(shown, 40, 1)], [proxy]) + 3
 
 
