@@ -37,13 +37,10 @@ def run_hash(session: Session, plan: Plan, prompt: str, negative_prompt: str) ->
 
 
 def proxy_metadata(session: Session, plan: Plan, prompt: str, negative_prompt: str) -> dict[str, str]:
-    """What the proxy of a plan will say of itself, sampled or encoded from the request's clip. Its size is that of what
-    the video shows of it, in even numbers, so that the preview plays everywhere."""
+    """What the proxy of a plan will say of itself, sampled or encoded from the request's clip."""
     clip = plan.request.clip
     vae = session.vae_hash if clip else ""
     metadata = stage_metadata(session, plan, plan.proxy, "proxy", prompt, negative_prompt, vae)
-    width, height = (side - side % 2 or side for side in plan.proxy_size)
-    metadata |= {"width": str(width), "height": str(height)}
     return metadata | ({"clip": clip.path.name} if clip else {})
 
 
@@ -105,12 +102,16 @@ def request_defaults(path: Path) -> dict[str, Any]:
 def stage_metadata(
     session: Session, plan: Plan, stage: Stage, kind: str, prompt: str, negative: str, below: str = ""
 ) -> dict[str, str]:
-    """Metadata of a stage's latents. `key` is the hash of all that decides them; size and fps are the latents' own."""
+    """Metadata of a stage's latents. `key` is the hash of all that decides them; size and fps are the latents' own, a
+    proxy's size that of what the video shows of it, in even numbers, so that its preview plays everywhere."""
     model = session.hash(kind)
     fields = {**plan.key(stage), "prompt": prompt, "negative": negative, "model": model, "below": below}
     fields |= session.arithmetic
     geometry, grid, last = session.preset.geometry, stage.grid, stage is plan.levels[-1]
     pixels = geometry.token_pixels
+    width, height = plan.request.width if last else grid.w * pixels, plan.request.height if last else grid.h * pixels
+    if kind == "proxy":
+        width, height = (side - side % 2 or side for side in plan.proxy_size)
     return {
         "format": FORMAT,
         "kind": kind,
@@ -126,8 +127,8 @@ def stage_metadata(
         "target_fps": str(plan.fps),
         "fps": str(plan.proxy_fps if kind == "proxy" else Fraction(plan.fps)),
         "frames": str(plan.frames if last else (grid.t - 1) * geometry.temporal + 1),
-        "width": str(plan.request.width if last else grid.w * pixels),
-        "height": str(plan.request.height if last else grid.h * pixels),
+        "width": str(width),
+        "height": str(height),
         "scale": str(plan.scale if last else 1),
         "below": below,
         "key": store.artefact_hash(fields),

@@ -95,14 +95,14 @@ def run(request: Request, steps: int | None, repeats: int, seconds: float, conso
     return found | {"repeats": repeats, "budget_seconds": seconds}
 
 
-def native_seconds(request: Request, seconds: float, video: Path) -> float:
+def native_render_seconds(request: Request, seconds: float, video: Path) -> float:
     """What diffusers' WanPipeline would take from text to file, projected where more than `seconds` would be needed.
 
     `video` is one of this size, whose frames are encoded.
     """
     plan = make_plan(request)
     with tempfile.TemporaryDirectory(prefix="atlasvid-bench-") as name:
-        bench = _load(plan, True, Path(name), seconds, 1)
+        bench = _load(plan, compute_device().kind == "cpu", Path(name), seconds, 1)
         stages, _ = native_arm(bench, plan, plan.proxy.steps, first_frames(video, plan))
     return sum(timing.seconds for timing in stages.values())
 

@@ -172,6 +172,7 @@ def decode_memory(preset: Preset, latents: tuple[int, int, int], width: int, hei
     t, h, w = latents
     size = decode_dtype(preset.decode_dtype).itemsize
     decoder = int(KEPT[size] * decode_bytes(dataclasses.asdict(preset.vae), h, w, vae_tile(preset, h, w), size))
+    decoder += preset.vae_parameters * size
     # and the encoder keeps about 35 frames of 4:2:0
     host = t * h * w * preset.transformer.channels * 4 + int(35 * 1.5 * width * height)
     on_gpu = compute_device().kind == "cuda"

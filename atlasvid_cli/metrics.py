@@ -24,7 +24,7 @@ TEMPLATE = 64
 ALIKE = 0.8  # the part of component and outline together that both cover; a square's and its ball's is pi / 4
 OUTLINE_POINTS = 200
 PHASES = np.arange(10) / 10  # tried of each of a ground's two
-# how much larger than in a whole frame a ground may be: a video shows its proxy's top left part, up to a token less
+# how much larger than in a whole frame a ground may be: a video shows its proxy's top left part, less up to a token
 ZOOMS = (1.0, 1.1, 1.2)
 
 

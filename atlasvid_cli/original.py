@@ -93,7 +93,7 @@ def config(folder: Path, part: str) -> dict[str, Any]:
             "num_res_blocks": 2,
             "temperal_downsample": [False, True, True],
         }
-        if _vae(folder).name == VAE:
+        if not _is_22(folder):
             return sizes
         return sizes | {
             "decoder_base_dim": len(weights["decoder.conv1.weight"]) // sizes["dim_mult"][-1],
@@ -124,8 +124,8 @@ def config(folder: Path, part: str) -> dict[str, Any]:
 def load(kind: Any, folder: Path, part: str, dtype: torch.dtype) -> tuple[Any, dict[str, list[str]]]:
     """A diffusers model of `kind` with a part's weights, and which keys are missing, unexpected and mismatched."""
     if part == "vae":
-        weights, newer = _pickled(_vae(folder)), _vae(folder).name == VAE22
-        state = _renamed(weights, VAE22_NAMES) if newer else convert_wan_vae_to_diffusers(weights)
+        weights = _pickled(_vae(folder))
+        state = _renamed(weights, VAE22_NAMES) if _is_22(folder) else convert_wan_vae_to_diffusers(weights)
     else:
         state = {k: v for file in files(folder, part) for k, v in load_file(file).items()}
         state = convert_wan_transformer_to_diffusers(state)
@@ -176,9 +176,12 @@ def _renamed(weights: dict[str, torch.Tensor], names: tuple[tuple[str, str], ...
     return state
 
 
+def _is_22(folder: Path) -> bool:
+    return (folder / VAE22).is_file()
+
+
 def _vae(folder: Path) -> Path:
-    newer = folder / VAE22
-    return newer if newer.is_file() else folder / VAE
+    return folder / (VAE22 if _is_22(folder) else VAE)
 
 
 def _home(folder: Path, part: str) -> Path:

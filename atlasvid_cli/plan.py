@@ -140,7 +140,9 @@ class Plan:
             shown = {"grid": _plain(stage.grid), "size": list(self.proxy_size), "fps": str(self.proxy_fps)}
             return {"preset": self.preset.name, "seed": self.request.seed, "clip": clip.sha256, **shown}
         fields = {"preset": self.preset.name, "seed": self.request.seed, "stage": _plain(stage)}
-        if stage is not self.proxy:
+        if stage is self.proxy:
+            fields |= {"shown": list(self.proxy_size)}  # by its preview
+        else:
             detail = self.preset.detail
             fields |= {n: _plain(getattr(detail, n)) for n in METHOD}
         if stage is self.levels[-1]:

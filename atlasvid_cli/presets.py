@@ -100,9 +100,9 @@ class Detail:
     """Stage 2: windows in tokens (t, h, w), ratios r_s, and the sampling of its levels.
 
     Without `proxy_attention` (training-free) windows see only themselves, and what they show comes from the level below
-    by way of the noise that they start from. `shifted`,
-    `scaled_positions` and `clean_proxy` are parts of the method that a preset may leave out: the shifts of the window
-    grid, proxy keys at detail coordinates (else at their own), and the proxy stream at timestep 0 (else the detail's).
+    by way of the noise that they start from. `shifted`, `scaled_positions` and `clean_proxy` are parts of the method
+    that a preset may leave out: the shifts of the window grid, proxy keys at detail coordinates (else at their own),
+    and the proxy stream at timestep 0 (else the detail's).
     """
 
     min_ratio: float
@@ -140,7 +140,8 @@ class Training:
 class Preset:
     """Everything a preset file says. `model` is a folder beside the file, or a hub id with its pinned `revision`.
 
-    `decode_dtype` is what the VAE bears: where the device does not multiply it, and by default, it decodes in float32.
+    `vae_parameters` are of encoder and decoder. `decode_dtype` is what the VAE bears: where the device does not multiply
+    it, and by default, it decodes in float32.
     """
 
     name: str
@@ -149,6 +150,7 @@ class Preset:
     model: str
     fps: int
     decode_gib: float
+    vae_parameters: int
     negative_prompt: str
     geometry: Geometry
     transformer: Transformer

@@ -92,17 +92,14 @@ def make(session: Session, job: Job, console: Console) -> Path:
         embed = embedder(
             session, [preset.negative_prompt, *(s["caption"] for s in (*trained, *held_out))], job.work, console
         )
-    if job.stage == "detail":
-        samples = [*trained, *held_out]
-        with console.stage("worn proxies", 2 * len(samples)) as advance:
-            for time_ratio, adapter in ((1, None), (preset.proxy.time_ratio, preset.proxy.lora)):
-                model = load_transformer(session.folder, adapter, "proxy", session.dtype).to(session.device)
-                add_worn(model, samples, embed, time_ratio, lambda latents: preset.proxy.flow_shift, advance)
     ratios: Sequence[object] = [s["ratio"] for s in trained] if job.stage == "detail" else ()
     metadata = train.adapter_metadata(
         job.stage, base, preset.proxy.time_ratio, ratios, preset.detail.windows, preset.detail.streams
     )
     folder = store.run_directory(job.work, f"{job.stage}-{key}")
+    if job.stage == "detail":
+        with processes.main_process_first():
+            _wear(session, [*trained, *held_out], embed, folder, console)
     model = _trainable(session)
     bare = _trainable(session) if job.stage == "detail" and preset.detail.streams == "proxy" else model
     torch.manual_seed(job.seed)
@@ -153,6 +150,21 @@ def make(session: Session, job: Job, console: Console) -> Path:
             train.save_adapter(model, job.output, metadata | {"run": key})
     processes.wait_for_everyone()
     return job.output
+
+
+def _wear(session: Session, samples: list[dict], embed: train.Embed, folder: Path, console: Console) -> None:
+    """Gives the samples their worn proxies, made once and kept in the training's `folder`."""
+    proxy = session.preset.proxy
+    with console.stage("worn proxies", len({1, proxy.time_ratio}) * len(samples)) as advance:
+        for time_ratio, adapter in {1: None, proxy.time_ratio: proxy.lora}.items():
+            path, name = folder / f"worn-{time_ratio}.safetensors", f"worn_{time_ratio}"
+            if not path.exists():
+                model = load_transformer(session.folder, adapter, "proxy", session.dtype).to(session.device)
+                add_worn(model, samples, embed, time_ratio, lambda latents: proxy.flow_shift, advance)
+                del model  # before the next one, or the one to train, is loaded
+                tensor_file.save_tensors(path, {str(i): sample[name] for i, sample in enumerate(samples)}, {})
+            for i, tensor in tensor_file.open_tensors(path)[0].items():
+                samples[int(i)][name] = tensor
 
 
 def _trainable(session: Session) -> WanTransformer3DModel:

@@ -190,7 +190,7 @@ def make(work: Path, out: Path) -> None:
         model = load_transformer(out)
         torch.manual_seed(2)
         model.add_adapter(train.lora_config(LORA_RANK))
-        run = work / f"detail-{base}"
+        run = work / f"detail-{model_hash(out, 'vae', 'transformer', 'proxy_lora.safetensors')}"
         detail = load_preset("tiny").detail
         train.train_detail(model, model, run, data, embed, DETAIL_STEPS, 3e-3, detail, accumulate=4)
         fits = model_hash(out, "transformer")

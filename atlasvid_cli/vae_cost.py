@@ -40,8 +40,8 @@ def decode_bytes(config: Mapping[str, Any], h: int, w: int, tile: int | None = N
 
     `width`: bytes a value of the VAE's dtype; frames come out in fp32.
 
-    Counts tensors as the walk above holds them: two cached frames a convolution, what each level keeps while deeper
-    ones run, and the largest working set on top of it.
+    Counts tensors as the walk in `decode` holds them: two cached frames a convolution, what each level keeps while
+    deeper ones run, and the largest working set on top of it.
     """
     if tile is not None and tile < max(h, w):
         reach = receptive_radius(config) + BLEND // 2

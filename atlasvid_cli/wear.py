@@ -1,7 +1,8 @@
 """Proxies with the mistakes of stage 1, for stage 2 to learn to mend: one trained on true proxies alone keeps them all.
 
-A true proxy is noised and denoised again by stage 1's own model (SDEdit, arXiv 2108.01073), so that what it cannot draw
-comes out as it draws it, in the place where it was.
+A true proxy is noised and denoised again by stage 1's own model, without guidance (SDEdit, arXiv 2108.01073): what it
+cannot draw comes out as it draws it, in the place where it was. The levels above the first have a level's result
+for a proxy; the base, at the video's frame rate, stands in for what that gets wrong.
 """
 
 import random
@@ -16,8 +17,11 @@ from .schedule import shift_sigma, sigmas
 from .train import PATCH, TEXT_LENGTH, Embed, by_shape, grid_of
 
 STEPS = 4
-PLAIN = (0.25, 0.55)  # noised to one in between, before the shift: below, little changes; above, objects go elsewhere
-TOGETHER = 2000  # tokens of a batch, about
+UNSHIFTED = (
+    0.25,
+    0.55,
+)  # noised to a sigma in between, before the shift: below, little changes; above, objects go elsewhere
+BATCH_TOKENS = 2000
 
 
 @torch.no_grad()
@@ -60,7 +64,7 @@ def add_worn(
     views = [s | {"latents": s[source], "sample": s} for s in data]
     for group in by_shape(views):
         c, t, h, w = group[0]["latents"].shape
-        together = max(1, TOGETHER * PATCH**2 // (t * h * w))
+        together = max(1, BATCH_TOKENS * PATCH**2 // (t * h * w))
         for first in range(0, len(group), together):
             batch: Sequence[dict] = group[first : first + together]
             rng = random.Random(f"worn/{time_ratio}/{c, t, h, w}/{first}")
@@ -68,7 +72,7 @@ def add_worn(
             latents = torch.stack([s["latents"].float() for s in batch])
             prompts = [embed(s["caption"]) for s in batch]
             shift = shift_of(t)
-            strengths = [shift_sigma(rng.uniform(*PLAIN), shift) for _ in batch]
+            strengths = [shift_sigma(rng.uniform(*UNSHIFTED), shift) for _ in batch]
             worn = wear(model, latents, prompts, time_ratio, shift, strengths, generator)
             for view, each in zip(batch, worn, strict=True):
                 view["sample"][f"worn_{time_ratio}"] = each.half()

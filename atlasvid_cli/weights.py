@@ -43,8 +43,8 @@ def model_folder(preset: Preset, model_path: str | None) -> Path:
     if folder.is_dir():
         if not (folder / "model_index.json").is_file() and not original.is_original(folder):
             raise InputError(
-                f"{folder} is no model folder (it has neither model_index.json nor {original.VAE}); give another"
-                " --model-path"
+                f"{folder} is no model folder (it has no model_index.json, {original.VAE} or {original.VAE22}); give"
+                " another --model-path"
             )
         return folder
     if not re.fullmatch(r"[\w.-]+/[\w.-]+(@[\w.-]+)?", named):

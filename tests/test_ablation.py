@@ -61,7 +61,11 @@ def test_what_was_made_is_kept_also_with_more_seeds(found, request_of, monkeypat
 def test_native_beyond_the_budget_is_projected(found, request_of, monkeypatch):
     folder, table = found
     monkeypatch.setattr(ablation, "WanPipeline", lambda *a: pytest.fail("native made a video"))
+    assert ablation.run(request_of, 1, 2, 1e-9, folder, QUIET) == table  # what is made is kept
+    made = folder / "native-full-attention" / "0.mp4"
+    made.rename(made.with_suffix(".kept"))
     *others, native = ablation.run(request_of, 1, 2, 1e-9, folder, QUIET)["arms"]
+    made.with_suffix(".kept").rename(made)
     assert others == table["arms"][:-1] and native["arm"] == "native full attention (projected)"
     assert native.keys() == others[0].keys() and native["seconds"] > 0
     assert all(value is None for name, value in native.items() if name not in ("arm", "seconds"))

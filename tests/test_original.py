@@ -281,7 +281,9 @@ def test_the_vae_of_wan22_5b_arrives(tmp_path):
     z = torch.randn(1, 48, 2, 2, 2)
     with torch.no_grad():
         torch.testing.assert_close(loaded.decode(z).sample, vae.decode(z).sample)
-    assert len(loaded.config.latents_mean) == len(loaded.config.latents_std) == 48
+    mean, std = loaded.config.latents_mean, loaded.config.latents_std
+    assert len(mean) == len(std) == 48 and (mean[0], mean[-1], std[0], std[-1]) == (-0.2289, -0.0667, 0.4765, 0.7744)
+    assert min(std) > 0.3 > max(map(abs, mean)) - 0.3
     for name, value in layout.items():
         assert loaded.config[name] == value, name
     del state["encoder.middle.1.proj.bias"]

@@ -20,6 +20,13 @@ def test_a_changed_preset_takes_the_place_of_the_named_one():
     assert plan.key(plan.levels[0]) != make_plan(REQUEST).key(make_plan(REQUEST).levels[0])
 
 
+def test_a_proxy_is_known_by_what_its_preview_shows():
+    wider = make_plan(dataclasses.replace(REQUEST, width=1280, height=720))
+    plan = make_plan(REQUEST)
+    assert wider.proxy == plan.proxy and wider.proxy_size != plan.proxy_size
+    assert wider.key(wider.proxy) != plan.key(plan.proxy)
+
+
 def test_forwards_are_counted_by_where_guidance_acts():
     level = dataclasses.replace(load_preset("tiny").detail.first, guidance_scale=3.0)
     always, never = (

@@ -1,9 +1,13 @@
 """Preset files are read strictly, and say what blocks cycle through."""
 
+from dataclasses import asdict
+
 import pytest
+import torch
+from diffusers import AutoencoderKLWan
 
 from atlasvid_cli.errors import UsageError
-from atlasvid_cli.presets import load_preset, presets_folder, window_cycle
+from atlasvid_cli.presets import load_preset, preset_names, presets_folder, window_cycle
 
 
 @pytest.fixture
@@ -62,3 +66,15 @@ def test_what_a_preset_gets_wrong_is_said(changed, line, other, said):
 def test_a_missing_preset_is_said_with_those_there_are():
     with pytest.raises(UsageError, match="tiny"):
         load_preset("huge")
+
+
+@pytest.mark.parametrize("name", preset_names())
+def test_a_vae_has_as_many_parameters_as_its_preset_says(name):
+    preset = load_preset(name)
+    config = {k: list(v) if isinstance(v, tuple) else v for k, v in asdict(preset.vae).items()}
+    spread = [1.0] * preset.vae.z_dim
+    with torch.device("meta"):
+        vae = AutoencoderKLWan.from_config(
+            config | {"in_channels": preset.vae.out_channels, "latents_mean": spread, "latents_std": spread}
+        )
+    assert sum(p.numel() for p in vae.parameters()) == preset.vae_parameters
