@@ -140,8 +140,8 @@ class Training:
 class Preset:
     """Everything a preset file says. `model` is a folder beside the file, or a hub id with its pinned `revision`.
 
-    `vae_parameters` are of encoder and decoder. `decode_dtype` is what the VAE bears: where the device does not multiply
-    it, and by default, it decodes in float32.
+    `vae_parameters` are of encoder and decoder. `decode_dtype` is what the VAE bears: where the device does not
+    multiply it, and by default, it decodes in float32.
     """
 
     name: str
