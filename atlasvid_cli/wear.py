@@ -17,10 +17,8 @@ from .schedule import shift_sigma, sigmas
 from .train import PATCH, TEXT_LENGTH, Embed, by_shape, grid_of
 
 STEPS = 4
-UNSHIFTED = (
-    0.25,
-    0.55,
-)  # noised to a sigma in between, before the shift: below, little changes; above, objects go elsewhere
+# noised to a sigma in between, before the shift: below, little changes; above, objects go elsewhere
+UNSHIFTED = (0.25, 0.55)
 BATCH_TOKENS = 2000
 
 
