@@ -25,9 +25,9 @@ KEPT = {4: 1.35, 2: 1.9}
 
 def memory(plan: Plan, stage: Stage, offload: Offload) -> Memory:
     """What a stage needs beside the program."""
-    fp8 = plan.request.weight_dtype == "fp8"
+    narrow = plan.request.weight_dtype != "auto"
     if stage is plan.proxy:
-        return proxy_memory(plan.preset, stage.grid.tokens, offload, compute_device(), fp8)
+        return proxy_memory(plan.preset, stage.grid.tokens, offload, compute_device(), narrow)
     return detail_memory(
         plan.preset,
         stage.grid,
@@ -37,7 +37,7 @@ def memory(plan: Plan, stage: Stage, offload: Offload) -> Memory:
         3 + stage.passes + (3 if plan.is_region else 0),  # of a region also its noise and what surrounds it
         offload,
         compute_device(),
-        fp8,
+        narrow,
     )
 
 

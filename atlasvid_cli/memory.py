@@ -15,6 +15,8 @@ from .shapes import Grid
 # in host memory; host: hidden state and the proxy's keys and values there too.
 Offload = Literal["none", "block", "host"]
 OFFLOADS: tuple[Offload, ...] = ("none", "block", "host")
+# How the blocks' linear layers are kept; auto: as they compute.
+WeightDtype = Literal["auto", "int8", "fp8"]
 
 
 @dataclass(frozen=True)
@@ -37,11 +39,12 @@ def fits_gpu(weights: int, free: int) -> bool:
     return weights * 1.2 < free
 
 
-def proxy_memory(preset: Preset, tokens: int, offload: Offload, device: Device, fp8: bool = False) -> Memory:
-    """Stage 1: under full attention every token is in the block at once, so its states are never offloaded."""
+def proxy_memory(preset: Preset, tokens: int, offload: Offload, device: Device, narrow: bool = False) -> Memory:
+    """Stage 1: under full attention every token is in the block at once, so its states are never offloaded.
+    `narrow`: the blocks' weights are kept in eight bits."""
     latents = 8 * tokens * _patch_values(preset) * 4  # the sample and a multistep scheduler's history
     working = tokens * _block_bytes(preset, device)
-    return _placed(preset, device, offload, fp8, states=0, working=working, latents=latents)
+    return _placed(preset, device, offload, narrow, states=0, working=working, latents=latents)
 
 
 def detail_memory(
@@ -53,7 +56,7 @@ def detail_memory(
     latent_copies: int,
     offload: Offload,
     device: Device,
-    fp8: bool = False,
+    narrow: bool = False,
 ) -> Memory:
     """A detail level of `grid`, `chunk` windows at a time, above `proxy_tokens` tokens."""
     size, detail = preset.transformer, preset.detail
@@ -64,7 +67,7 @@ def detail_memory(
         preset,
         device,
         offload,
-        fp8,
+        narrow,
         states=grid.tokens * a_token + kept,
         working=chunk * window * _block_bytes(preset, device),
         latents=latent_copies * grid.tokens * _patch_values(preset) * 4,
@@ -72,11 +75,11 @@ def detail_memory(
 
 
 def _placed(
-    preset: Preset, device: Device, offload: Offload, fp8: bool, states: int, working: int, latents: int
+    preset: Preset, device: Device, offload: Offload, narrow: bool, states: int, working: int, latents: int
 ) -> Memory:
     size, width = preset.transformer, device.bytes_per_value
-    block = (8 * size.dim**2 + 2 * size.dim * size.ffn) * (1 if fp8 else width)
-    working += size.dim * size.ffn * width if fp8 else 0  # the layer that computes, in the dtype that it computes in
+    block = (8 * size.dim**2 + 2 * size.dim * size.ffn) * (1 if narrow else width)
+    working += size.dim * size.ffn * width if narrow else 0  # the layer that computes, in the dtype that it computes in
     rest = size.dim * (8 * size.dim + size.text_dim + 2 * _patch_values(preset)) * width
     blocks = size.layers * block
     if device.kind == "cpu":

@@ -1,22 +1,47 @@
-"""Where weights and states live, and blocks brought to the compute device one at a time (DESIGN §4).
+"""How weights are kept, where they live, and blocks brought to the compute device one at a time (DESIGN §4).
 
 A block is a map over all windows, so its weights are loaded once a forward however many chunks run through it.
 """
 
+import logging
 from collections.abc import Iterator
 from contextlib import nullcontext
+from importlib.util import find_spec
 from typing import Any
 
 import torch
 from diffusers import WanTransformer3DModel
 from torch import nn
 
-from .memory import Offload
+from .errors import UsageError
+from .memory import Offload, WeightDtype
+
+logging.getLogger("torchao").setLevel(logging.ERROR)  # it warns of kernels for GPUs that are not there
 
 
 def compute_device(model: WanTransformer3DModel) -> torch.device:
     """Where the model computes: its embeddings are never offloaded."""
     return model.patch_embedding.weight.device
+
+
+def check_weight_dtype(kept: WeightDtype) -> None:
+    """Raises UsageError where weights cannot be kept so here."""
+    if kept == "int8" and not find_spec("torchao"):
+        raise UsageError("--weight-dtype int8 needs torchao: pip install 'atlasvid[int8]', or take fp8")
+
+
+def narrow(model: WanTransformer3DModel, kept: WeightDtype) -> WanTransformer3DModel:
+    """Keeps the blocks' linear layers in eight bits a weight; each is widened as it computes.
+
+    int8 has a scale a row (torchao), fp8 (e4m3) none (diffusers' layerwise casting).
+    """
+    if kept == "int8":
+        from torchao.quantization import Int8WeightOnlyConfig, quantize_
+
+        quantize_(model.blocks, Int8WeightOnlyConfig())
+    elif kept == "fp8":
+        model.enable_layerwise_casting(torch.float8_e4m3fn, model.dtype)
+    return model
 
 
 def place(model: WanTransformer3DModel, device: torch.device, offload: Offload) -> WanTransformer3DModel:
@@ -27,10 +52,10 @@ def place(model: WanTransformer3DModel, device: torch.device, offload: Offload) 
         if name != "blocks":
             part.to(device)
     for name, parameter in model.named_parameters(recurse=False):
-        setattr(model, name, nn.Parameter(parameter.to(device), requires_grad=False))
+        _replace(model, name, parameter.to(device))
     if device.type == "cuda":
-        for parameter in model.blocks.parameters():
-            parameter.data = parameter.data.pin_memory()  # only from pinned memory does a copy overlap with compute
+        for owner, name, parameter in _parameters(model.blocks):
+            _replace(owner, name, parameter.pin_memory())  # only from pinned memory does a copy overlap with compute
     return model
 
 
@@ -40,24 +65,44 @@ def on_device(blocks: nn.ModuleList, device: torch.device) -> Iterator[Any]:
 
     def fetch(block: nn.Module) -> list[torch.Tensor]:
         with torch.cuda.stream(stream) if stream else nullcontext():
-            return [p.data.to(device, non_blocking=True) for p in block.parameters()]
+            return [p.detach().to(device, non_blocking=True) for _, _, p in _parameters(block)]
 
     if all(p.device == device for block in blocks for p in block.parameters()):
         yield from blocks
         return
     fetched = fetch(blocks[0])
     for i, block in enumerate(blocks):
-        parameters = list(block.parameters())
-        home = [p.data for p in parameters]
+        home = list(_parameters(block))
         if stream:
             torch.cuda.current_stream(device).wait_stream(stream)
-        for parameter, weight in zip(parameters, fetched, strict=True):
-            parameter.data = weight
-            if stream:
-                weight.record_stream(torch.cuda.current_stream(device))
+        for (owner, name, _), weight in zip(home, fetched, strict=True):
+            _replace(owner, name, weight)
+            for part in stored(weight) if stream else ():
+                part.record_stream(torch.cuda.current_stream(device))
         fetched = fetch(blocks[i + 1]) if i + 1 < len(blocks) else []
         try:
             yield block
         finally:
-            for parameter, weight in zip(parameters, home, strict=True):
-                parameter.data = weight
+            for owner, name, parameter in home:
+                setattr(owner, name, parameter)
+
+
+def _parameters(module: nn.Module) -> Iterator[tuple[nn.Module, str, nn.Parameter]]:
+    """Every parameter with its owner and the name it has there, through which it can be replaced.
+
+    Its data alone cannot be where it is quantized: there it is several tensors.
+    """
+    for owner in module.modules():
+        for name, parameter in owner.named_parameters(recurse=False):
+            yield owner, name, parameter
+
+
+def stored(weight: torch.Tensor) -> list[torch.Tensor]:
+    """The tensors that hold a weight: a quantized one's values and scales, or itself."""
+    if hasattr(weight, "__tensor_flatten__"):
+        return [getattr(weight, name) for name in weight.__tensor_flatten__()[0]]
+    return [weight]
+
+
+def _replace(owner: nn.Module, name: str, weight: torch.Tensor) -> None:
+    setattr(owner, name, nn.Parameter(weight.detach(), requires_grad=False))

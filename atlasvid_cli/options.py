@@ -45,8 +45,8 @@ OffloadMode = Annotated[
     typer.Option("--offload", help="What leaves GPU memory: none, block (weights), host (all), or what has to (auto)."),
 ]
 WeightDtype = Annotated[
-    Literal["auto", "fp8"],
-    typer.Option("--weight-dtype", help="fp8: blocks' weights in half the memory of bf16, at a small error."),
+    Literal["auto", "int8", "fp8"],
+    typer.Option("--weight-dtype", help="int8, fp8: blocks' weights in half the memory of bf16, at a small error."),
 ]
 Chunk = Annotated[int | None, typer.Option("--chunk", min=1, help="Windows computed at a time; bounds memory.")]
 CodecName = Annotated[str, typer.Option("--codec", help="h264 (8 bit), hevc10, av1, prores or ffv1 (10 bit).")]

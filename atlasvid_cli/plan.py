@@ -5,12 +5,12 @@ import math
 from dataclasses import dataclass
 from fractions import Fraction
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
 from . import shapes
 from .errors import UsageError
 from .flops import context_flops, detail_flops, full_flops, linear_flops
-from .memory import Offload
+from .memory import Offload, WeightDtype
 from .parse import Lora
 from .presets import Detail, Experts, Level, Preset, Transformer, load_preset
 from .shapes import Grid
@@ -52,7 +52,7 @@ class Request:
     frames: tuple[int, int] | None = None
     model_path: str | None = None
     offload: Offload | None = None
-    weight_dtype: Literal["auto", "fp8"] = "auto"
+    weight_dtype: WeightDtype = "auto"
     attention_backend: str | None = None
     loras: tuple[Lora, ...] = ()
     strict: bool = False

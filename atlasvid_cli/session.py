@@ -4,7 +4,7 @@ import gc
 import hashlib
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 
@@ -14,8 +14,8 @@ from .embeddings import Embedding, EmbeddingCache, cache_folder
 from .errors import ResourceError, UsageError
 from .lora import check_lora, merge_lora
 from .machine import available_vram, compute_device, decode_dtype
-from .memory import Offload, fits_gpu
-from .offload import place
+from .memory import Offload, WeightDtype, fits_gpu
+from .offload import check_weight_dtype, narrow, place
 from .parse import Lora
 from .presets import Preset, load_preset
 from .text import encode_prompts, unknown_words
@@ -43,11 +43,12 @@ class Session:
         backend: str | None = None,
         loras: tuple[Lora, ...] = (),
         strict: bool = False,
-        weight_dtype: Literal["auto", "fp8"] = "auto",
+        weight_dtype: WeightDtype = "auto",
         cache: Path | None = None,
     ):
         self.preset = load_preset(preset) if isinstance(preset, str) else preset
         self.backend, self.loras, self.strict, self.weight_dtype = backend, loras, strict, weight_dtype
+        check_weight_dtype(weight_dtype)
         if backend:
             check_backend(backend)
         for lora in loras:
@@ -73,7 +74,7 @@ class Session:
         """How values are computed, beside what they are computed from: the same job elsewhere differs by rounding."""
         backend = self.backend or default_backend(self.device, self.dtype)
         dtype = str(self.dtype).removeprefix("torch.")
-        return {"dtype": dtype if self.weight_dtype == "auto" else f"{dtype}+fp8", "attention": backend}
+        return {"dtype": dtype if self.weight_dtype == "auto" else f"{dtype}+{self.weight_dtype}", "attention": backend}
 
     def hash(self, stage: str) -> str:
         """Identity of the weights that make a stage's latents."""
@@ -120,9 +121,7 @@ class Session:
                 continue
             matched = merge_lora(model, lora, self.strict, console.warn)
             console.note(f"{lora.path}: {matched} layers changed in the {stage} stage")
-        if self.weight_dtype == "fp8":  # after the adapters, which are merged in full precision
-            model.enable_layerwise_casting(torch.float8_e4m3fn, self.dtype)
-        return place(model, self.device, offload)
+        return place(narrow(model, self.weight_dtype), self.device, offload)
 
     def vae(self) -> Any:
         if "vae" not in self._parts:

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from atlasvid_cli.model import detail_forward, text_context
-from atlasvid_cli.offload import on_device, place
+from atlasvid_cli.offload import narrow, on_device, place, stored
 from atlasvid_cli.presets import window_cycle
 from atlasvid_cli.shapes import Grid
 
@@ -18,39 +18,48 @@ def test_blocks_that_are_there_already_are_not_moved(transformer):
     assert [p.data_ptr() for p in transformer.parameters()] == before
 
 
-def test_blocks_come_to_the_device_for_their_turn_and_return(transformer, monkeypatch):
+def addresses(module):
+    return [part.data_ptr() for p in module.parameters() for part in stored(p)]
+
+
+@pytest.mark.parametrize("kept", ["auto", "int8"])
+def test_blocks_come_to_the_device_for_their_turn_and_return(kept, transformer, monkeypatch):
     """A second CPU device stands for a GPU: torch tells `cpu` from `cpu:0`."""
-    model = type(transformer).from_config(transformer.config)
-    home = [p.data_ptr() for p in model.blocks.parameters()]
+    model = narrow(type(transformer).from_config(transformer.config), kept)
+    home = addresses(model.blocks)
     moved = []
     copy = torch.Tensor.to
 
     def to(tensor, device, **options):
         moved.append(device)
-        return copy(tensor, device, **options).clone()
+        with monkeypatch.context() as inside:  # a quantized weight moves its parts
+            inside.setattr(torch.Tensor, "to", copy)
+            return copy(tensor, device, **options).clone()
 
     monkeypatch.setattr(torch.Tensor, "to", to)
     for i, block in enumerate(on_device(model.blocks, torch.device("cpu:0"))):
-        there = [p.data_ptr() for p in block.parameters()]
+        there = addresses(block)
         assert not set(there) & set(home)
-        others = [p.data_ptr() for j, b in enumerate(model.blocks) if j != i for p in b.parameters()]
+        others = [a for j, b in enumerate(model.blocks) if j != i for a in addresses(b)]
         assert set(others) < set(home)
-    assert [p.data_ptr() for p in model.blocks.parameters()] == home
-    assert len(moved) == len(home)  # each weight once a forward
+    assert addresses(model.blocks) == home
+    assert len(moved) == len(list(model.blocks.parameters()))  # each weight once a forward
 
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("offload", ["none", "block", "host"])
-def test_offload_computes_the_same_on_a_gpu(transformer, prompt, offload):
+@pytest.mark.parametrize("kept", ["auto", "int8"])
+def test_offload_computes_the_same_on_a_gpu(transformer, prompt, offload, kept):
     tokens = torch.randn(GRID.tokens, 16, generator=torch.Generator().manual_seed(4))
 
     def forward(model, states=None):
         text = text_context(model, [prompt], 512)
         return detail_forward(model, tokens, GRID, 500, text, None, LAYOUTS, 2, states=states)
 
-    expected = forward(transformer)
     model = type(transformer).from_config(transformer.config)
     model.load_state_dict(transformer.state_dict())
+    narrow(model, kept)
+    expected = forward(model)
     place(model.eval().requires_grad_(False), torch.device("cuda"), offload)
     out = forward(model, torch.device("cpu") if offload == "host" else None)
     torch.testing.assert_close(out, expected, atol=1e-4, rtol=0)
