@@ -1,5 +1,6 @@
 """The entry point: commands, and the one place where errors become sentences and exit codes."""
 
+import logging
 import os
 import signal
 import sys
@@ -29,6 +30,12 @@ def main() -> NoReturn:
     debug = "--debug" in sys.argv
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # spinning threads starve the encoder's
+    os.environ.setdefault("DIFFUSERS_VERBOSITY", "error")
+    for library in (
+        "torchao",
+        "torch.utils._pytree",
+    ):  # warn of kernels and versions that are not in use
+        logging.getLogger(library).setLevel(logging.ERROR)
     try:
         code = app(standalone_mode=False)
         if code == ExitCode.INTERRUPTED:  # typer turns Ctrl-C into its own exit code

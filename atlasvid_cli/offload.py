@@ -3,7 +3,6 @@
 A block is a map over all windows, so its weights are loaded once a forward however many chunks run through it.
 """
 
-import logging
 from collections.abc import Iterator
 from contextlib import nullcontext
 from importlib.util import find_spec
@@ -15,8 +14,6 @@ from torch import nn
 
 from .errors import UsageError
 from .memory import Offload, WeightDtype
-
-logging.getLogger("torchao").setLevel(logging.ERROR)  # it warns of kernels for GPUs that are not there
 
 
 def compute_device(model: WanTransformer3DModel) -> torch.device:
