@@ -31,10 +31,7 @@ def main() -> NoReturn:
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # spinning threads starve the encoder's
     os.environ.setdefault("DIFFUSERS_VERBOSITY", "error")
-    for library in (
-        "torchao",
-        "torch.utils._pytree",
-    ):  # warn of kernels and versions that are not in use
+    for library in ("torchao", "torch.utils._pytree"):  # warn of kernels and versions that are not in use
         logging.getLogger(library).setLevel(logging.ERROR)
     try:
         code = app(standalone_mode=False)

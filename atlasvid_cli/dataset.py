@@ -28,6 +28,7 @@ TOKEN = 32  # pixels
 SHARD = 20
 # grids in tokens (h, w) of the whole frame, with how often each is drawn
 FRAME_GRIDS = (((5, 8), 6), ((8, 5), 1), ((6, 6), 1), ((4, 9), 1))
+PROXY_GRIDS = (((7, 12), 6), ((12, 7), 1), ((9, 9), 1), ((6, 14), 1))
 CLIP_FRAMES = 33
 HASTE = 4.0  # the fastest of the base's clips: as in footage, some objects cross a good part of the frame in 2 s
 CLOSE_UPS = 0.35  # of the base's samples, as footage has them
@@ -116,7 +117,8 @@ def build(kind: str, count: int, folder: Path, vae: AutoencoderKLWan, seed: int 
         if path.exists():
             return
         first, of_shard = number * SHARD, random.Random(f"{seed}/{kind}/shard {number}")
-        grid = of_shard.choices([g for g, _ in FRAME_GRIDS], [n for _, n in FRAME_GRIDS])[0]
+        grids = PROXY_GRIDS if kind == "proxy" else FRAME_GRIDS
+        grid = of_shard.choices([g for g, _ in grids], [n for _, n in grids])[0]
         ratio = of_shard.choice(DETAIL_RATIOS)
         tensors: dict[str, torch.Tensor] = {}
         infos: list[dict] = []
