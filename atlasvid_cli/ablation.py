@@ -68,9 +68,10 @@ def _tiles(preset: Preset) -> Preset:
     return _detail(proxy_attention=False, shifted=False, windows=preset.detail.windows[:1])(preset)
 
 
+FULL = "the full method"
 # arms that sample detail, as changes of the preset, and whether its adapters were trained for that
 SAMPLED: dict[str, tuple[Callable[[Preset], Preset], bool]] = {
-    "the full method": (lambda preset: preset, True),
+    FULL: (lambda preset: preset, True),
     "half the detail steps": (_half_the_steps, True),
     "without proxy attention": (_detail(proxy_attention=False), False),
     "without shifts": (_detail(shifted=False), False),
@@ -110,25 +111,43 @@ def run(request: Request, count: int, seeds: int, budget: float, folder: Path, c
     """
     plan = check(request, "--ablation")
     rows: list[dict[str, Any]] = []
-    for arm in arms(request, console):
-        console.note(arm.name)
-        made = [folder / _folder_name(arm.name) / f"{k * APART + i}.mp4" for k in range(seeds) for i in range(count)]
-        if arm.name == NATIVE and not all(map(Path.exists, made)) and _native_takes(plan) > budget:
-            video = folder / _folder_name(RECONSTRUCTED) / made[0].name
-            seconds = round(native_render_seconds(request, min(budget, SAMPLED_SECONDS), video), 1)
-            rows.append({**dict.fromkeys(rows[-1]), "arm": f"{NATIVE} (projected)", "seconds": seconds})
-            continue
-        by_seed: list[list[Seen]] = [[] for _ in range(seeds)]
-        for i, (prompt, attributes) in enumerate(held_out_prompts(count)):
-            for k, seen in enumerate(by_seed):
-                job = make_plan(dataclasses.replace(request, seed=k * APART + i), preset=arm.session.preset)
-                seen.append(look(arm, job, prompt, attributes, folder, console))
-        columns = summary(by_seed)
-        if arm.name in (NATIVE, RECONSTRUCTED):
-            columns["coherence_db"] = None  # they never saw that proxy
-        rows.append({"arm": arm.name + ("" if arm.trained else " (untrained)"), **columns})
+    with store.results(folder):
+        for arm in arms(request, console):
+            console.note(arm.name)
+            if (
+                arm.name == NATIVE
+                and _native_takes(plan) > budget
+                and not _all_made(arm, request, count, seeds, folder)
+            ):
+                video = folder / _folder_name(RECONSTRUCTED) / "0.mp4"
+                seconds = round(native_render_seconds(request, min(budget, SAMPLED_SECONDS), video), 1)
+                rows.append({**dict.fromkeys(rows[-1]), "arm": f"{NATIVE} (projected)", "seconds": seconds})
+                continue
+            by_seed: list[list[Seen]] = [[] for _ in range(seeds)]
+            for k, job, prompt, attributes in jobs(arm, request, count, seeds):
+                by_seed[k].append(look(arm, job, prompt, attributes, folder, console))
+            columns = summary(by_seed)
+            if arm.name in (NATIVE, RECONSTRUCTED):
+                columns["coherence_db"] = None  # they never saw that proxy
+            rows.append({"arm": arm.name + ("" if arm.trained else " (untrained)"), **columns})
     facts = {name: plan.summary[name] for name in ("preset", "size", "seconds")}
     return {**facts, "prompts": count, "seeds": seeds, "arms": rows}
+
+
+def jobs(arm: Arm, request: Request, count: int, seeds: int) -> Iterator[tuple[int, Plan, str, Attributes]]:
+    """Every video of an arm: the number of its seed, its plan, its prompt and what that asks for."""
+    for i, (prompt, attributes) in enumerate(held_out_prompts(count)):
+        for k in range(seeds):
+            plan = make_plan(dataclasses.replace(request, seed=k * APART + i), preset=arm.session.preset)
+            yield k, plan, prompt, attributes
+
+
+def _all_made(arm: Arm, request: Request, count: int, seeds: int, folder: Path) -> bool:
+    made = folder / _folder_name(arm.name)
+    return all(
+        _kept(video := made / f"{plan.request.seed}.mp4", video, job_hash(arm.session, plan, prompt, ""))
+        for _, plan, prompt, _ in jobs(arm, request, count, seeds)
+    )
 
 
 def arms(request: Request, console: Console) -> Iterator[Arm]:
@@ -137,7 +156,7 @@ def arms(request: Request, console: Console) -> Iterator[Arm]:
     yield Arm(RECONSTRUCTED, base, True, lambda plan: base.vae(), partial(reconstruct, base))
     yield Arm(UPSAMPLED, base, True, lambda plan: base.vae(), partial(upsample, base))
     for name, (change, trained) in SAMPLED.items():
-        if name == "the full method" or change(base.preset) != base.preset:
+        if name == FULL or change(base.preset) != base.preset:
             yield _sampled(name, Session(change(base.preset), request.model_path), trained, console)
     yield _native(base)
 
@@ -245,6 +264,15 @@ def _folder_name(arm: str) -> str:
     return arm.replace(" ", "-").replace(",", "").replace("'", "")
 
 
+def _kept(work: Path, made: Path, job: str) -> tuple[float, int] | None:
+    """What `_timed` recorded of the file `made`, where the same job made it."""
+    try:
+        found = json.loads(work.with_suffix(".json").read_text(encoding="utf-8"))
+        return (found["seconds"], found["peak_bytes"]) if found["job"] == job and made.exists() else None
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+
+
 def _timed(
     work: Path, made: Path, job: str, warm: Callable[[], object], make: Callable[[], object]
 ) -> tuple[float, int]:
@@ -252,13 +280,8 @@ def _timed(
 
     It is made from nothing, in an empty folder `work`: what an interrupted run left would make it look fast.
     """
-    record = work.with_suffix(".json")
-    try:
-        found = json.loads(record.read_text(encoding="utf-8"))
-        if found["job"] == job and made.exists():
-            return found["seconds"], found["peak_bytes"]
-    except (OSError, ValueError, KeyError, TypeError):
-        pass
+    if kept := _kept(work, made, job):
+        return kept
     shutil.rmtree(work, ignore_errors=True)
     store.run_directory(work.parent, work.name)
     warm()
@@ -266,7 +289,7 @@ def _timed(
     started = time.monotonic()
     make()
     seconds, peak = round(time.monotonic() - started, 2), peak_rss()
-    store.write_json(record, {"job": job, "seconds": seconds, "peak_bytes": peak})
+    store.write_json(work.with_suffix(".json"), {"job": job, "seconds": seconds, "peak_bytes": peak})
     return seconds, peak
 
 

@@ -3,6 +3,7 @@
 A file's `key` is the hash of all that decides its values: plan, prompts, weights, and the key of the level below.
 """
 
+from collections.abc import Callable
 from fractions import Fraction
 from pathlib import Path
 from typing import Any, Literal
@@ -16,6 +17,13 @@ from .refine import Region
 from .session import Session
 
 FORMAT = "atlasvid-latents/1"
+# what readers of a latents file rely on
+FIELDS: dict[str, Callable[[str], object]] = {
+    **dict.fromkeys(("kind", "version", "preset", "model", "vae", "dtype", "attention"), str),
+    **dict.fromkeys(("prompt", "negative_prompt", "below", "key"), str),
+    **dict.fromkeys(("seed", "target_fps", "frames", "width", "height", "scale"), int),
+    **dict.fromkeys(("seconds", "fps"), Fraction),
+}
 
 
 def job_hash(session: Session, plan: Plan, prompt: str, negative_prompt: str) -> str:
@@ -44,17 +52,25 @@ def proxy_metadata(session: Session, plan: Plan, prompt: str, negative_prompt: s
     return metadata | ({"clip": clip.path.name} if clip else {})
 
 
-def result_key(session: Session, plan: Plan, proxy: dict[str, str], run_dir: Path) -> str:
+def result_key(session: Session, plan: Plan, proxy: dict[str, str]) -> str:
     """The key that the latents made above a proxy with this metadata will carry, before anything is sampled."""
     metadata = proxy
-    if plan.is_region:
-        base = level_path(plan, run_dir, len(plan.levels))
-        below = describe(level_path(plan, run_dir, len(plan.levels) - 1)) if len(plan.levels) > 1 else proxy
-        found = level_metadata(session, plan, plan.levels[-1], below)
-        return region_metadata(plan, describe(base), found)["key"]
     for stage in plan.levels:
         metadata = level_metadata(session, plan, stage, metadata)
     return metadata["key"]
+
+
+def region_key(session: Session, plan: Plan, proxy: dict[str, str], run_dir: Path) -> str:
+    """The same of latents of which a region is sampled again, in the run that made them."""
+    base = level_path(plan, run_dir, len(plan.levels))
+    if not base.exists():
+        raise InputError(
+            f"{base} does not exist: run refine with the same options and without --region first, or name the run that"
+            " made the video by --run-dir"
+        )
+    below = describe(level_path(plan, run_dir, len(plan.levels) - 1)) if len(plan.levels) > 1 else proxy
+    found = level_metadata(session, plan, plan.levels[-1], below)
+    return region_metadata(plan, describe(base), found)["key"]
 
 
 def read_latents(
@@ -67,7 +83,7 @@ def read_latents(
     tensors, metadata = tensor_file.open_tensors(
         path, {"latents": ("F32", (session.preset.transformer.channels, None, None, None))}
     )
-    tensor_file.check_artefact(metadata, {"format": FORMAT, "preset": session.preset.name}, path)
+    tensor_file.check_artefact(describe(path), {"preset": session.preset.name}, path)
     expected = session.vae_hash if bound_to == "vae" else session.hash(metadata["kind"])
     tensor_file.check_artefact(metadata, {bound_to: expected}, path)
     return tensors["latents"], metadata
@@ -77,6 +93,11 @@ def describe(path: Path) -> dict[str, str]:
     """The metadata of a latents file, from its header alone. Raises InputError for any other file."""
     metadata, _ = tensor_file.read_header(path)
     tensor_file.check_artefact(metadata, {"format": FORMAT}, path)
+    for name, kind in FIELDS.items():
+        try:
+            kind(metadata[name])
+        except (KeyError, ValueError, ZeroDivisionError):
+            raise InputError(f"{path} does not say its {name}, or wrongly: make it again") from None
     return metadata
 
 
@@ -157,8 +178,6 @@ def region_of(
     session: Session, plan: Plan, stage: Stage, path: Path, below: str, metadata: dict[str, str]
 ) -> tuple[Region, dict[str, str]]:
     """The region of the finished video at `path`, made above the latents with the key `below`."""
-    if not path.exists():
-        raise InputError(f"{path} does not exist: run refine at this --res without --region first")
     latents, base = read_latents(path, session)
     geometry, grid = session.preset.geometry, stage.grid
     size = (grid.t, grid.h * geometry.patch, grid.w * geometry.patch)

@@ -67,7 +67,16 @@ def run_batch(
     is_video = suffix == ".mp4"
     suffix = suffix_for(request.codec) if is_video else suffix
     base = (output or Path()).absolute()
+    if many and base.exists() and not base.is_dir():
+        raise UsageError(f"--output {output} is a file, and many results need a folder; name one")
     folder = base if many or base.is_dir() else base.parent
+    targets = [_target(item, folder, output, many, suffix) for item in items]
+    taken: dict[Path, Item] = {}
+    for item, target in zip(items, targets, strict=True):
+        if (first := taken.setdefault(target, item)) is not item:
+            raise UsageError(f"{first.id} and {item.id} would both be {target}; give them other outputs")
+        if suffix == ".safetensors" and target.suffix != suffix:
+            raise UsageError(f"{target} would hold latents; let --output end in {suffix}")
     check_resources(resolved, folder, run_dir)
     from .artefacts import run_hash
     from .session import Session
@@ -85,11 +94,8 @@ def run_batch(
     negatives = [standard if item.negative_prompt is None else item.negative_prompt for item in items]
     session.expect([*(item.prompt for item in items), *negatives])
     failed = 0
-    for item, negative in zip(items, negatives, strict=True):
+    for item, negative, target in zip(items, negatives, targets, strict=True):
         plan = make_plan(dataclasses.replace(request, seed=item.seed))
-        own = folder / item.output if item.output else None
-        default = folder / (item.id if many else item.output or f"{slug(item.prompt)}-{item.seed}")
-        target = target_of(own if many or output is None else output, default, suffix)
         own_run = f"{slug(target.stem)}-{run_hash(session, plan, item.prompt, negative)}"
         run = run_dir or target.parent / "runs" / own_run
         event = {"id": item.id, "prompt": item.prompt, "seed": item.seed}
@@ -113,6 +119,13 @@ def run_batch(
         raise BatchFailed(f"{failed} of {len(items)} prompts failed; the same command tries them again")
 
 
+def _target(item: Item, folder: Path, output: Path | None, many: bool, suffix: str) -> Path:
+    """Where an item's result goes."""
+    own = folder / item.output if item.output else None
+    default = folder / (item.id if many else item.output or f"{slug(item.prompt)}-{item.seed}")
+    return target_of(own if many or output is None else output, default, suffix)
+
+
 class BatchFailed(AtlasError):
     """Some items of a batch failed; each has been reported."""
 
@@ -125,7 +138,7 @@ def render_one(
     if (finished := pipeline.finished_video(session, plan, item.prompt, negative, run, target)) is not None:
         return finished
     proxy = artefacts.proxy_metadata(session, plan, item.prompt, negative)
-    keep_foreign(target, artefacts.result_key(session, plan, proxy, run))
+    keep_foreign(target, artefacts.result_key(session, plan, proxy))
     return pipeline.render(session, plan, item.prompt, negative, run, target, console)
 
 

@@ -7,11 +7,12 @@ from pathlib import Path
 import torch
 from diffusers import AutoencoderKLWan, WanTransformer3DModel
 from diffusers.training_utils import EMAModel
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers import UMT5EncoderModel
 
+from .errors import InputError, one_line
 from .optim import Optimizer
 
 
@@ -58,9 +59,14 @@ def load_checkpoint(folder: Path, model: nn.Module, optimizer: Optimizer, averag
     path = folder / "checkpoint.safetensors"
     if not path.exists():
         return 0
-    tensors = load_file(path)
-    with safe_open(path, "pt") as file:
-        metadata = file.metadata()
+    try:
+        tensors = load_file(path)
+        with safe_open(path, "pt") as file:
+            metadata = file.metadata()
+    except (SafetensorError, OSError) as error:
+        raise InputError(
+            f"{path} cannot be read ({one_line(str(error))}); delete it, and training starts over"
+        ) from None
     weights = {k[6:]: v for k, v in tensors.items() if k.startswith("model.")}
     model.load_state_dict(weights, strict=False)
     trained = [(k, v) for k, v in model.named_parameters() if v.requires_grad]

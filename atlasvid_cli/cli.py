@@ -1,5 +1,6 @@
 """The entry point: commands, and the one place where errors become sentences and exit codes."""
 
+import io
 import logging
 import os
 import signal
@@ -29,6 +30,8 @@ def main() -> NoReturn:
     """Runs the command that sys.argv names."""
     debug = "--debug" in sys.argv
     signal.signal(signal.SIGTERM, signal.default_int_handler)
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="surrogateescape")  # paths come out as they went in, whatever their bytes
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # spinning threads starve the encoder's
     os.environ.setdefault("DIFFUSERS_VERBOSITY", "error")
     for library in ("torchao", "torch.utils._pytree"):  # warn of kernels and versions that are not in use
@@ -42,6 +45,9 @@ def main() -> NoReturn:
         _fail("interrupted: run the same command again to go on from what is saved", ExitCode.INTERRUPTED, debug)
     except Exception as error:
         # typer brings its own Click, whose usage errors are only known by what they carry
+        if type(error).__name__ == "NoArgsIsHelpError":
+            print(error.format_message(), file=sys.stderr)  # type: ignore[attr-defined]
+            sys.exit(ExitCode.USAGE)
         usage = getattr(error, "exit_code", None) == 2 and hasattr(error, "format_message")
         if usage:
             _fail(f"{error.format_message()} (see atlasvid --help)", ExitCode.USAGE, debug)  # type: ignore[attr-defined]

@@ -1,5 +1,6 @@
 """The commands that make something: flags -> Request -> Plan -> pipeline. Heavy imports are in the bodies."""
 
+import dataclasses
 from pathlib import Path
 from typing import Annotated
 
@@ -194,13 +195,20 @@ def refine(
         return
     check_resources(plan, target.parent, run_dir)
     session = Session(request.preset, model_path, attention_backend, request.loras, strict, weight_dtype)
-    # a region is redone in the run of its video, whose seed is the proxy's unless --run-dir names another
-    run_seed = known["seed"] if plan.is_region else request.seed
-    source = artefacts.describe(latents)["key"]
-    folder = run_dir or target.parent / "runs" / f"{slug(latents.stem)}-{width}x{height}-{source}-{run_seed}"
+    proxy = artefacts.describe(latents)
+    # a region is redone in the run of its video, whose seed is the proxy's
+    whole = dataclasses.replace(request, region=None, frames=None)
+    whole = dataclasses.replace(whole, seed=known["seed"]) if plan.is_region else whole
+    own = f"{slug(latents.stem)}-{artefacts.result_key(session, pipeline.plan_from_proxy(latents, whole), proxy)}"
+    folder = run_dir or target.parent / "runs" / own
+    key = artefacts.result_key(session, plan, proxy)
+    if plan.is_region:
+        if not run_dir and not folder.exists() and (latents.parent / "detail.safetensors").exists():
+            folder = latents.parent  # the proxy lies in the run of its video
+        key = artefacts.region_key(session, plan, proxy, folder)
     check_writable(target)
     with lock(run_directory(folder.parent, folder.name)):
-        keep_foreign(target, artefacts.result_key(session, plan, artefacts.describe(latents), folder))
+        keep_foreign(target, key)
         result = pipeline.refine(session, plan, latents, folder, console)
         pipeline.decode(session, result, target, codec, console)
     console.emit({"video": str(target), "latents": str(result), "status": "ok"}, str(target))

@@ -78,7 +78,7 @@ def bench(
 
     if quality or ablation:
         speed: dict[str, object] = {"steps": steps, "repeats": repeats, "quick": quick, "html": page}
-        speed |= {"ablation": ablation, "budget-seconds": budget_seconds} if quality else {}
+        speed |= {"ablation": ablation, "budget-seconds": budget_seconds, "seeds": seeds} if quality else {}
         if ignored := next((name for name, value in speed.items() if value), None):
             raise UsageError(f"--{ignored} does not go with --{'quality' if quality else 'ablation'}; leave one out")
         request = make_request(res or "960x540", seconds or "4", preset, model_path=model_path)
@@ -141,8 +141,9 @@ def show_ablation(request: "Request", count: int, seeds: int, budget: float, fol
     found = ablation.run(request, count, seeds, budget, folder, console)
     title = f"{found['size']} x {found['seconds']:g} s, {count} held-out prompts x {seeds} seeds"
     console.table(title, [{k: "" if v is None else v for k, v in arm.items()} for arm in found["arms"]])
-    best = max(found["arms"], key=lambda arm: arm["adherence_percent"] or 0)
-    console.emit(found, f"most attributes right: {best['arm']}, {best['adherence_percent']} %")
+    full = next(arm for arm in found["arms"] if arm["arm"] == ablation.FULL)
+    text = f"{ablation.FULL}: {full['adherence_percent']} % of attributes right, seam {full['seam']}"
+    console.emit(found, f"{text}, {full['seconds']} s a video")
 
 
 def presets(as_json: opt.Json = False, debug: opt.Debug = False) -> None:

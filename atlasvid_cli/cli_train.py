@@ -54,8 +54,9 @@ def train_part(
             raise UsageError(f"train tiny has a recipe of its own; leave --{next(iter(given))} out")
         from . import train_tiny
 
-        work.mkdir(parents=True, exist_ok=True)
         output = output or work / "tiny"
+        for folder in (work, output):
+            check_writable(folder.absolute() / "log.jsonl")
         train_tiny.make(work, output)
         return output
     if "data" not in given:
@@ -69,4 +70,5 @@ def train_part(
     session = Session(preset, given.pop("model-path", None))
     target = (output or Path(f"{what}_lora.safetensors")).absolute()
     check_writable(target)
+    check_writable(work.absolute() / "log.jsonl")
     return train_adapter.make(session, train_adapter.Job(what, output=target, work=work, **given), console)

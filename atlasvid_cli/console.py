@@ -65,7 +65,7 @@ class Console:
         """Prints one datum on stdout, flushed: `event` as a JSON line with --json, else `text`."""
         if self._quiet:
             return
-        line = json.dumps(event, ensure_ascii=False, default=str) if self.json_lines else text
+        line = json.dumps(event, default=str) if self.json_lines else text
         try:
             print(line, flush=True)
         except BrokenPipeError:
@@ -93,9 +93,9 @@ class Console:
         table = Table(
             title=Text(title, "bold"), title_justify="left", box=box.SIMPLE, show_edge=False, collapse_padding=True
         )
-        for key in rows[0]:
+        for i, key in enumerate(rows[0]):
             numeric = all(str(row.get(key, "")).replace(",", "").replace(".", "").isdigit() for row in rows)
-            table.add_column(key, justify="right" if numeric else "left", overflow="fold")
+            table.add_column(key, justify="right" if numeric else "left", overflow="fold", no_wrap=i == 0)
         for row in rows:
             table.add_row(*(Text(str(row.get(key, ""))) for key in rows[0]))
         self._rich.print(table)

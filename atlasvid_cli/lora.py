@@ -83,7 +83,7 @@ def merge_lora(model: WanTransformer3DModel, lora: Lora, strict: bool, warn: Cal
         warn(f"{message} and are left out")
     for name, change in changes.items():
         _apply(layers[name], change, lora, name)
-    return len(changes)
+    return sum(change.keys() != {"alpha"} for change in changes.values())
 
 
 def layers_by_name(model: WanTransformer3DModel) -> dict[str, Any]:
@@ -120,9 +120,10 @@ def _apply(layer: Any, change: dict[str, torch.Tensor], lora: Lora, name: str) -
     if ("down" in change) != ("up" in change):
         raise InputError(f"{lora.path} has half a LoRA for layer {name}; fetch the file again")
     if "down" in change:
-        down, up = change["down"].float().flatten(1), change["up"].float().flatten(1)
-        scale = change["alpha"].item() / len(down) if "alpha" in change else 1.0
-        if up.shape[1] != len(down) or not math.isfinite(scale):
+        down, up = (change[part].float().flatten(min(1, change[part].ndim - 1)) for part in ("down", "up"))
+        alpha = change.get("alpha", torch.tensor(float(len(down))))
+        scale = alpha.flatten()[0].item() / len(down) if alpha.numel() == 1 else math.nan
+        if down.ndim != 2 or up.ndim != 2 or up.shape[1] != len(down) or not math.isfinite(scale):
             raise InputError(f"{lora.path} has factors that do not fit each other for layer {name}; fetch it again")
         add(layer.weight, scale * up @ down)
     if "weight" in change:

@@ -16,6 +16,8 @@ from typing import TYPE_CHECKING, Any, Literal
 if TYPE_CHECKING:
     import torch
 
+CGROUP = Path("/sys/fs/cgroup")  # a container's own
+
 
 @dataclass(frozen=True)
 class Device:
@@ -159,11 +161,14 @@ def available_vram() -> int:
 
 
 def available_ram() -> int:
-    """Bytes that can be allocated without swapping."""
-    try:
+    """Bytes that can be allocated without swapping, or without being killed for it in a container."""
+    free = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    with contextlib.suppress(OSError):
         for line in Path("/proc/meminfo").read_text().splitlines():
             if line.startswith("MemAvailable:"):
-                return int(line.split()[1]) * 1024
-    except OSError:
-        pass
-    return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+                free = int(line.split()[1]) * 1024
+    with contextlib.suppress(OSError, ValueError, KeyError):  # no container, or one without a limit ("max")
+        limit, used = (int((CGROUP / f"memory.{name}").read_text()) for name in ("max", "current"))
+        stat = dict(line.split() for line in (CGROUP / "memory.stat").read_text().splitlines())
+        free = min(free, limit - used + int(stat["inactive_file"]))
+    return max(0, free)

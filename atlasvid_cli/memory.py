@@ -69,19 +69,27 @@ def detail_memory(
         offload,
         narrow,
         states=grid.tokens * a_token + kept,
+        models=2 if detail.lora and detail.streams == "proxy" else 1,
         working=chunk * window * _block_bytes(preset, device),
         latents=latent_copies * grid.tokens * _patch_values(preset) * 4,
     )
 
 
 def _placed(
-    preset: Preset, device: Device, offload: Offload, narrow: bool, states: int, working: int, latents: int
+    preset: Preset,
+    device: Device,
+    offload: Offload,
+    narrow: bool,
+    states: int,
+    working: int,
+    latents: int,
+    models: int = 1,
 ) -> Memory:
     size, width = preset.transformer, device.bytes_per_value
     block = (8 * size.dim**2 + 2 * size.dim * size.ffn) * (1 if narrow else width)
     working += size.dim * size.ffn * width if narrow else 0  # the layer that computes, in the dtype that it computes in
     rest = size.dim * (8 * size.dim + size.text_dim + 2 * _patch_values(preset)) * width
-    blocks = size.layers * block
+    blocks, rest = models * size.layers * block, models * rest
     if device.kind == "cpu":
         return Memory(0, blocks + rest + states + working + latents)
     if offload == "none":

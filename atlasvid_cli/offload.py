@@ -35,7 +35,8 @@ def narrow(model: WanTransformer3DModel, kept: WeightDtype) -> WanTransformer3DM
     if kept == "int8":
         from torchao.quantization import Int8WeightOnlyConfig, quantize_
 
-        quantize_(model.blocks, Int8WeightOnlyConfig())
+        # the inductor's settings would be the whole process's
+        quantize_(model.blocks, Int8WeightOnlyConfig(version=2, set_inductor_config=False))
     elif kept == "fp8":
         model.enable_layerwise_casting(torch.float8_e4m3fn, model.dtype)
     return model

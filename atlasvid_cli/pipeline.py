@@ -4,6 +4,7 @@ Stages are separated by files in the run directory, so resuming, rerunning a sta
 """
 
 import json
+import math
 import shutil
 import time
 from collections.abc import Iterator
@@ -30,6 +31,7 @@ from .console import Console
 from .cost import offload_of, vae_tile
 from .decode import decode_stream
 from .encode import encode_stream
+from .errors import RenderError, UsageError
 from .footage import Clip, read_clip
 from .model import TextContext, text_context
 from .plan import Plan, Request, Stage, make_plan
@@ -42,6 +44,7 @@ from .video import contact_sheet, suffix_for, write_png, write_video
 from .weights import load_scheduler
 
 SHEET_FRAMES = 12
+ASPECT_TOLERANCE = 0.06  # in logarithm: what rounding to tokens and even pixels can make of an aspect
 
 
 def render(
@@ -110,7 +113,8 @@ def make_proxy(
         latents = encode_proxy(session, plan, clip, progress)
     else:
         latents = _sample_proxy(session, plan, (prompt, negative_prompt), state, metadata["key"], progress)
-    tensor_file.save_tensors(path, {"latents": latents}, metadata)
+    preview.unlink(missing_ok=True)  # another proxy's, where a run is made anew
+    _save_latents(path, latents, metadata)
     state.unlink(missing_ok=True)
     decode(session, path, preview, "h264", progress, "preview")
     return path
@@ -184,7 +188,7 @@ def refine(session: Session, plan: Plan, proxy_path: Path, run_dir: Path, progre
             path = run_dir / f"detail-region-{metadata['key']}.safetensors"
         if not is_current(path, metadata):
             latents = _refine_level(session, plan, stage, name, number, below, metadata, redo, run_dir, progress)
-            tensor_file.save_tensors(path, {"latents": latents}, metadata)
+            _save_latents(path, latents, metadata)
             _state_path(run_dir, number).unlink(missing_ok=True)
     return path
 
@@ -205,7 +209,7 @@ def decode(
         def finished() -> Iterator[torch.Tensor]:
             index = 0
             tile = vae_tile(session.preset, latents.shape[2], latents.shape[3])
-            for chunk in decode_stream(vae, latents, tile, spool=latents_path.parent):
+            for chunk in decode_stream(vae, latents, tile, spool=output.parent):
                 if scale > 1:
                     chunk = F.avg_pool2d(chunk[..., : height * scale, : width * scale], scale)
                 for frame in chunk:
@@ -234,9 +238,23 @@ def decode(
 
 def plan_from_proxy(path: Path, request: Request) -> Plan:
     """A plan whose levels climb from a saved proxy (or an earlier result), known by its header: length, prompt and seed
-    come from it."""
-    patch, (t, h, w) = load_preset(request.preset).geometry.patch, latents_shape(path)
-    return make_plan(request, Grid(t, h // patch, w // patch), Fraction(describe(path)["fps"]))
+    come from it. UsageError for a size that would show a part of it only."""
+    patch, (t, h, w), known = load_preset(request.preset).geometry.patch, latents_shape(path), describe(path)
+    grid, aspect = Grid(t, h // patch, w // patch), int(known["width"]) / int(known["height"])
+    if abs(math.log(request.width / request.height / aspect)) > ASPECT_TOLERANCE:
+        height = math.sqrt(request.width * request.height / aspect)
+        like = f"{2 * round(height * aspect / 2)}x{2 * round(height / 2)}"
+        raise UsageError(
+            f"{path} is {known['width']}x{known['height']} and {request.width}x{request.height} has another shape; give"
+            f" one like --res {like}"
+        )
+    plan = make_plan(request, grid, Fraction(known["fps"]))
+    if plan.target.h < grid.h or plan.target.w < grid.w:
+        raise UsageError(
+            f"{path} is {known['width']}x{known['height']}, larger than {request.width}x{request.height}; give a larger"
+            " --res, or the proxy that it was made from"
+        )
+    return plan
 
 
 def _refine_level(
@@ -279,6 +297,15 @@ def _refine_level(
             session.backend,
             torch.device("cpu") if offload_of(plan) == "host" else None,
         )
+
+
+def _save_latents(path: Path, latents: torch.Tensor, metadata: dict[str, str]) -> None:
+    if not latents.isfinite().all():
+        raise RenderError(
+            "sampling ended in values that are not finite; leave out --lora, or give another --attention-backend or"
+            " --weight-dtype"
+        )
+    tensor_file.save_tensors(path, {"latents": latents}, metadata)
 
 
 def _contexts(session: Session, prompts: tuple[str, ...], model: Any, progress: Console) -> list[TextContext]:

@@ -1,6 +1,7 @@
 """Presets: one TOML file each, parsed strictly into plain dataclasses."""
 
 import dataclasses
+import math
 import types
 import typing
 from collections.abc import Sequence
@@ -232,6 +233,10 @@ def _parse(kind: Any, value: Any, where: str) -> Any:
         raise UsageError(f"{where} must be of type {kind.__name__}, not {value!r}")
     if kind in (int, float) and not (value >= 0 if where.endswith(MAY_BE_ZERO) else value > 0):
         raise UsageError(f"{where} must be {'0 or ' if where.endswith(MAY_BE_ZERO) else ''}above 0, not {value!r}")
+    if kind is float and not math.isfinite(value):
+        raise UsageError(f"{where} must be finite, not {value!r}")
+    if where.endswith("max_ratio") and value <= 1:
+        raise UsageError(f"{where} must be above 1, not {value!r}")
     if where.endswith(AT_MOST_ONE) and value > 1:
         raise UsageError(f"{where} must be 1 or less, not {value!r}")
     return value

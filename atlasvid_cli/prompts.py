@@ -42,13 +42,14 @@ def items_of(
     clip: Path | None = None,
 ) -> list[Item]:
     """The items of a command: its prompt's, its prompt file's, or that of a `clip`, which needs no prompt."""
+    if prompt_file is None and shard:
+        raise UsageError("--shard divides the prompts of a --prompt-file; leave it out, or give the file")
     if clip is not None:
         name = slug(clip.stem)
+        _check_text(prompt, negative_prompt)
         return [Item(name, (prompt or "").strip(), negative_prompt, seed, f"{name}-{seed}")]
     if (prompt is None) == (prompt_file is None):
         raise UsageError('give either a prompt, as in atlasvid render "a red ball moving right", or --prompt-file')
-    if prompt_file is None and shard:
-        raise UsageError("--shard divides the prompts of a --prompt-file; leave it out, or give the file")
     if prompt_file is None:
         return [single(prompt or "", negative_prompt, seed)]
     return select(read_prompts(prompt_file, negative_prompt, seed), parse_shard(shard) if shard else None)
@@ -58,10 +59,13 @@ def single(prompt: str, negative_prompt: str | None, seed: int) -> Item:
     """The item of a prompt given on the command line."""
     if not prompt.strip():
         raise UsageError('the prompt is empty: say what to show, as in atlasvid render "a red ball moving right"')
-    for text in (prompt, negative_prompt or ""):
-        if not is_text(text):
-            raise UsageError("the prompt holds bytes that are no text; give it in UTF-8")
+    _check_text(prompt, negative_prompt)
     return Item(slug(prompt), prompt.strip(), negative_prompt, seed)
+
+
+def _check_text(*prompts: str | None) -> None:
+    if not all(is_text(prompt or "") for prompt in prompts):
+        raise UsageError("the prompt holds bytes that are no text; give it in UTF-8")
 
 
 def is_text(prompt: str) -> bool:
@@ -87,6 +91,8 @@ def read_prompts(source: str, negative_prompt: str | None, seed: int) -> list[It
     if not lines:
         raise UsageError(f"prompt file {name} holds no prompts: write one prompt a line")
     json_lines = text.lstrip().startswith("{")
+    if not json_lines and _is_json(text):
+        raise UsageError(f"prompt file {name} is a JSON array; write one object a line (jq -c '.[]' does)")
     digits = max(4, len(str(len(lines) - 1)))
     items: list[Item] = []
     seen_ids: dict[str, int] = {}
@@ -94,6 +100,8 @@ def read_prompts(source: str, negative_prompt: str | None, seed: int) -> list[It
     for index, (number, line) in enumerate(lines):
         place = f"{name} line {number}"
         fields = _fields(line, place) if json_lines else {"prompt": line}
+        if not is_text(line):
+            raise UsageError(f"{place} holds characters that are no text; leave them out")
         prompt = fields["prompt"].strip()
         item = Item(
             id=str(fields.get("id", f"{index:0{digits}d}-{slug(prompt)}")),
@@ -108,6 +116,14 @@ def read_prompts(source: str, negative_prompt: str | None, seed: int) -> list[It
             raise UsageError(f"{place}: output {item.output!r} is taken by line {first}: give each item its own output")
         items.append(item)
     return items
+
+
+def _is_json(text: str) -> bool:
+    """Whether all of it is one JSON array, which as lines of text would be prompts."""
+    try:
+        return isinstance(json.loads(text), list)
+    except (ValueError, RecursionError):
+        return False
 
 
 def select(items: Sequence[Item], shard: tuple[int, int] | None) -> list[Item]:

@@ -14,7 +14,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-from . import dataset, pipeline, world
+from . import dataset, pipeline, store, world
 from .console import Console
 from .errors import UsageError
 from .metrics import adherence, detect, edge_width, seam_energy
@@ -111,14 +111,16 @@ def run(request: Request, count: int, folder: Path, console: Console) -> dict[st
     plan = check(request)
     session = Session(request.preset, request.model_path)
     seen = []
-    for i, (prompt, attributes) in enumerate(held_out_prompts(count)):
-        plan = make_plan(dataclasses.replace(request, seed=i))
-        video, run_dir = folder / f"{i:03}.mp4", folder / f"{i:03}"
-        if not pipeline.finished_video(session, plan, prompt, "", run_dir, video):
-            console.note(f"{i + 1} of {count}: {prompt}")
-            pipeline.render(session, plan, prompt, "", run_dir, video, console)
-        frames = frames_at(video, looked_at(plan))
-        seen.append(assess(plan, frames, proxy_frames(plan, run_dir / "proxy.mp4"), attributes))
+    with store.results(folder):
+        for i, (prompt, attributes) in enumerate(held_out_prompts(count)):
+            plan = make_plan(dataclasses.replace(request, seed=i))
+            video, run_dir = folder / f"{i:03}.mp4", folder / f"{i:03}"
+            done = pipeline.finished_video(session, plan, prompt, "", run_dir, video)
+            if not (done and (run_dir / "proxy.mp4").exists()):
+                console.note(f"{i + 1} of {count}: {prompt}")
+                pipeline.render(session, plan, prompt, "", run_dir, video, console)
+            frames = frames_at(video, looked_at(plan))
+            seen.append(assess(plan, frames, proxy_frames(plan, run_dir / "proxy.mp4"), attributes))
     right = {name: sum(s.right[name] for s in seen) for name in seen[0].right}
     widths = [s.edge_width for s in seen if s.edge_width is not None]
     return {

@@ -112,7 +112,10 @@ class Session:
         proxy_stream = self.transformer("detail", offload, console)
         if self.preset.detail.streams == "both" or self.preset.detail.lora is None:
             return proxy_stream, proxy_stream
-        return self._load(self._part("detail"), None, "detail", offload, console), proxy_stream
+        key = f"transformer without adapter {offload}"  # beside the other until both make room
+        if key not in self._parts:
+            self._parts[key] = self._load(self._part("detail"), None, "detail", offload, console)
+        return self._parts[key], proxy_stream
 
     def _load(self, part: str, adapter: str | None, stage: str, offload: Offload, console: Console) -> Any:
         model = load_transformer(self.folder, adapter, stage, self.dtype, part)
@@ -158,7 +161,9 @@ class Session:
             self._cache.write(prompt, embedding)
         except ResourceError as error:
             self._embeddings[prompt] = embedding
-            console.note(f"{error}; embeddings are not kept")
+            if "cache" not in self._warned:
+                self._warned.add("cache")
+                console.note(f"{error}; embeddings are not kept")
 
     def encode(self, prompts: list[str]) -> list[Embedding]:
         """What the text encoder makes of prompts; it is loaded for them and let go."""

@@ -16,10 +16,24 @@ from typing import IO, Any
 
 from .errors import ResourceError, UsageError
 
+FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+# what is wrong with where a file shall go; libraries raise other OSErrors for other reasons
+OF_THE_PLACE = (
+    *FULL,
+    errno.EACCES,
+    errno.EPERM,
+    errno.EROFS,
+    errno.ENOENT,
+    errno.ENOTDIR,
+    errno.EISDIR,
+    errno.ENAMETOOLONG,
+    errno.EIO,
+)
+
 
 def write_json(path: Path, obj: Any) -> None:
     """Writes `obj` as JSON, all or nothing; ResourceError where the place cannot take it."""
-    text = json.dumps(obj, indent=2, sort_keys=True, ensure_ascii=False, allow_nan=False, default=_as_json)
+    text = json.dumps(obj, indent=2, sort_keys=True, allow_nan=False, default=_as_json)
     with atomic(path) as file:
         file.write(text.encode() + b"\n")
 
@@ -61,36 +75,52 @@ def lock(run_dir: Path) -> Iterator[None]:
 
 
 @contextmanager
+def results(folder: Path) -> Iterator[None]:
+    """Holds a folder of many runs' results; UsageError where it has something in it and none of our runs has."""
+    if folder.exists() and not (folder / ".lock").exists() and any(folder.iterdir()):
+        raise UsageError(f"{folder} holds files that are not of this command; choose another --output")
+    with lock(run_directory(folder.parent, folder.name)):
+        yield
+
+
+@contextmanager
 def atomic(path: Path) -> Iterator[IO[bytes]]:
     """A file to write that becomes `path` when the block ends well, and otherwise leaves nothing behind."""
-    temporary = _temporary(path)
+    with replacing(path, ".tmp") as temporary, temporary.open("wb") as file:
+        yield file
+
+
+@contextmanager
+def replacing(path: Path, suffix: str) -> Iterator[Path]:
+    """A name beside `path`, ending in `suffix`; the file that is written there becomes `path` when the block ends well,
+    and otherwise is removed. ResourceError where the disk does not take it."""
+    temporary = _temporary(path, suffix)
     try:
-        try:
-            with temporary.open("wb") as file:
-                yield file
-                file.flush()
-                os.fsync(file.fileno())
-            temporary.replace(path)
-            _sync_directory(path.parent)
-        except OSError as error:
+        yield temporary
+        with temporary.open("rb") as file:
+            os.fsync(file.fileno())
+        temporary.replace(path)
+        _sync_directory(path.parent)
+    except OSError as error:
+        if error.errno in OF_THE_PLACE:
             raise _resource_error(error, path) from error
-    except BaseException:
+        raise
+    finally:
         with suppress(OSError):  # the first error is the one to tell
             temporary.unlink(missing_ok=True)
-        raise
 
 
-def _temporary(path: Path) -> Path:
+def _temporary(path: Path, suffix: str) -> Path:
     """A name of this writer's own: files outside a run directory, which has a lock, may have several writers.
 
     What killed writers on this machine have left of `path` is removed.
     """
-    machine = f"{uuid.getnode():012x}"
-    for left in path.parent.glob(f".{glob.escape(path.name)}.{machine}-*.tmp"):
-        process = left.name.split("-")[-2]
+    stem = f".{path.name[:100]}.{uuid.getnode():012x}-"
+    for left in path.parent.glob(f"{glob.escape(stem)}*{suffix}"):
+        process = left.name.removeprefix(stem).split("-")[0]
         if process.isdigit() and not Path("/proc", process).exists() and Path("/proc/self").exists():
             left.unlink(missing_ok=True)
-    return path.with_name(f".{path.name}.{machine}-{os.getpid()}-{threading.get_ident()}.tmp")
+    return path.with_name(f"{stem}{os.getpid()}-{threading.get_ident()}{suffix}")
 
 
 def _sync_directory(path: Path) -> None:
@@ -102,7 +132,7 @@ def _sync_directory(path: Path) -> None:
 
 
 def _resource_error(error: OSError, path: Path) -> ResourceError:
-    if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+    if error.errno in FULL:
         return ResourceError(f"{path} cannot be written because the disk is full: free space or choose another place")
     return ResourceError(f"{path} cannot be written ({error.strerror or error}): choose a place you may write to")
 

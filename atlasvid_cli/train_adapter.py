@@ -158,12 +158,15 @@ def _wear(session: Session, samples: list[dict], embed: train.Embed, folder: Pat
     with console.stage("worn proxies", len({1, proxy.time_ratio}) * len(samples)) as advance:
         for time_ratio, adapter in {1: None, proxy.time_ratio: proxy.lora}.items():
             path, name = folder / f"worn-{time_ratio}.safetensors", f"worn_{time_ratio}"
-            if not path.exists():
+            try:
+                kept = tensor_file.open_tensors(path)[0]
+            except InputError:  # missing, or damaged
                 model = load_transformer(session.folder, adapter, "proxy", session.dtype).to(session.device)
                 add_worn(model, samples, embed, time_ratio, lambda latents: proxy.flow_shift, advance)
                 del model  # before the next one, or the one to train, is loaded
-                tensor_file.save_tensors(path, {str(i): sample[name] for i, sample in enumerate(samples)}, {})
-            for i, tensor in tensor_file.open_tensors(path)[0].items():
+                kept = {str(i): sample[name] for i, sample in enumerate(samples)}
+                tensor_file.save_tensors(path, kept, {})
+            for i, tensor in kept.items():
                 samples[int(i)][name] = tensor
 
 

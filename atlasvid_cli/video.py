@@ -4,7 +4,6 @@ RGB is converted here, from float, to BT.709 limited range at the bit depth of t
 under their name only when they are complete, and the same frames give the same bytes.
 """
 
-import errno
 import itertools
 import os
 import queue
@@ -18,7 +17,8 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import av
 import numpy as np
 
-from .errors import InputError, RenderError, ResourceError, UsageError, one_line
+from .errors import InputError, RenderError, UsageError, one_line
+from .store import replacing
 
 if TYPE_CHECKING:
     import torch
@@ -118,7 +118,7 @@ def write_video(
     spec = _codec(codec)
     pixels = spec.pixels_odd if width % 2 or height % 2 else spec.pixels
     planes: queue.Queue[list[np.ndarray] | None] = queue.Queue(QUEUED_FRAMES)
-    with _replacing(path) as temporary, ThreadPoolExecutor(1, "encode") as pool:
+    with replacing(path, path.suffix) as temporary, ThreadPoolExecutor(1, "encode") as pool:
         rate = Fraction(fps).limit_denominator(1001)
         job = (temporary, spec, pixels, width, height, rate, frame_count, metadata or {}, iter(planes.get, None))
         encoder = pool.submit(_encode, *job)
@@ -225,33 +225,6 @@ def to_planes(rgb: "torch.Tensor", pixels: str) -> list[np.ndarray]:
 
 
 @contextmanager
-def _replacing(path: Path) -> Iterator[Path]:
-    """A temporary file beside `path` with its suffix: synced and renamed to `path` at the end, removed on failure."""
-    temporary = path.with_name(f".{path.stem[:100]}.{os.getpid()}{path.suffix}")
-    try:
-        yield temporary
-        with temporary.open("rb") as file:
-            os.fsync(file.fileno())
-        temporary.replace(path)
-        folder = os.open(path.parent, os.O_RDONLY)
-        try:
-            os.fsync(folder)  # the rename too
-        finally:
-            os.close(folder)
-    except OSError as error:
-        reasons = {errno.ENOSPC: "the disk is full", errno.EDQUOT: "the disk quota is used up"}
-        reasons |= {errno.EACCES: "it is not writable", errno.EROFS: "it is read-only", errno.ENOENT: "it is not there"}
-        if error.errno in reasons:
-            raise ResourceError(
-                f"'{path.name}' cannot be written in '{path.parent}', because {reasons[error.errno]}: "
-                "make room or choose another --output."
-            ) from error
-        raise
-    finally:
-        temporary.unlink(missing_ok=True)
-
-
-@contextmanager
 def opened(path: Path) -> Iterator[tuple[Any, Any]]:
     """The container and best video stream of `path`; `InputError` when there is none, or while it is read."""
     try:
@@ -259,6 +232,8 @@ def opened(path: Path) -> Iterator[tuple[Any, Any]]:
             stream = container.streams.best("video")
             if stream is None:
                 raise InputError(f"'{path}' holds no video: give a file that does.")
+            if stream.codec_context is None:
+                raise InputError(f"'{path}' is in a codec that cannot be read here: convert it first.")
             yield container, stream
     except av.error.FFmpegError as error:
         raise InputError(
@@ -345,5 +320,5 @@ def write_png(path: Path, image: "torch.Tensor") -> None:
     context.height, context.width = values.shape[:2]
     context.pix_fmt, context.time_base = "rgb24", Fraction(1)
     packets = [*context.encode(av.VideoFrame.from_ndarray(values, "rgb24")), *context.encode(None)]
-    with _replacing(path) as temporary:
+    with replacing(path, path.suffix) as temporary:
         temporary.write_bytes(b"".join(bytes(packet) for packet in packets))

@@ -135,8 +135,13 @@ def _check_same(part: str, found: dict[str, Any], wanted: Any, folder: Path, pre
 
 def check_adapter(folder: Path, lora: str, stage: str) -> None:
     """Raises InputError for an adapter that says it belongs to another stage or another base."""
-    with safe_open(folder / lora, "pt") as file:
-        metadata = file.metadata() or {}
+    try:
+        with safe_open(folder / lora, "pt") as file:
+            metadata = file.metadata() or {}
+    except UNREADABLE as error:
+        raise InputError(
+            f"the adapter {folder / lora} cannot be read ({one_line(str(error))}); make it again"
+        ) from None
     for name, found in (("stage", stage), ("base", model_hash(folder, "transformer"))):
         if metadata.get(name, found) != found:
             raise InputError(
@@ -187,7 +192,12 @@ def load_text(folder: Path, dtype: torch.dtype = torch.float32) -> tuple[PreTrai
 def load_scheduler(folder: Path, flow_shift: float) -> UniPCMultistepScheduler:
     if original.is_original(folder):  # what diffusers' converted repositories say
         return UniPCMultistepScheduler(prediction_type="flow_prediction", use_flow_sigmas=True, flow_shift=flow_shift)
-    return UniPCMultistepScheduler.from_pretrained(folder / "scheduler", flow_shift=flow_shift)
+    try:
+        return UniPCMultistepScheduler.from_pretrained(folder / "scheduler", flow_shift=flow_shift)
+    except UNREADABLE as error:
+        raise InputError(
+            f"the scheduler in {folder} cannot be read ({one_line(str(error))}); give another --model-path"
+        ) from None
 
 
 def _load(kind: Any, folder: Path, part: str, dtype: torch.dtype) -> Any:

@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import pytest
 import torch
@@ -217,11 +218,11 @@ def test_proxy_then_refine_then_region_then_decode(run, random_preset, tmp_path,
     [folder] = (tmp_path / "runs").iterdir()
     assert json.loads(run("info", folder, "--json")[1])["run"]["proxy.safetensors"] == known
     refine = ["refine", "p.safetensors", "--preset", random_preset, "--json"]
-    for res in ("256x192", "448x256"):
+    for res in ("256x192", "448x336"):
         code, out, _ = run(*refine, "--res", res)
         assert code == 0 and json.loads(out)["video"] == str(tmp_path / f"p-{res}.mp4")
     first = json.loads(out)["latents"]
-    code, out, err = run(*refine, "--res", "448x256", "--region", "64,64,128,128", "--frames", "0:4", "--seed", "9")
+    code, out, err = run(*refine, "--res", "448x336", "--region", "64,64,128,128", "--frames", "0:4", "--seed", "9")
     assert code == 0, err
     code, out, _ = run("decode", first, "--preset", random_preset, "--codec", "ffv1", "-o", "again.mkv")
     assert code == 0 and (tmp_path / "again.mkv").exists()
@@ -231,8 +232,77 @@ def test_proxy_then_refine_then_region_then_decode(run, random_preset, tmp_path,
         patch.setattr("atlasvid_cli.session.Session", None)
         code, _, err = run("decode", first, "--preset", random_preset, "-o", "third.mp4")
     assert code == 4 and "decoding needs" in err and not (tmp_path / "third.mp4").exists()
-    code, _, err = run(*refine, "--res", "448x256", "--frames", "4:400")
+    code, _, err = run(*refine, "--res", "448x336", "--frames", "4:400")
     assert code == 2 and "--frames" in err
+    code, _, err = run(*refine, "--res", "336x448")
+    assert code == 2 and "--res 4" in err
+    code, _, err = run("refine", first, "--preset", random_preset, "--res", "256x192")
+    assert code == 2 and "larger than 256x192" in err
+
+
+def test_results_of_other_settings_have_runs_of_their_own(run, random_preset, tmp_path):
+    assert run("proxy", "a red ball", *RENDER, "--preset", random_preset, "-o", "p.safetensors")[0] == 0
+    refine = ["refine", "p.safetensors", "--preset", random_preset, "--res", "256x192", "--json"]
+    made = {}
+    for steps in ("1", "2"):
+        code, out, err = run(*refine, "--steps", steps, "-o", f"{steps}.mp4")
+        assert code == 0, err
+        made[steps] = Path(json.loads(out)["latents"])
+    assert made["1"] != made["2"]
+    before = digest(made["1"])
+    code, out, err = run(*refine, "--steps", "1", "-o", "1.mp4")
+    assert code == 0 and json.loads(out)["latents"] == str(made["1"]) and "detail" not in err
+    part = ["--region", "0,0,64,64", "-o", "part.mp4"]
+    code, out, err = run(*refine, "--steps", "1", *part)
+    assert code == 0 and str(tmp_path / "runs") in out and digest(made["1"]) == before, err
+    there = sorted(tmp_path.rglob("*"))
+    code, _, err = run(*refine, "--steps", "3", *part)
+    assert code == 3 and "without --region first" in err and sorted(tmp_path.rglob("*")) == there
+
+
+def test_a_region_of_what_render_made_is_redone_in_its_run(run, random_preset, tmp_path):
+    command = [*RENDER, "--preset", random_preset]
+    code, out, _ = run("render", "a red ball", *command, "-o", "a.mp4", "--json")
+    folder = json.loads(out)["run_dir"]
+    refine = ["refine", f"{folder}/proxy.safetensors", "--preset", random_preset, "--res", "256x192"]
+    code, out, err = run(*refine, "--region", "0,0,64,64", "-o", "b.mp4", "--json")
+    assert code == 0 and os.path.dirname(json.loads(out)["latents"]) == folder, err
+
+
+def test_help_comes_without_arguments_too(run):
+    code, _, err = run()
+    assert code == 2 and "Commands:" in err and len(err.splitlines()) > 10
+
+
+def test_targets_of_a_batch_that_clash_are_refused_before_anything(run, random_preset, tmp_path):
+    (tmp_path / "p.jsonl").write_text('{"prompt": "a", "output": "v"}\n{"prompt": "b", "output": "v.mp4"}\n')
+    code, _, err = run("render", "--prompt-file", "p.jsonl", *RENDER, "--preset", random_preset)
+    assert code == 2 and "would both be" in err and not (tmp_path / "v.mp4").exists()
+    (tmp_path / "file").write_text("")
+    code, _, err = run("render", "--prompt-file", "p.jsonl", "-o", "file", *RENDER, "--preset", random_preset)
+    assert code == 2 and "is a file" in err
+    code, _, err = run("proxy", "a red ball", *RENDER, "-o", "p.mp4")
+    assert code == 2 and ".safetensors" in err
+
+
+def test_paths_that_are_no_text_are_written_and_told(random_preset, tmp_path):
+    command = [
+        sys.executable,
+        "-m",
+        "atlasvid_cli",
+        "render",
+        "a",
+        *RENDER,
+        "--preset",
+        random_preset,
+        "-o",
+        b"b\xff.mp4",
+    ]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True)
+    assert done.returncode == 0 and done.stdout.endswith(b"b\xff.mp4\n"), done.stderr
+    assert b"a.mp4" not in done.stdout and (tmp_path / os.fsdecode(b"b\xff.mp4")).exists()
+    done = subprocess.run([*command, "--json"], cwd=tmp_path, capture_output=True)
+    assert done.returncode == 0 and json.loads(done.stdout)["status"] == "skipped"
 
 
 def test_a_refused_render_leaves_the_run_of_the_video_alone(run, random_preset, tmp_path):

@@ -123,3 +123,12 @@ def test_what_is_no_lora_is_refused_from_its_header(tmp_path):
     save_file({"weight": torch.zeros(1)}, path)
     with pytest.raises(InputError, match="no LoRA"):
         check_lora(path)
+
+
+@pytest.mark.parametrize("wrong", [{"alpha": torch.ones(2)}, {"lora_A.weight": torch.zeros(48)}])
+def test_factors_of_the_wrong_shape_are_refused(transformer, tmp_path, wrong):
+    path, name = tmp_path / "a.safetensors", "transformer.blocks.0.attn1.to_q"
+    parts = {"lora_A.weight": torch.zeros(2, 48), "lora_B.weight": torch.zeros(48, 2), **wrong}
+    save_file({f"{name}.{part}": tensor for part, tensor in parts.items()}, path)
+    with pytest.raises(InputError, match="do not fit"):
+        merge_lora(fresh(transformer), Lora(path), strict=False, warn=no_warning)

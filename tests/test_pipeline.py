@@ -12,7 +12,7 @@ from diffusers import WanPipeline
 from atlasvid_cli import artefacts, pipeline, tensor_file
 from atlasvid_cli.console import Console
 from atlasvid_cli.encode import encode_clips
-from atlasvid_cli.errors import InputError
+from atlasvid_cli.errors import InputError, RenderError
 from atlasvid_cli.footage import open_clip
 from atlasvid_cli.plan import Request, make_plan
 from atlasvid_cli.presets import load_preset
@@ -161,6 +161,38 @@ def test_every_shipped_preset_loads():
     assert load_preset("tiny").detail.windows
 
 
+def test_values_that_are_not_finite_are_never_saved(session, request_, console, tmp_path, monkeypatch):
+    plan = make_plan(request_)
+    proxy = pipeline.make_proxy(session, plan, PROMPT, "", tmp_path, console)
+    sample = pipeline.sample_detail
+    monkeypatch.setattr(pipeline, "sample_detail", lambda *a: sample(*a).fill_(float("nan")))
+    with pytest.raises(RenderError, match="not finite"):
+        pipeline.refine(session, plan, proxy, tmp_path, console)
+    monkeypatch.undo()
+    assert latents(pipeline.refine(session, plan, proxy, tmp_path, console)).isfinite().all()
+
+
+def test_a_preview_is_never_of_an_earlier_proxy(session, request_, console, tmp_path, monkeypatch):
+    plan = make_plan(request_)
+    pipeline.make_proxy(session, plan, PROMPT, "", tmp_path, console)
+    with monkeypatch.context() as killed:
+        killed.setattr(pipeline, "decode", lambda *a: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            pipeline.make_proxy(session, plan, "a blue star", "", tmp_path, console)
+    pipeline.make_proxy(session, plan, "a blue star", "", tmp_path, console)
+    assert probe(tmp_path / "proxy.mp4")["metadata"]["prompt"] == "a blue star"
+
+
+def test_latents_that_do_not_say_what_they_are_are_refused(session, request_, console, tmp_path):
+    path = pipeline.make_proxy(session, make_plan(request_), PROMPT, "", tmp_path, console)
+    tensors, metadata = tensor_file.open_tensors(path)
+    for field, value in (("fps", None), ("width", "abc"), ("seconds", "1/0"), ("key", None)):
+        changed = {k: v for k, v in {**metadata, field: value}.items() if v is not None}
+        tensor_file.save_tensors(tmp_path / "x.safetensors", tensors, changed)
+        with pytest.raises(InputError, match=f"does not say its {field}"):
+            artefacts.describe(tmp_path / "x.safetensors")
+
+
 def test_a_region_of_a_cascade_keeps_the_levels_below(session, request_, console, tmp_path):
     request = replace(request_, width=832, height=640, seconds=Fraction(5, 16))
     plan = make_plan(request)
@@ -169,7 +201,7 @@ def test_a_region_of_a_cascade_keeps_the_levels_below(session, request_, console
     first = latents(pipeline.refine(session, plan, proxy, tmp_path, console))
     level = digest(tmp_path / "level-1.safetensors")
     again = pipeline.plan_from_proxy(proxy, replace(request, region=(64, 64, 128, 128), seed=9))
-    key = artefacts.result_key(session, again, artefacts.describe(proxy), tmp_path)
+    key = artefacts.region_key(session, again, artefacts.describe(proxy), tmp_path)
     result = pipeline.refine(session, again, proxy, tmp_path, console)
     assert digest(tmp_path / "level-1.safetensors") == level
     assert artefacts.describe(result)["key"] == key

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from atlasvid_cli import parse
 from atlasvid_cli.errors import InputError, UsageError
-from atlasvid_cli.prompts import MAX_SEED, read_prompts, select, single, slug
+from atlasvid_cli.prompts import MAX_SEED, items_of, read_prompts, select, single, slug
 
 QUICK = settings(max_examples=60, deadline=None)
 
@@ -157,3 +157,18 @@ def test_numbers_are_finite() -> None:
     for value in (float("nan"), float("inf"), -0.1):
         with pytest.raises(UsageError, match="--x"):
             parse.check_finite("--x", value, 0)
+
+
+def test_what_would_be_taken_for_prompts_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match="JSON array"):
+        read(tmp_path, '[{"prompt": "a red ball"},\n {"prompt": "a blue star"}]')
+    assert read(tmp_path, "[closing scene] a red ball")[0].prompt == "[closing scene] a red ball"
+    with pytest.raises(UsageError, match="line 2"):
+        read(tmp_path, "a red ball\na blue\0star")
+
+
+def test_a_clips_prompt_is_checked_too() -> None:
+    with pytest.raises(UsageError, match="UTF-8"):
+        items_of("a \udcff ball", None, None, None, 0, Path("a.mp4"))
+    with pytest.raises(UsageError, match="--shard"):
+        items_of(None, None, "1/2", None, 0, Path("a.mp4"))

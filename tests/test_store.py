@@ -95,3 +95,22 @@ def test_lock_keeps_other_processes_out_and_ends_with_its_process(tmp_path: Path
         holder.communicate()
     with store.lock(tmp_path):
         pass
+
+
+def test_a_folder_of_results_is_ours_alone(tmp_path: Path) -> None:
+    with store.results(tmp_path / "new"):
+        (tmp_path / "new" / "a.mp4").touch()
+    with store.results(tmp_path / "new"):
+        pass
+    (tmp_path / "precious").write_text("x")
+    with pytest.raises(UsageError, match="not of this command"), store.results(tmp_path):
+        pass
+    assert (tmp_path / "precious").read_text() == "x"
+
+
+def test_a_file_in_place_of_another_keeps_its_suffix_and_errors_of_others(tmp_path: Path) -> None:
+    with pytest.raises(OSError, match="of a library"), store.replacing(tmp_path / "a.mp4", ".mp4") as path:
+        assert path.suffix == ".mp4"
+        path.touch()
+        raise OSError(1094995529, "of a library")
+    assert list(tmp_path.iterdir()) == []

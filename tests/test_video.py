@@ -209,7 +209,7 @@ def test_wrong_requests(tmp_path):
         write(tmp_path / "a.mp4", ramp(1, 64, 64), "prores")
     with pytest.raises(UsageError, match="64 px"):
         write(tmp_path / "a.mp4", ramp(1, 32, 64), "av1")
-    with pytest.raises(ResourceError, match="not there"):
+    with pytest.raises(ResourceError, match="No such file"):
         write(tmp_path / "missing" / "a.mp4", ramp(1, 64, 64))
 
 
