@@ -1,6 +1,7 @@
 """A session loads each part once, for the whole batch, and says what stock weights cost."""
 
 import shutil
+from dataclasses import replace
 from fractions import Fraction
 
 import pytest
@@ -87,6 +88,15 @@ def test_stock_weights_render_training_free_and_say_what_it_costs(stock_preset, 
     assert (found["width"], found["height"], found["frames"]) == (240, 128, 16)
     said = capsys.readouterr().err
     assert said.count("no proxy adapter") == said.count("no detail adapter") == 1
+
+
+def test_both_models_of_one_stream_are_loaded_once_a_batch(random_preset, console, monkeypatch):
+    ours = Session(str(random_preset))
+    monkeypatch.setattr(ours, "preset", replace(ours.preset, detail=replace(ours.preset.detail, streams="proxy")))
+    loads, load = [], session.load_transformer
+    monkeypatch.setattr(session, "load_transformer", lambda *a: loads.append(a) or load(*a))
+    first = ours.detail_models("none", console)
+    assert first[0] is not first[1] and ours.detail_models("none", console) == first and len(loads) == 2
 
 
 def test_training_free_detail_starts_from_the_proxy(stock_preset, console, tmp_path):
