@@ -150,6 +150,8 @@ def proxy_one(
     wanted = artefacts.proxy_metadata(session, plan, item.prompt, negative)
     if target.exists() and not artefacts.is_current(target, wanted):
         raise UsageError(f"{target} exists and was made from something else; choose another --output")
+    if target.exists() and not (run / "proxy.safetensors").exists():
+        pipeline.publish(target, run / "proxy.safetensors")  # its run was deleted
     made = pipeline.make_proxy(session, plan, item.prompt, negative, run, console)
     if not target.exists():
         pipeline.publish(made, target)

@@ -4,6 +4,7 @@ import hashlib
 import json
 import os
 import random
+import shutil
 import signal
 import subprocess
 import sys
@@ -238,6 +239,16 @@ def test_proxy_then_refine_then_region_then_decode(run, random_preset, tmp_path,
     assert code == 2 and "--res 4" in err
     code, _, err = run("refine", first, "--preset", random_preset, "--res", "256x192")
     assert code == 2 and "larger than 256x192" in err
+
+
+def test_a_proxy_whose_run_was_deleted_is_not_sampled_again(run, random_preset, tmp_path):
+    command = ["proxy", "a red ball", *RENDER, "--preset", random_preset, "-o", "p.safetensors"]
+    assert run(*command)[0] == 0
+    before = digest(tmp_path / "p.safetensors")
+    shutil.rmtree(tmp_path / "runs")
+    code, _, err = run(*command)
+    assert code == 0 and "proxy: " not in err and digest(tmp_path / "p.safetensors") == before
+    assert [p.name for p in tmp_path.glob("runs/*/proxy.mp4")] == ["proxy.mp4"]
 
 
 def test_results_of_other_settings_have_runs_of_their_own(run, random_preset, tmp_path):
