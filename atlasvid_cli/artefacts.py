@@ -17,12 +17,20 @@ from .refine import Region
 from .session import Session
 
 FORMAT = "atlasvid-latents/1"
+
+
+def _above_zero(text: str) -> Fraction:
+    if (value := Fraction(text)) <= 0:
+        raise ValueError(text)
+    return value
+
+
 # what readers of a latents file rely on
 FIELDS: dict[str, Callable[[str], object]] = {
     **dict.fromkeys(("kind", "version", "preset", "model", "vae", "dtype", "attention"), str),
     **dict.fromkeys(("prompt", "negative_prompt", "below", "key"), str),
-    **dict.fromkeys(("seed", "target_fps", "frames", "width", "height", "scale"), int),
-    **dict.fromkeys(("seconds", "fps"), Fraction),
+    "seed": int,
+    **dict.fromkeys(("seconds", "fps", "target_fps", "frames", "width", "height", "scale"), _above_zero),
 }
 
 
@@ -60,14 +68,18 @@ def result_key(session: Session, plan: Plan, proxy: dict[str, str]) -> str:
     return metadata["key"]
 
 
-def region_key(session: Session, plan: Plan, proxy: dict[str, str], run_dir: Path) -> str:
-    """The same of latents of which a region is sampled again, in the run that made them."""
-    base = level_path(plan, run_dir, len(plan.levels))
-    if not base.exists():
+def check_base(plan: Plan, run_dir: Path) -> None:
+    """Raises InputError where a run does not hold the finished video of which a region is to be sampled again."""
+    if not (base := level_path(plan, run_dir, len(plan.levels))).exists():
         raise InputError(
             f"{base} does not exist: run refine with the same options and without --region first, or name the run that"
             " made the video by --run-dir"
         )
+
+
+def region_key(session: Session, plan: Plan, proxy: dict[str, str], run_dir: Path) -> str:
+    """`result_key` of latents of which a region is sampled again, in the run that made them."""
+    base = level_path(plan, run_dir, len(plan.levels))
     below = describe(level_path(plan, run_dir, len(plan.levels) - 1)) if len(plan.levels) > 1 else proxy
     found = level_metadata(session, plan, plan.levels[-1], below)
     return region_metadata(plan, describe(base), found)["key"]
@@ -170,7 +182,7 @@ def is_current(path: Path, metadata: dict[str, str]) -> bool:
         return False
     try:
         return describe(path)["key"] == metadata["key"]
-    except (InputError, KeyError):
+    except InputError:
         return False  # damaged or foreign: made anew
 
 

@@ -1,7 +1,6 @@
 """Making one or many items through one session, and the guards that keep what is already on disk."""
 
 import dataclasses
-import os
 import re
 from collections.abc import Callable
 from pathlib import Path
@@ -150,8 +149,9 @@ def proxy_one(
     wanted = artefacts.proxy_metadata(session, plan, item.prompt, negative)
     if target.exists() and not artefacts.is_current(target, wanted):
         raise UsageError(f"{target} exists and was made from something else; choose another --output")
-    if target.exists() and not (run / "proxy.safetensors").exists():
-        pipeline.publish(target, run / "proxy.safetensors")  # its run was deleted
+    kept = run / "proxy.safetensors"
+    if target.exists() and not kept.exists() and artefacts.describe(target)["vae"] == session.vae_hash:
+        pipeline.publish(target, kept)  # its run was deleted
     made = pipeline.make_proxy(session, plan, item.prompt, negative, run, console)
     if not target.exists():
         pipeline.publish(made, target)
@@ -185,10 +185,11 @@ def with_clip(
 def check_writable(target: Path) -> None:
     """An output that cannot be written is said before hours of work."""
     from .errors import ResourceError
+    from .store import temporary
 
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
-        probe = target.parent / f".{target.name}.{os.getpid()}.probe"
+        probe = temporary(target, ".probe")
         probe.touch()
         probe.unlink()
     except OSError as error:

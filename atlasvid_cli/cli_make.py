@@ -1,6 +1,5 @@
 """The commands that make something: flags -> Request -> Plan -> pipeline. Heavy imports are in the bodies."""
 
-import dataclasses
 from pathlib import Path
 from typing import Annotated
 
@@ -10,7 +9,7 @@ from . import options as opt
 from .batch import check_writable, keep_foreign, proxy_one, render_one, run_batch, show_plan, target_of, with_clip
 from .errors import UsageError
 from .parse import make_request, parse_frames, parse_lora, parse_offload, parse_region, parse_resolution
-from .prompts import items_of, slug
+from .prompts import items_of
 
 
 def render(
@@ -195,22 +194,16 @@ def refine(
         return
     check_resources(plan, target.parent, run_dir)
     session = Session(request.preset, model_path, attention_backend, request.loras, strict, weight_dtype)
-    proxy = artefacts.describe(latents)
-    # a region is redone in the run of its video, whose seed is the proxy's
-    whole = dataclasses.replace(request, region=None, frames=None)
-    whole = dataclasses.replace(whole, seed=known["seed"]) if plan.is_region else whole
-    own = f"{slug(latents.stem)}-{artefacts.result_key(session, pipeline.plan_from_proxy(latents, whole), proxy)}"
-    folder = run_dir or target.parent / "runs" / own
-    key = artefacts.result_key(session, plan, proxy)
+    folder = run_dir or pipeline.refine_run(session, plan, latents, target.parent / "runs")
     if plan.is_region:
-        if not run_dir and not folder.exists() and (latents.parent / "detail.safetensors").exists():
-            folder = latents.parent  # the proxy lies in the run of its video
-        key = artefacts.region_key(session, plan, proxy, folder)
+        artefacts.check_base(plan, folder)
     check_writable(target)
     with lock(run_directory(folder.parent, folder.name)):
-        keep_foreign(target, key)
+        proxy = artefacts.describe(latents)
+        region = artefacts.region_key(session, plan, proxy, folder) if plan.is_region else None
+        keep_foreign(target, region or artefacts.result_key(session, plan, proxy))
         result = pipeline.refine(session, plan, latents, folder, console)
-        pipeline.decode(session, result, target, codec, console)
+        pipeline.decode(session, result, target, codec, console, spool=folder)
     console.emit({"video": str(target), "latents": str(result), "status": "ok"}, str(target))
 
 
@@ -236,11 +229,9 @@ def decode(
     check_target(target, codec, int(known["width"]), int(known["height"]))
     keep_foreign(target, known["key"])
     check_writable(target)
+    shape = artefacts.latents_shape(latents)
     check_decode(
-        load_preset(preset or known["preset"]),
-        artefacts.latents_shape(latents),
-        int(known["width"]),
-        int(known["height"]),
+        load_preset(preset or known["preset"]), shape, int(known["width"]), int(known["height"]), target.parent
     )
     session = Session(preset or known["preset"], model_path)
     console = Console(as_json)

@@ -179,8 +179,18 @@ def decode_memory(preset: Preset, latents: tuple[int, int, int], width: int, hei
     return Memory(decoder, host) if on_gpu else Memory(0, host + decoder)
 
 
-def check_decode(preset: Preset, latents: tuple[int, int, int], width: int, height: int) -> None:
-    """Raises ResourceError, before anything is loaded, where saved latents cannot be decoded in the memory here."""
+def check_decode(preset: Preset, latents: tuple[int, int, int], width: int, height: int, folder: Path) -> None:
+    """Raises ResourceError, before anything is loaded, where saved latents cannot be decoded to `folder` in the memory
+    and on the disk here."""
+    from .vae_cost import spool_bytes
+
+    if vae_tile(preset, *latents[1:]):
+        size, (_, free) = spool_bytes(dataclasses.asdict(preset.vae), *latents), disk_of(folder)
+        if size > free:
+            raise ResourceError(
+                f"decoding tiles writes {size / GIB:.1f} GiB and {folder} has {free / GIB:.1f} GiB free;"
+                " free some space or choose another --output"
+            )
     needed = decode_memory(preset, latents, width, height)
     for kind, size, free in (
         ("GPU memory", needed.device and PROGRAM_VRAM + needed.device, available_vram()),

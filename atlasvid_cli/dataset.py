@@ -21,6 +21,7 @@ from safetensors import safe_open
 from . import world
 from .encode import encode_clips
 from .machine import cpu_autocast
+from .store import artefact_hash
 from .tensor_file import save_tensors
 
 FPS = 16
@@ -29,12 +30,23 @@ SHARD = 20
 # grids in tokens (h, w) of the whole frame, with how often each is drawn
 FRAME_GRIDS = (((5, 8), 6), ((8, 5), 1), ((6, 6), 1), ((4, 9), 1))
 PROXY_GRIDS = (((7, 12), 6), ((12, 7), 1), ((9, 9), 1), ((6, 14), 1))
-CLIP_FRAMES = 33
+CLIP_FRAMES, PROXY_FRAMES = 33, 49
 HASTE = 4.0  # the fastest of the base's clips: as in footage, some objects cross a good part of the frame in 2 s
 CLOSE_UPS = 0.35  # of the base's samples, as footage has them
 ENCODED_TOGETHER = {"image": 20, "clip": 4, "proxy": 4, "still": 20, "detail": 2}
 DETAIL_TOKENS = 12
 DETAIL_RATIOS = (Fraction(4), Fraction(4), Fraction(3), Fraction(2))
+
+
+def folder_of(work: Path, vae_hash: str) -> Path:
+    """Where the samples of a VAE lie in `work`: those of other grids or frames are never taken for these."""
+    recipe = {
+        "grids": [FRAME_GRIDS, PROXY_GRIDS],
+        "frames": [CLIP_FRAMES, PROXY_FRAMES],
+        "draws": [HASTE, CLOSE_UPS],
+        "crops": [DETAIL_TOKENS, DETAIL_RATIOS],
+    }
+    return work / f"data-{vae_hash}-{artefact_hash(recipe)[:8]}"
 
 
 def whole_frame(
@@ -73,7 +85,7 @@ def sample(
 ) -> tuple[dict[str, torch.Tensor], dict]:
     """Pixels of one training sample by name, and its caption (and ratio). Crops are square, whatever the grid."""
     if kind == "proxy":
-        pixels, text = whole_frame(rng, grid, 49, FPS // 4)
+        pixels, text = whole_frame(rng, grid, PROXY_FRAMES, FPS // 4)
         return {"latents": pixels}, {"caption": text}
     if kind in ("image", "clip"):
         frames = 1 if kind == "image" else CLIP_FRAMES

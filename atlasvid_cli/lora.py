@@ -121,8 +121,8 @@ def _apply(layer: Any, change: dict[str, torch.Tensor], lora: Lora, name: str) -
         raise InputError(f"{lora.path} has half a LoRA for layer {name}; fetch the file again")
     if "down" in change:
         down, up = (change[part].float().flatten(min(1, change[part].ndim - 1)) for part in ("down", "up"))
-        alpha = change.get("alpha", torch.tensor(float(len(down))))
-        scale = alpha.flatten()[0].item() / len(down) if alpha.numel() == 1 else math.nan
+        rank, alpha = max(1, len(down)), change.get("alpha")
+        scale = 1.0 if alpha is None else alpha.item() / rank if alpha.numel() == 1 else math.nan
         if down.ndim != 2 or up.ndim != 2 or up.shape[1] != len(down) or not math.isfinite(scale):
             raise InputError(f"{lora.path} has factors that do not fit each other for layer {name}; fetch it again")
         add(layer.weight, scale * up @ down)

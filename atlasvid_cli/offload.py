@@ -5,7 +5,7 @@ A block is a map over all windows, so its weights are loaded once a forward howe
 
 from collections.abc import Iterator
 from contextlib import nullcontext
-from importlib.util import find_spec
+from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
 import torch
@@ -15,6 +15,8 @@ from torch import nn
 from .errors import UsageError
 from .memory import Offload, WeightDtype
 
+TORCHAO = (0, 18)  # whose int8 weights can be pinned and moved as they are
+
 
 def compute_device(model: WanTransformer3DModel) -> torch.device:
     """Where the model computes: its embeddings are never offloaded."""
@@ -23,8 +25,14 @@ def compute_device(model: WanTransformer3DModel) -> torch.device:
 
 def check_weight_dtype(kept: WeightDtype) -> None:
     """Raises UsageError where weights cannot be kept so here."""
-    if kept == "int8" and not find_spec("torchao"):
-        raise UsageError("--weight-dtype int8 needs torchao: pip install 'atlasvid[int8]', or take fp8")
+    if kept != "int8":
+        return
+    try:
+        found = tuple(int(part) for part in version("torchao").split(".")[:2])
+    except (PackageNotFoundError, ValueError):
+        found = (0, 0)
+    if found < TORCHAO:
+        raise UsageError("--weight-dtype int8 needs torchao 0.18 or later: pip install 'atlasvid[int8]', or take fp8")
 
 
 def narrow(model: WanTransformer3DModel, kept: WeightDtype) -> WanTransformer3DModel:

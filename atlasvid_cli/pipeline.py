@@ -3,6 +3,7 @@
 Stages are separated by files in the run directory, so resuming, rerunning a stage and bounding memory are one thing.
 """
 
+import dataclasses
 import json
 import math
 import shutil
@@ -26,6 +27,7 @@ from .artefacts import (
     proxy_metadata,
     read_latents,
     region_of,
+    result_key,
 )
 from .console import Console
 from .cost import offload_of, vae_tile
@@ -36,6 +38,7 @@ from .footage import Clip, read_clip
 from .model import TextContext, text_context
 from .plan import Plan, Request, Stage, make_plan
 from .presets import load_preset
+from .prompts import slug
 from .proxy import Expert, sample_proxy
 from .refine import Region, sample_detail
 from .session import Session
@@ -54,7 +57,7 @@ def render(
     started = time.monotonic()
     proxy = make_proxy(session, plan, prompt, negative_prompt, run_dir, progress)
     latents = refine(session, plan, proxy, run_dir, progress)
-    video = decode(session, latents, output, plan.request.codec, progress)
+    video = decode(session, latents, output, plan.request.codec, progress, spool=run_dir)
     seconds = round(time.monotonic() - started, 2)
     event = {
         "video": str(video),
@@ -104,7 +107,7 @@ def make_proxy(
     path, preview = run_dir / "proxy.safetensors", run_dir / "proxy.mp4"
     metadata = proxy_metadata(session, plan, prompt, negative_prompt)
     if is_current(path, metadata):
-        if not preview.exists():
+        if not (preview.exists() and _sheet_path(preview).exists()):
             decode(session, path, preview, "h264", progress, "preview")
         return path
     store.run_directory(run_dir.parent, run_dir.name)
@@ -113,7 +116,8 @@ def make_proxy(
         latents = encode_proxy(session, plan, clip, progress)
     else:
         latents = _sample_proxy(session, plan, (prompt, negative_prompt), state, metadata["key"], progress)
-    preview.unlink(missing_ok=True)  # another proxy's, where a run is made anew
+    for shown in (preview, _sheet_path(preview)):
+        shown.unlink(missing_ok=True)  # another proxy's, where a run is made anew
     _save_latents(path, latents, metadata)
     state.unlink(missing_ok=True)
     decode(session, path, preview, "h264", progress, "preview")
@@ -194,9 +198,18 @@ def refine(session: Session, plan: Plan, proxy_path: Path, run_dir: Path, progre
 
 
 def decode(
-    session: Session, latents_path: Path, output: Path, codec: str, progress: Console, stage: str = "decode"
+    session: Session,
+    latents_path: Path,
+    output: Path,
+    codec: str,
+    progress: Console,
+    stage: str = "decode",
+    spool: Path | None = None,
 ) -> Path:
-    """Saved latents -> video file and a contact sheet beside it, streamed; no sampling."""
+    """Saved latents -> video file and a contact sheet beside it, streamed; no sampling.
+
+    Decoded tiles wait in the folder `spool`, by default beside the video.
+    """
     latents, metadata = read_latents(latents_path, session, "vae")
     output = output if output.suffix else output.with_suffix(suffix_for(codec))
     vae = session.vae()
@@ -209,7 +222,7 @@ def decode(
         def finished() -> Iterator[torch.Tensor]:
             index = 0
             tile = vae_tile(session.preset, latents.shape[2], latents.shape[3])
-            for chunk in decode_stream(vae, latents, tile, spool=output.parent):
+            for chunk in decode_stream(vae, latents, tile, spool or output.parent):
                 if scale > 1:
                     chunk = F.avg_pool2d(chunk[..., : height * scale, : width * scale], scale)
                 for frame in chunk:
@@ -236,6 +249,23 @@ def decode(
     return output
 
 
+def refine_run(session: Session, plan: Plan, latents: Path, runs: Path) -> Path:
+    """The run directory, in `runs`, of what is made above saved latents: named by all that decides the result.
+
+    A region's is that of its video, which the same options made with the latents' own seed; where that is not there,
+    the run that the latents lie in.
+    """
+    known = describe(latents)
+    if plan.is_region:
+        whole = dataclasses.replace(plan.request, region=None, frames=None, seed=int(known["seed"]))
+        plan = plan_from_proxy(latents, whole)
+        is_of_render = level_path(plan, latents.parent, len(plan.levels)).exists()
+    else:
+        is_of_render = False
+    own = runs / f"{slug(latents.stem)}-{result_key(session, plan, known)}"
+    return latents.absolute().parent if is_of_render and not own.exists() else own
+
+
 def plan_from_proxy(path: Path, request: Request) -> Plan:
     """A plan whose levels climb from a saved proxy (or an earlier result), known by its header: length, prompt and seed
     come from it. UsageError for a size that would show a part of it only."""
@@ -250,9 +280,10 @@ def plan_from_proxy(path: Path, request: Request) -> Plan:
         )
     plan = make_plan(request, grid, Fraction(known["fps"]))
     if plan.target.h < grid.h or plan.target.w < grid.w:
+        size = "x".join(str(int(known[side]) * int(known["scale"])) for side in ("width", "height"))
         raise UsageError(
-            f"{path} is {known['width']}x{known['height']}, larger than {request.width}x{request.height}; give a larger"
-            " --res, or the proxy that it was made from"
+            f"{path} was generated at {size}, larger than {request.width}x{request.height}; give --res {size} or more,"
+            " or the proxy that it was made from"
         )
     return plan
 
@@ -300,10 +331,10 @@ def _refine_level(
 
 
 def _save_latents(path: Path, latents: torch.Tensor, metadata: dict[str, str]) -> None:
-    if not latents.isfinite().all():
+    if not tensor_file.is_finite(latents):
         raise RenderError(
-            "sampling ended in values that are not finite; leave out --lora, or give another --attention-backend or"
-            " --weight-dtype"
+            f"the {metadata['kind']} came out with values that are not finite; leave out --lora, or give another"
+            " --attention-backend or --weight-dtype"
         )
     tensor_file.save_tensors(path, {"latents": latents}, metadata)
 

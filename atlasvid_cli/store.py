@@ -21,13 +21,11 @@ FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 OF_THE_PLACE = (
     *FULL,
     errno.EACCES,
-    errno.EPERM,
     errno.EROFS,
     errno.ENOENT,
     errno.ENOTDIR,
     errno.EISDIR,
     errno.ENAMETOOLONG,
-    errno.EIO,
 )
 
 
@@ -76,17 +74,20 @@ def lock(run_dir: Path) -> Iterator[None]:
 
 @contextmanager
 def results(folder: Path) -> Iterator[None]:
-    """Holds a folder of many runs' results; UsageError where it has something in it and none of our runs has."""
-    if folder.exists() and not (folder / ".lock").exists() and any(folder.iterdir()):
+    """Holds a folder of results, in which files are overwritten; UsageError where it holds files and this has never
+    held it."""
+    mark = folder / ".atlasvid-bench"
+    if folder.exists() and not mark.exists() and any(folder.iterdir()):
         raise UsageError(f"{folder} holds files that are not of this command; choose another --output")
     with lock(run_directory(folder.parent, folder.name)):
+        mark.touch()
         yield
 
 
 @contextmanager
 def atomic(path: Path) -> Iterator[IO[bytes]]:
     """A file to write that becomes `path` when the block ends well, and otherwise leaves nothing behind."""
-    with replacing(path, ".tmp") as temporary, temporary.open("wb") as file:
+    with replacing(path, ".tmp") as made, made.open("wb") as file:
         yield file
 
 
@@ -94,12 +95,12 @@ def atomic(path: Path) -> Iterator[IO[bytes]]:
 def replacing(path: Path, suffix: str) -> Iterator[Path]:
     """A name beside `path`, ending in `suffix`; the file that is written there becomes `path` when the block ends well,
     and otherwise is removed. ResourceError where the disk does not take it."""
-    temporary = _temporary(path, suffix)
+    made = temporary(path, suffix)
     try:
-        yield temporary
-        with temporary.open("rb") as file:
+        yield made
+        with made.open("rb") as file:
             os.fsync(file.fileno())
-        temporary.replace(path)
+        made.replace(path)
         _sync_directory(path.parent)
     except OSError as error:
         if error.errno in OF_THE_PLACE:
@@ -107,15 +108,16 @@ def replacing(path: Path, suffix: str) -> Iterator[Path]:
         raise
     finally:
         with suppress(OSError):  # the first error is the one to tell
-            temporary.unlink(missing_ok=True)
+            made.unlink(missing_ok=True)
 
 
-def _temporary(path: Path, suffix: str) -> Path:
+def temporary(path: Path, suffix: str) -> Path:
     """A name of this writer's own: files outside a run directory, which has a lock, may have several writers.
 
     What killed writers on this machine have left of `path` is removed.
     """
-    stem = f".{path.name[:100]}.{uuid.getnode():012x}-"
+    name = os.fsdecode(os.fsencode(path.name)[:100])  # file systems count bytes
+    stem = f".{name}.{uuid.getnode():012x}-"
     for left in path.parent.glob(f"{glob.escape(stem)}*{suffix}"):
         process = left.name.removeprefix(stem).split("-")[0]
         if process.isdigit() and not Path("/proc", process).exists() and Path("/proc/self").exists():

@@ -104,12 +104,15 @@ def open_tensors(
             file.seek(entry.begin)
             if file.readinto(_bytes_of(tensor)) != entry.end - entry.begin:  # type: ignore[attr-defined]
                 raise InputError(f"{path} was cut short while it was read: make it again")
-            # In parts: the mask of a whole 4K tensor would be a sizeable allocation of its own.
-            parts = tensor.view(-1).split(1 << 24) if tensor.is_floating_point() else ()
-            if not all(bool(part.isfinite().all()) for part in parts):
+            if tensor.is_floating_point() and not is_finite(tensor):
                 raise InputError(f"{path} holds values of {name!r} that are not finite: make it again")
             tensors[name] = tensor
         return tensors, metadata
+
+
+def is_finite(tensor: "torch.Tensor") -> bool:
+    """Whether all values are; in parts, as the mask of a whole 4K tensor would be a sizeable allocation of its own."""
+    return all(bool(part.isfinite().all()) for part in tensor.reshape(-1).split(1 << 24))
 
 
 def save_state(path: Path, step: int, tensors: "Mapping[str, torch.Tensor]", key: str) -> None:

@@ -202,7 +202,7 @@ def _samples(session: Session, job: Job, console: Console) -> list[list[dict]]:
     preset, geometry = session.preset, session.preset.geometry
     if (geometry.token_pixels, preset.fps, preset.proxy.time_ratio) != (dataset.TOKEN, dataset.FPS, 4):
         raise UsageError(f"--data world is drawn for preset tiny and not for {preset.name}; give a folder of clips")
-    folder = job.work / f"data-{model_hash(session.folder, 'vae')}"
+    folder = dataset.folder_of(job.work, model_hash(session.folder, "vae"))
     dataset.build(job.stage, WORLD_SAMPLES[job.stage], folder, load_vae(session.folder).to(session.device))
     return [[sample] for sample in dataset.load(job.stage, folder)]
 

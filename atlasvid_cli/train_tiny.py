@@ -26,7 +26,7 @@ from .wear import add_worn
 from .weights import load_transformer, model_hash
 
 VAE_STEPS, COMPRESSED_STEPS, SETTLED_STEPS, SHARPENED_STEPS = 2200, 1400, 1100, 9000
-PROXY_STEPS, DETAIL_STEPS = 12000, 4500
+PROXY_STEPS, DETAIL_STEPS = 10000, 4500
 # cosines, each (steps, peak learning rate, share of single images at its start and end): colours, shapes and grounds,
 # then motion
 BASE_CYCLES = (
@@ -127,7 +127,7 @@ def make(work: Path, out: Path) -> None:
         finish_vae(vae, out)
     vae = AutoencoderKLWan.from_pretrained(out / "vae", torch_dtype=torch.float32)
     embed = embedder(out)
-    latents = work / f"data-{model_hash(out, 'vae')}"  # latents of another VAE are never taken for this one's
+    latents = dataset.folder_of(work, model_hash(out, "vae"))
 
     if not (out / "transformer").exists():
         for kind in ("image", "clip"):
@@ -168,14 +168,14 @@ def make(work: Path, out: Path) -> None:
         data = dataset.load("proxy", latents)
         train.train_clips(
             model,
-            work / f"proxy-{base}",
+            work / f"proxy-{base}-{PROXY_STEPS}",
             [],
             data,
             embed,
             PROXY_STEPS,
-            3e-3,
+            2.5e-3,
             time_ratio=4,
-            tokens=1300,
+            tokens=2200,
             shift_of=clip_shift,
             accumulate=2,
         )

@@ -1,5 +1,6 @@
 """Resources are refused before anything loads, each on the disk that it will be written to."""
 
+import dataclasses
 from fractions import Fraction
 
 import pytest
@@ -51,16 +52,23 @@ def test_too_little_memory_is_said(tmp_path, monkeypatch):
         check_resources(job(), tmp_path)
 
 
-def test_decoding_alone_needs_what_it_needs_in_a_plan(monkeypatch):
+def test_decoding_alone_needs_what_it_needs_in_a_plan(monkeypatch, tmp_path):
     plan = job()
     patch = plan.preset.geometry.patch
     latents = plan.target.t, plan.target.h * patch, plan.target.w * patch
     [needed] = [row["ram_bytes"] for row in rows(plan) if row["stage"] == "decode"]
     monkeypatch.setattr(cost, "available_ram", lambda: needed)
-    cost.check_decode(plan.preset, latents, plan.request.width, plan.request.height)
+    cost.check_decode(plan.preset, latents, plan.request.width, plan.request.height, tmp_path)
     monkeypatch.setattr(cost, "available_ram", lambda: needed - 1)
     with pytest.raises(ResourceError, match="decode_gib"):
-        cost.check_decode(plan.preset, latents, plan.request.width, plan.request.height)
+        cost.check_decode(plan.preset, latents, plan.request.width, plan.request.height, tmp_path)
+
+
+def test_decoding_in_tiles_needs_disk_too(monkeypatch, tmp_path):
+    preset = dataclasses.replace(load_preset("tiny"), decode_gib=0.2)
+    monkeypatch.setattr(cost, "disk_of", lambda folder: (0, 1 << 20))
+    with pytest.raises(ResourceError, match="tiles"):
+        cost.check_decode(preset, (5, 68, 120), 1920, 1080, tmp_path)
 
 
 def test_the_proxy_alone_is_asked_for_the_proxy_alone(tmp_path):

@@ -12,7 +12,7 @@ from diffusers import WanPipeline
 from atlasvid_cli import artefacts, pipeline, tensor_file
 from atlasvid_cli.console import Console
 from atlasvid_cli.encode import encode_clips
-from atlasvid_cli.errors import InputError, RenderError
+from atlasvid_cli.errors import InputError, RenderError, UsageError
 from atlasvid_cli.footage import open_clip
 from atlasvid_cli.plan import Request, make_plan
 from atlasvid_cli.presets import load_preset
@@ -159,6 +159,18 @@ def test_unknown_words_are_named(session, console, capsys):
 
 def test_every_shipped_preset_loads():
     assert load_preset("tiny").detail.windows
+
+
+def test_a_result_is_refined_no_smaller_than_it_was_generated(session, request_, console, tmp_path):
+    plan = make_plan(replace(request_, width=128, height=96))
+    assert plan.scale > 1
+    proxy = pipeline.make_proxy(session, plan, PROMPT, "", tmp_path, console)
+    result = pipeline.refine(session, plan, proxy, tmp_path, console)
+    size = f"{128 * plan.scale}x{96 * plan.scale}"
+    with pytest.raises(UsageError, match=f"generated at {size}"):
+        pipeline.plan_from_proxy(result, replace(request_, width=192, height=144))
+    large = replace(request_, width=128 * plan.scale, height=96 * plan.scale)
+    assert pipeline.plan_from_proxy(result, large).levels
 
 
 def test_values_that_are_not_finite_are_never_saved(session, request_, console, tmp_path, monkeypatch):

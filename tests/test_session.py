@@ -3,6 +3,7 @@
 import shutil
 from dataclasses import replace
 from fractions import Fraction
+from importlib.metadata import PackageNotFoundError
 
 import pytest
 import torch
@@ -73,10 +74,15 @@ def test_weights_in_eight_bits_take_less_memory_and_change_little(kept, console)
 
 
 def test_int8_without_torchao_is_refused_before_anything_loads(monkeypatch):
-    monkeypatch.setattr("atlasvid_cli.offload.find_spec", lambda name: None)
     monkeypatch.setattr("atlasvid_cli.session.model_folder", None)
-    with pytest.raises(UsageError, match=r"atlasvid\[int8\]"):
-        Session("tiny", weight_dtype="int8")
+
+    def absent(name):
+        raise PackageNotFoundError(name)
+
+    for found in (absent, lambda name: "0.17.1"):
+        monkeypatch.setattr("atlasvid_cli.offload.version", found)
+        with pytest.raises(UsageError, match=r"atlasvid\[int8\]"):
+            Session("tiny", weight_dtype="int8")
 
 
 def test_stock_weights_render_training_free_and_say_what_it_costs(stock_preset, console, tmp_path, capsys):
