@@ -1,6 +1,6 @@
 """Bytes that a sampling stage needs, from shapes alone, for each way to offload (DESIGN §4).
 
-Latents are fp32 in host memory; weights, hidden state, keys and values have the device's dtype, and norms compute in
+Latents are fp32 in host memory; weights, hidden state, keys and values have the device's dtype, rotations compute in
 fp32.
 """
 

@@ -102,7 +102,7 @@ def block_forward(
     shift, scale, gate, ffn_shift, ffn_scale, ffn_gate = (block.scale_shift_table + modulations.float()).chunk(6, dim=1)
 
     attn = block.attn1
-    normed = (block.norm1(x.float()) * (1 + scale) + shift).type_as(x)
+    normed = _modulated(x, block.norm1, scale, shift)
     q = rotate(_norm(attn.norm_q, attn.to_q(normed)).unflatten(-1, (attn.heads, -1)), rotation)
     k = _norm(attn.norm_k, attn.to_k(normed)).unflatten(-1, (attn.heads, -1))
     v = attn.to_v(normed).unflatten(-1, (attn.heads, -1))
@@ -111,18 +111,34 @@ def block_forward(
         keys = torch.cat((keys, proxy[0].type_as(keys)), dim=1)
         values = torch.cat((values, proxy[1].type_as(values)), dim=1)
     attended = attn.to_out[0](attend(q, keys, values, backend=backend).flatten(2))
-    x = (x.float() + attended * gate).type_as(x)
+    x = torch.addcmul(x, attended.type_as(x), gate.type_as(x))
 
     attn = block.attn2
-    q = _norm(attn.norm_q, attn.to_q(block.norm2(x.float()).type_as(x))).unflatten(-1, (attn.heads, -1))
+    q = _norm(attn.norm_q, attn.to_q(_affine(x, block.norm2))).unflatten(-1, (attn.heads, -1))
     if len(text[0]) == 1:  # one prompt for all windows: one long row of queries
         attended = attend(q.flatten(0, 1)[None], *text, text_bias, backend).view_as(q)
     else:
         attended = attend(q, *text, text_bias, backend)
     x = x + attn.to_out[0](attended.flatten(2))
 
-    normed = (block.norm3(x.float()) * (1 + ffn_scale) + ffn_shift).type_as(x)
-    return (x.float() + block.ffn(normed).float() * ffn_gate).type_as(x), k, v
+    out = block.ffn(_modulated(x, block.norm3, ffn_scale, ffn_shift))
+    return torch.addcmul(x, out.type_as(x), ffn_gate.type_as(x)), k, v
+
+
+def _modulated(x: torch.Tensor, norm: torch.nn.LayerNorm, scale: torch.Tensor, shift: torch.Tensor) -> torch.Tensor:
+    """`norm` of x (n, L, D) times 1 + `scale` plus `shift` (n or 1, 1, D), in one kernel where all of x shares them."""
+    if len(scale) > 1:
+        return torch.addcmul(shift, norm(x.float()), 1 + scale).type_as(x)
+    weight, bias = (1 + scale).flatten().type_as(x), shift.flatten().type_as(x)
+    return torch.nn.functional.layer_norm(x, norm.normalized_shape, weight, bias, norm.eps)
+
+
+def _affine(x: torch.Tensor, norm: torch.nn.Module) -> torch.Tensor:
+    """`norm` of x in x's dtype, in which alone it is one kernel; it is none where the model has no such norm."""
+    if not isinstance(norm, torch.nn.LayerNorm):
+        return norm(x)
+    weight, bias = norm.weight.type_as(x), norm.bias.type_as(x)
+    return torch.nn.functional.layer_norm(x, norm.normalized_shape, weight, bias, norm.eps)
 
 
 def _norm(norm: torch.nn.RMSNorm, x: torch.Tensor) -> torch.Tensor:
