@@ -92,7 +92,7 @@ def bench(
     of_quality = {"count": count, "seeds": seeds, "output": output}
     if ignored := next((name for name, value in of_quality.items() if value), None):
         raise UsageError(f"--{ignored} goes with --quality or --ablation; add one of them, or leave it out")
-    size, length, runs, budget = ("512x320", "1", 1, 15.0) if quick else ("960x540", "2", 3, 60.0)
+    size, length, runs, budget = ("800x448", "1", 1, 15.0) if quick else ("960x540", "2", 3, 60.0)
     budget = budget if budget_seconds is None else budget_seconds
     check_finite("--budget-seconds", budget, 1)
     if page and page.suffix != ".html":

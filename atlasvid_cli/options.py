@@ -59,7 +59,7 @@ PromptFile = Annotated[
     str | None, typer.Option("--prompt-file", help="One prompt a line, or JSON Lines; '-' is stdin.")
 ]
 Shard = Annotated[str | None, typer.Option("--shard", help="i/n: every n-th prompt from the i-th on.")]
-BenchRes = Annotated[str | None, typer.Option("--res", help="Size in pixels [default: 960x540; 512x320 with --quick].")]
+BenchRes = Annotated[str | None, typer.Option("--res", help="Size in pixels [default: 960x540; 800x448 with --quick].")]
 BenchSeconds = Annotated[str | None, typer.Option("--seconds", help="Length in seconds [default: 2; 1 with --quick].")]
 Repeats = Annotated[
     int | None, typer.Option("--repeats", min=1, max=100, help="Runs of each measurement [default: 3; 1 with --quick].")
