@@ -30,7 +30,8 @@ FIELDS: dict[str, Callable[[str], object]] = {
     **dict.fromkeys(("kind", "version", "preset", "model", "vae", "dtype", "attention"), str),
     **dict.fromkeys(("prompt", "negative_prompt", "below", "key"), str),
     "seed": int,
-    **dict.fromkeys(("seconds", "fps", "target_fps", "frames", "width", "height", "scale"), _above_zero),
+    **dict.fromkeys(("seconds", "fps"), _above_zero),
+    **dict.fromkeys(("target_fps", "frames", "width", "height", "scale"), lambda text: _above_zero(str(int(text)))),
 }
 
 

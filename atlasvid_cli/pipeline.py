@@ -271,9 +271,12 @@ def plan_from_proxy(path: Path, request: Request) -> Plan:
     come from it. UsageError for a size that would show a part of it only."""
     patch, (t, h, w), known = load_preset(request.preset).geometry.patch, latents_shape(path), describe(path)
     grid, aspect = Grid(t, h // patch, w // patch), int(known["width"]) / int(known["height"])
-    if abs(math.log(request.width / request.height / aspect)) > ASPECT_TOLERANCE:
+    if not _alike(request.width / request.height, aspect):
         height = math.sqrt(request.width * request.height / aspect)
-        like = f"{2 * round(height * aspect / 2)}x{2 * round(height / 2)}"
+        width, height = 2 * round(height * aspect / 2), 2 * round(height / 2)
+        if _alike(request.height / request.width, aspect):
+            width, height = request.height, request.width  # turned by mistake
+        like = f"{width}x{height}"
         raise UsageError(
             f"{path} is {known['width']}x{known['height']} and {request.width}x{request.height} has another shape; give"
             f" one like --res {like}"
@@ -286,6 +289,10 @@ def plan_from_proxy(path: Path, request: Request) -> Plan:
             " or the proxy that it was made from"
         )
     return plan
+
+
+def _alike(aspect: float, other: float) -> bool:
+    return abs(math.log(aspect / other)) <= ASPECT_TOLERANCE
 
 
 def _refine_level(

@@ -198,7 +198,14 @@ def test_a_preview_is_never_of_an_earlier_proxy(session, request_, console, tmp_
 def test_latents_that_do_not_say_what_they_are_are_refused(session, request_, console, tmp_path):
     path = pipeline.make_proxy(session, make_plan(request_), PROMPT, "", tmp_path, console)
     tensors, metadata = tensor_file.open_tensors(path)
-    for field, value in (("fps", None), ("width", "abc"), ("seconds", "1/0"), ("key", None)):
+    for field, value in (
+        ("fps", None),
+        ("width", "abc"),
+        ("seconds", "1/0"),
+        ("scale", "0"),
+        ("frames", "5/2"),
+        ("key", None),
+    ):
         changed = {k: v for k, v in {**metadata, field: value}.items() if v is not None}
         tensor_file.save_tensors(tmp_path / "x.safetensors", tensors, changed)
         with pytest.raises(InputError, match=f"does not say its {field}"):
