@@ -154,7 +154,7 @@ def refine(
     box = parse_region(region, width, height) if region else None
     span = parse_frames(frames) if frames else None
     console = Console(as_json)
-    from . import artefacts, pipeline
+    from . import above, artefacts, pipeline
     from .cost import check_resources
     from .plan import Request, make_plan
     from .session import Session
@@ -187,14 +187,14 @@ def refine(
     target = target_of(output, default, suffix_for(codec))
     check_target(target, codec, width, height)
     make_plan(request)  # usage errors first
-    plan = pipeline.plan_from_proxy(latents, request)
+    plan = above.plan_from_proxy(latents, request)
     if span and span[1] > plan.frames:
         raise UsageError(f"--frames {frames} ends after the video's {plan.frames} frames; end it there")
     if show_plan(plan, console, dry_run):
         return
     check_resources(plan, target.parent, run_dir)
     session = Session(request.preset, model_path, attention_backend, request.loras, strict, weight_dtype)
-    folder = run_dir or pipeline.refine_run(session, plan, latents, target.parent / "runs")
+    folder = run_dir or above.refine_run(session, plan, latents, target.parent / "runs")
     if plan.is_region:
         artefacts.check_base(plan, folder)
     check_writable(target)

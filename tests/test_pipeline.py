@@ -9,7 +9,7 @@ import pytest
 import torch
 from diffusers import WanPipeline
 
-from atlasvid_cli import artefacts, pipeline, tensor_file
+from atlasvid_cli import above, artefacts, pipeline, tensor_file
 from atlasvid_cli.console import Console
 from atlasvid_cli.encode import encode_clips
 from atlasvid_cli.errors import InputError, RenderError, UsageError
@@ -123,11 +123,11 @@ def test_refine_needs_no_prompt_and_a_region_leaves_the_rest(session, request_, 
     defaults = artefacts.request_defaults(proxy)
     assert defaults["seconds"] == 1 and defaults["seed"] == 3
     for width, height in ((256, 192), (512, 384)):
-        plan = pipeline.plan_from_proxy(proxy, replace(request_, width=width, height=height))
+        plan = above.plan_from_proxy(proxy, replace(request_, width=width, height=height))
         result = pipeline.refine(session, plan, proxy, tmp_path / f"{width}", console)
         assert latents(result).shape[2:] == (height // 16, width // 16)
     again = replace(request_, width=512, height=384, region=(128, 128, 128, 128), frames=(4, 12), seed=9)
-    plan = pipeline.plan_from_proxy(proxy, again)
+    plan = above.plan_from_proxy(proxy, again)
     # the finished video was made with another seed, which is in its own file
     first, redone = latents(result), latents(pipeline.refine(session, plan, proxy, tmp_path / "512", console))
     inside = torch.zeros_like(first, dtype=torch.bool)
@@ -140,7 +140,7 @@ def test_a_result_can_be_refined_further(session, request_, console, tmp_path):
     small = make_plan(request_)
     proxy = pipeline.make_proxy(session, small, PROMPT, "", tmp_path, console)
     result = pipeline.refine(session, small, proxy, tmp_path, console)
-    plan = pipeline.plan_from_proxy(result, replace(request_, width=512, height=384))
+    plan = above.plan_from_proxy(result, replace(request_, width=512, height=384))
     assert [level.time_ratio for level in plan.levels] == [1]
     assert latents(pipeline.refine(session, plan, result, tmp_path / "up", console)).shape[2:] == (24, 32)
 
@@ -168,9 +168,9 @@ def test_a_result_is_refined_no_smaller_than_it_was_generated(session, request_,
     result = pipeline.refine(session, plan, proxy, tmp_path, console)
     size = f"{128 * plan.scale}x{96 * plan.scale}"
     with pytest.raises(UsageError, match=f"generated at {size}"):
-        pipeline.plan_from_proxy(result, replace(request_, width=192, height=144))
+        above.plan_from_proxy(result, replace(request_, width=192, height=144))
     large = replace(request_, width=128 * plan.scale, height=96 * plan.scale)
-    assert pipeline.plan_from_proxy(result, large).levels
+    assert above.plan_from_proxy(result, large).levels
 
 
 def test_values_that_are_not_finite_are_never_saved(session, request_, console, tmp_path, monkeypatch):
@@ -219,7 +219,7 @@ def test_a_region_of_a_cascade_keeps_the_levels_below(session, request_, console
     proxy = pipeline.make_proxy(session, plan, PROMPT, "", tmp_path, console)
     first = latents(pipeline.refine(session, plan, proxy, tmp_path, console))
     level = digest(tmp_path / "level-1.safetensors")
-    again = pipeline.plan_from_proxy(proxy, replace(request, region=(64, 64, 128, 128), seed=9))
+    again = above.plan_from_proxy(proxy, replace(request, region=(64, 64, 128, 128), seed=9))
     key = artefacts.region_key(session, again, artefacts.describe(proxy), tmp_path)
     result = pipeline.refine(session, again, proxy, tmp_path, console)
     assert digest(tmp_path / "level-1.safetensors") == level

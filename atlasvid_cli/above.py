@@ -1,0 +1,62 @@
+"""What climbs from saved latents: the plan above them, and the run directory that it fills."""
+
+import dataclasses
+import math
+from fractions import Fraction
+from pathlib import Path
+
+from .artefacts import describe, latents_shape, level_path, result_key
+from .errors import UsageError
+from .plan import Plan, Request, make_plan
+from .presets import load_preset
+from .prompts import slug
+from .session import Session
+from .shapes import Grid
+
+ASPECT_TOLERANCE = 0.06  # in logarithm: what rounding to tokens and even pixels can make of an aspect
+
+
+def plan_from_proxy(path: Path, request: Request) -> Plan:
+    """A plan whose levels climb from a saved proxy (or an earlier result), known by its header: length, prompt and seed
+    come from it. UsageError for a size that would show a part of it only."""
+    patch, (t, h, w), known = load_preset(request.preset).geometry.patch, latents_shape(path), describe(path)
+    grid, aspect = Grid(t, h // patch, w // patch), int(known["width"]) / int(known["height"])
+    if not _alike(request.width / request.height, aspect):
+        height = math.sqrt(request.width * request.height / aspect)
+        width, height = 2 * round(height * aspect / 2), 2 * round(height / 2)
+        if _alike(request.height / request.width, aspect):
+            width, height = request.height, request.width  # turned by mistake
+        like = f"{width}x{height}"
+        raise UsageError(
+            f"{path} is {known['width']}x{known['height']} and {request.width}x{request.height} has another shape; give"
+            f" one like --res {like}"
+        )
+    plan = make_plan(request, grid, Fraction(known["fps"]))
+    if plan.target.h < grid.h or plan.target.w < grid.w:
+        size = "x".join(str(int(known[side]) * int(known["scale"])) for side in ("width", "height"))
+        raise UsageError(
+            f"{path} was generated at {size}, larger than {request.width}x{request.height}; give --res {size} or more,"
+            " or the proxy that it was made from"
+        )
+    return plan
+
+
+def _alike(aspect: float, other: float) -> bool:
+    return abs(math.log(aspect / other)) <= ASPECT_TOLERANCE
+
+
+def refine_run(session: Session, plan: Plan, latents: Path, runs: Path) -> Path:
+    """The run directory, in `runs`, of what is made above saved latents: named by all that decides the result.
+
+    A region's is that of its video, which the same options made with the latents' own seed; where that is not there,
+    the run that the latents lie in.
+    """
+    known = describe(latents)
+    if plan.is_region:
+        whole = dataclasses.replace(plan.request, region=None, frames=None, seed=int(known["seed"]))
+        plan = plan_from_proxy(latents, whole)
+        is_of_render = level_path(plan, latents.parent, len(plan.levels)).exists()
+    else:
+        is_of_render = False
+    own = runs / f"{slug(latents.stem)}-{result_key(session, plan, known)}"
+    return latents.absolute().parent if is_of_render and not own.exists() else own
