@@ -1,8 +1,9 @@
 """Training clips of the procedural world as latents on disk, encoded once, in shards that can be resumed.
 
-Kinds: `image` and `clip` (1 and 33 frames at 16 fps) train the base, `proxy` (49 frames at 4 fps) its stage 1 adapter,
-`still` and `detail` (1 and 33 frames at 16 fps of a crop at any zoom, with its own proxies at 4 and at 16 fps) the
-stage 2 adapter.
+Kinds: `image` and `clip` (1 and 33 frames at 16 fps) train the base, `proxy` (49 frames at 4 fps) its stage 1 adapter;
+crops of 1 and 33 frames at 16 fps train the stage 2 adapter: `first_still` and `first` as the level above a proxy meets
+them, with the whole frame's proxy at 4 fps, `upper_still` and `upper` as the further levels do, at any zoom, with their
+own proxy at 16 fps.
 """
 
 import json
@@ -25,7 +26,7 @@ from .store import artefact_hash
 from .tensor_file import save_tensors
 
 FPS = 16
-TOKEN = 32  # pixels
+TOKEN, LATENT = 32, 16  # pixels
 SHARD = 20
 # grids in tokens (h, w) of the whole frame, with how often each is drawn
 FRAME_GRIDS = (((5, 8), 6), ((8, 5), 1), ((6, 6), 1), ((4, 9), 1))
@@ -33,9 +34,10 @@ PROXY_GRIDS = (((7, 12), 6), ((12, 7), 1), ((9, 9), 1), ((6, 14), 1))
 CLIP_FRAMES, PROXY_FRAMES = 33, 49
 HASTE = 4.0  # the fastest of the base's clips: as in footage, some objects cross a good part of the frame in 2 s
 CLOSE_UPS = 0.35  # of the base's samples, as footage has them
-ENCODED_TOGETHER = {"image": 20, "clip": 4, "proxy": 4, "still": 20, "detail": 2}
+ENCODED_TOGETHER = {"image": 20, "clip": 4, "proxy": 4, "first_still": 20, "first": 2, "upper_still": 20, "upper": 2}
 DETAIL_TOKENS = 12
-DETAIL_RATIOS = (Fraction(4), Fraction(4), Fraction(3), Fraction(2))
+# each makes a crop a whole number of proxy tokens; plans mostly take those from 2.4 to 3.2
+DETAIL_RATIOS = (Fraction(4), Fraction(3), Fraction(3), Fraction(12, 5), Fraction(12, 5), Fraction(2))
 
 
 def folder_of(work: Path, vae_hash: str) -> Path:
@@ -80,10 +82,35 @@ def close_up(rng: random.Random, pixels: int, seconds: float, lowest: float) -> 
     return scene, (x, y, shown), start
 
 
+def seen_whole(
+    rng: random.Random, grid: tuple[int, int], ratio: Fraction, seconds: float
+) -> tuple[world.Scene, tuple[int, int], float]:
+    """A scene of a proxy of `grid` tokens (h, w), the first token (y, x) of a crop of it, and a start time.
+
+    Most crops touch the object: what stage 1 gets wrong is mostly there.
+    """
+    h, w = grid
+    side = int(DETAIL_TOKENS / ratio)
+    horizon = max(seconds, rng.uniform(4.0, 12.0))
+    scene = world.sample_scene(rng, w / h, horizon)
+    start = rng.uniform(0.0, horizon - seconds)
+    places = [(y, x) for y in range(h - side + 1) for x in range(w - side + 1)]
+    dx, dy = world.DIRECTIONS[scene.direction]
+    moved = scene.speed * (start + seconds / 2)
+    cx, cy, reach = scene.start[0] + dx * moved, scene.start[1] + dy * moved, scene.size
+
+    def touched(place: tuple[int, int]) -> bool:
+        y, x = place
+        return x / h < cx + reach and cx - reach < (x + side) / h and y / h < cy + reach and cy - reach < (y + side) / h
+
+    return scene, rng.choice([p for p in places if touched(p)] if rng.random() < 0.8 else places), start
+
+
 def sample(
     kind: str, rng: random.Random, grid: tuple[int, int], ratio: Fraction
 ) -> tuple[dict[str, torch.Tensor], dict]:
-    """Pixels of one training sample by name, and its caption (and ratio). Crops are square, whatever the grid."""
+    """Pixels of one training sample by name, and its caption; of a crop also its ratio and, in tokens of the whole
+    frame's proxy, where it lies (`at`: y, x). Crops are square, whatever the grid."""
     if kind == "proxy":
         pixels, text = whole_frame(rng, grid, PROXY_FRAMES, FPS // 4)
         return {"latents": pixels}, {"caption": text}
@@ -97,16 +124,22 @@ def sample(
         times = start + torch.arange(frames) / FPS
         pixels = world.render(scene, times, h * TOKEN, w * TOKEN, window)
         return {"latents": pixels}, {"caption": world.caption(scene, rng)}
-    size = DETAIL_TOKENS * TOKEN
+    size, frames = DETAIL_TOKENS * TOKEN, 1 if kind.endswith("_still") else CLIP_FRAMES
+    if kind.startswith("first"):
+        h, w = grid
+        scene, (y, x), start = seen_whole(rng, grid, ratio, (frames - 1) / FPS)
+        times = start + torch.arange(frames) / FPS
+        window = (x / h, y / h, DETAIL_TOKENS / float(ratio) / h)
+        pixels_by_name = {
+            "latents": world.render(scene, times, size, size, window),
+            "whole_4": world.render(scene, times[::4], h * TOKEN, w * TOKEN),
+        }
+        return pixels_by_name, {"caption": world.caption(scene, rng), "ratio": str(ratio), "at": [y, x]}
     scene, window, start = close_up(rng, size, 9.0, size)
-    small = int(size / ratio)
-    frames = 1 if kind == "still" else CLIP_FRAMES
-    dense = start + torch.arange(frames) / FPS
-    sparse = dense[::4]
+    times, small = start + torch.arange(frames) / FPS, int(size / ratio)
     pixels_by_name = {
-        "latents": world.render(scene, dense, size, size, window),
-        "proxy_4": world.render(scene, sparse, small, small, window),
-        "proxy_1": world.render(scene, dense, small, small, window),
+        "latents": world.render(scene, times, size, size, window),
+        "proxy_1": world.render(scene, times, small, small, window),
     }
     return pixels_by_name, {"caption": world.caption(scene, rng), "ratio": str(ratio)}
 
@@ -129,7 +162,7 @@ def build(kind: str, count: int, folder: Path, vae: AutoencoderKLWan, seed: int 
         if path.exists():
             return
         first, of_shard = number * SHARD, random.Random(f"{seed}/{kind}/shard {number}")
-        grids = PROXY_GRIDS if kind == "proxy" else FRAME_GRIDS
+        grids = PROXY_GRIDS if kind == "proxy" or kind.startswith("first") else FRAME_GRIDS
         grid = of_shard.choices([g for g, _ in grids], [n for _, n in grids])[0]
         ratio = of_shard.choice(DETAIL_RATIOS)
         tensors: dict[str, torch.Tensor] = {}
@@ -151,13 +184,24 @@ def build(kind: str, count: int, folder: Path, vae: AutoencoderKLWan, seed: int 
 
 
 def load(kind: str, folder: Path) -> list[dict]:
-    """All samples of a kind: `caption`, latents fp16 by name, and what else `sample` told."""
+    """All samples of a kind: `caption`, latents fp16 by name, and what else `sample` told; `proxy_4` is cut from the
+    whole frame's."""
     result = []
     for path in sorted(folder.glob(f"{kind}-*.safetensors")):
         with safe_open(path, "pt") as file:
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
             result += split(tensors, json.loads(file.metadata()["samples"]))
+    for each in result:
+        if "whole_4" in each:
+            each["proxy_4"] = own_part(each, each["whole_4"])
     return result
+
+
+def own_part(sample: dict, whole: torch.Tensor) -> torch.Tensor:
+    """The part of latents (C, T, H, W) of a whole frame that a crop sees."""
+    (y, x), side = sample["at"], sample["latents"].shape[-1] / Fraction(sample["ratio"])
+    latents = TOKEN // LATENT  # a token
+    return whole[:, :, latents * y : latents * y + int(side), latents * x : latents * x + int(side)]
 
 
 def split(tensors: dict[str, torch.Tensor], infos: list[dict]) -> list[dict]:

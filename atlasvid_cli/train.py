@@ -76,13 +76,15 @@ def detail_loss(
     detail: Detail,
     proxy_time_ratio: int,
 ) -> torch.Tensor:
-    """Loss of stage 2 on one crop with its aligned proxy, as the first detail level meets them or as an upper one does.
+    """Loss of stage 2 on one crop with its aligned proxy, as the first detail level meets them or as an upper one does:
+    either where the sample has both proxies.
 
     The level's path is straight from where its sampling starts, the proxy made as large and noised to the level's
     strength, to the truth (as from degraded videos in FlashVideo, arXiv 2502.05179): what upsampling adds, such as an
     object that is in two places at once, is there to be taken away. At strength 1 that is plain flow matching.
     """
-    level, time_ratio = rng.choice(((detail.first, proxy_time_ratio), (detail.upper, 1)))
+    levels = ((detail.first, proxy_time_ratio), (detail.upper, 1))
+    level, time_ratio = rng.choice([(level, r) for level, r in levels if f"proxy_{r}" in sample])
     latents, ratio = sample["latents"].float(), Fraction(sample["ratio"])
     worn = f"worn_{time_ratio}"
     proxy = sample[worn if worn in sample and rng.random() < WORN else f"proxy_{time_ratio}"].float()

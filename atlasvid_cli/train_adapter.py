@@ -24,7 +24,7 @@ from .wear import add_worn
 from .weights import load_transformer, load_vae, model_hash
 
 WORLD = "world"
-WORLD_SAMPLES = {"proxy": 1200, "detail": 300}
+WORLD_SAMPLES = {"proxy": {"proxy": 1200}, "detail": {"first": 150, "upper": 150}}
 HELD_OUT = 10  # every tenth clip is not trained on
 VALIDATED = 16  # samples of held-out clips that a validation takes at most
 BATCH = 5  # longest clips of stage 1 a step
@@ -162,9 +162,11 @@ def _wear(session: Session, samples: list[dict], embed: train.Embed, folder: Pat
                 kept = tensor_file.open_tensors(path)[0]
             except InputError:  # missing, or damaged
                 model = load_transformer(session.folder, adapter, "proxy", session.dtype).to(session.device)
-                add_worn(model, samples, embed, time_ratio, lambda latents: proxy.flow_shift, advance)
+                guidance_scale = 1.0 if adapter is None else proxy.guidance_scale
+                shift_of, negative = (lambda latents: proxy.flow_shift), session.preset.negative_prompt
+                add_worn(model, samples, embed, time_ratio, shift_of, advance, guidance_scale, negative)
                 del model  # before the next one, or the one to train, is loaded
-                kept = {str(i): sample[name] for i, sample in enumerate(samples)}
+                kept = {str(i): sample[name] for i, sample in enumerate(samples) if name in sample}
                 tensor_file.save_tensors(path, kept, {})
             for i, tensor in kept.items():
                 samples[int(i)][name] = tensor
@@ -203,8 +205,10 @@ def _samples(session: Session, job: Job, console: Console) -> list[list[dict]]:
     if (geometry.token_pixels, preset.fps, preset.proxy.time_ratio) != (dataset.TOKEN, dataset.FPS, 4):
         raise UsageError(f"--data world is drawn for preset tiny and not for {preset.name}; give a folder of clips")
     folder = dataset.folder_of(job.work, model_hash(session.folder, "vae"))
-    dataset.build(job.stage, WORLD_SAMPLES[job.stage], folder, load_vae(session.folder).to(session.device))
-    return [[sample] for sample in dataset.load(job.stage, folder)]
+    vae = load_vae(session.folder).to(session.device)
+    for kind, count in WORLD_SAMPLES[job.stage].items():
+        dataset.build(kind, count, folder, vae)
+    return [[sample] for kind in WORLD_SAMPLES[job.stage] for sample in dataset.load(kind, folder)]
 
 
 def embedder(session: Session, prompts: list[str], work: Path, console: Console) -> train.Embed:

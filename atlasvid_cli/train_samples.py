@@ -60,7 +60,10 @@ class Sampler:
     def _detail(self, sample: dict) -> torch.Tensor:
         preset, ratio = self.session.preset, Fraction(sample["ratio"])
         time_ratio, detail = preset.proxy.time_ratio, preset.detail
-        stage = level_stage(detail, detail.first, grid_of(sample["latents"]), ratio, time_ratio)
+        level = detail.first
+        if f"proxy_{time_ratio}" not in sample:
+            level, time_ratio = detail.upper, 1
+        stage = level_stage(detail, level, grid_of(sample["latents"]), ratio, time_ratio)
         prompts = (sample["caption"], preset.negative_prompt)[: stage.passes]
         streams = (self.bare, self.model)
         texts = list(zip(*(self._texts(m, *prompts) for m in streams), strict=True))

@@ -40,7 +40,15 @@ BASE_CYCLES = (
     (5000, 1.5e-3, (0.5, 0.3)),
 )
 # fewer are learnt by heart: of 800 clips the loss on fresh ones was 15 % above that on its own (docs/LOG.md)
-SAMPLES = {"image": 24000, "clip": 12000, "proxy": 5000, "still": 6000, "detail": 600}
+SAMPLES = {
+    "image": 24000,
+    "clip": 12000,
+    "proxy": 5000,
+    "first_still": 4000,
+    "first": 1000,
+    "upper_still": 6000,
+    "upper": 600,
+}
 LATENT_CHANNELS = 16  # what is left of the VAE's first 32
 LONG_CLIPS = ((3, 96, 9), (2, 96, 17), (2, 64, 29))  # of the VAE's last training: clips, pixels a side, frames
 LORA_RANK = 64
@@ -182,11 +190,14 @@ def make(work: Path, out: Path) -> None:
         metadata = train.adapter_metadata("proxy", model_hash(out, "transformer"), 4)
         train.save_adapter(model, out / "proxy_lora.safetensors", metadata)
     if not (out / "detail_lora.safetensors").exists():
-        for kind in ("still", "detail"):
+        data = []
+        for kind in ("first_still", "first", "upper_still", "upper"):
             dataset.build(kind, SAMPLES[kind], latents, vae)
-        data = dataset.load("still", latents) + dataset.load("detail", latents)
-        for time_ratio, adapter in ((1, None), (4, "proxy_lora.safetensors")):
-            add_worn(load_transformer(out, adapter, "proxy"), data, embed, time_ratio, clip_shift)
+            data += dataset.load(kind, latents)
+        guidance = load_preset("tiny").proxy.guidance_scale
+        for time_ratio, adapter, scale in ((1, None, 1.0), (4, "proxy_lora.safetensors", guidance)):
+            stage1 = load_transformer(out, adapter, "proxy")
+            add_worn(stage1, data, embed, time_ratio, clip_shift, guidance_scale=scale)
         model = load_transformer(out)
         torch.manual_seed(2)
         model.add_adapter(train.lora_config(LORA_RANK))

@@ -1,8 +1,9 @@
 """Proxies with the mistakes of stage 1, for stage 2 to learn to mend: one trained on true proxies alone keeps them all.
 
-A true proxy is noised and denoised again by stage 1's own model, without guidance (SDEdit, arXiv 2108.01073): what it
-cannot draw comes out as it draws it, in the place where it was. The levels above the first have a level's result
-for a proxy; the base, at the video's frame rate, stands in for what that gets wrong.
+A true proxy is noised and denoised again by stage 1's own model and guidance (SDEdit, arXiv 2108.01073): what it
+cannot draw comes out as it draws it, in the place where it was; where the whole frame is at hand it is worn whole, since
+an object that a crop cuts is another task. The levels above the first have a level's result for a proxy; the base, at
+the video's frame rate, stands in for what that gets wrong.
 """
 
 import random
@@ -12,6 +13,7 @@ from itertools import pairwise
 import torch
 from diffusers import WanTransformer3DModel
 
+from .dataset import own_part
 from .model import clip_forward, patchify, text_context, unpatchify
 from .schedule import shift_sigma, sigmas
 from .train import PATCH, TEXT_LENGTH, Embed, by_shape, grid_of
@@ -31,20 +33,27 @@ def wear(
     shift: float,
     strengths: list[float],
     generator: torch.Generator,
+    guidance_scale: float = 1.0,
+    negative: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """Latents (n, C, T, H, W), each noised to its own sigma of `strengths` (0..1] and denoised by Euler steps under the
-    flow `shift`."""
+    flow `shift`; a `guidance_scale` above 1 guides away from `negative`."""
     grid = grid_of(latents[0])
     clean, noise = (
         torch.stack([patchify(each, PATCH) for each in x])
         for x in (latents, torch.randn(latents.shape, generator=generator))
     )
     schedule = torch.tensor([sigmas(STEPS, strength, shift) for strength in strengths])[..., None, None]
-    text = text_context(model, prompts, TEXT_LENGTH)
     x = torch.lerp(clean, noise, schedule[:, 0])
+    text = text_context(model, prompts, TEXT_LENGTH)
+    away = None if guidance_scale == 1 or negative is None else text_context(model, [negative] * len(x), TEXT_LENGTH)
     for now, then in pairwise(schedule.unbind(1)):
-        velocity = clip_forward(model, x, grid, (now.flatten() * 1000).floor(), text, time_ratio)
-        x = x + (then - now) * velocity.float()
+        timestep = (now.flatten() * 1000).floor()
+        velocity = clip_forward(model, x, grid, timestep, text, time_ratio).float()
+        if away is not None:
+            base = clip_forward(model, x, grid, timestep, away, time_ratio).float()
+            velocity = base + guidance_scale * (velocity - base)
+        x = x + (then - now) * velocity
     return torch.stack([unpatchify(each, grid, PATCH) for each in x])
 
 
@@ -55,11 +64,13 @@ def add_worn(
     time_ratio: int,
     shift_of: Callable[[int], float],
     on_done: Callable[[int], None] = lambda samples: None,
+    guidance_scale: float = 1.0,
+    negative: str = "",
 ) -> None:
-    """Gives every sample of stage 2 a worn copy, `worn_<time_ratio>` fp16, of its proxy of that time ratio: always the
-    same one for the same samples."""
-    source = f"proxy_{time_ratio}"
-    views = [s | {"latents": s[source], "sample": s} for s in data]
+    """Gives every sample of stage 2 that has a proxy of that time ratio a worn copy of it, `worn_<time_ratio>` fp16:
+    always the same one for the same samples."""
+    proxy, whole = f"proxy_{time_ratio}", f"whole_{time_ratio}"
+    views = [s | {"latents": s[whole if whole in s else proxy], "sample": s} for s in data if proxy in s]
     for group in by_shape(views):
         c, t, h, w = group[0]["latents"].shape
         together = max(1, BATCH_TOKENS * PATCH**2 // (t * h * w))
@@ -71,7 +82,9 @@ def add_worn(
             prompts = [embed(s["caption"]) for s in batch]
             shift = shift_of(t)
             strengths = [shift_sigma(rng.uniform(*UNSHIFTED), shift) for _ in batch]
-            worn = wear(model, latents, prompts, time_ratio, shift, strengths, generator)
-            for view, each in zip(batch, worn, strict=True):
-                view["sample"][f"worn_{time_ratio}"] = each.half()
+            worn = wear(
+                model, latents, prompts, time_ratio, shift, strengths, generator, guidance_scale, embed(negative)
+            )
+            for sample, each in zip((view["sample"] for view in batch), worn, strict=True):
+                sample[f"worn_{time_ratio}"] = (own_part(sample, each) if whole in sample else each).half()
             on_done(len(batch))

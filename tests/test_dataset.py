@@ -36,12 +36,38 @@ def test_shards_are_made_once_and_have_one_shape(vae, tmp_path, monkeypatch):
     )
 
 
-def test_a_detail_sample_comes_with_its_proxies(monkeypatch):
+def test_a_crop_of_an_upper_level_comes_with_its_own_proxy(monkeypatch):
     monkeypatch.setattr(dataset, "DETAIL_TOKENS", 4)
-    pixels, info = dataset.sample("detail", random.Random(0), (5, 8), Fraction(2))
+    pixels, info = dataset.sample("upper", random.Random(0), (5, 8), Fraction(2))
     assert info["ratio"] == "2"
-    assert pixels["latents"].shape == (3, 33, 128, 128)
-    assert pixels["proxy_4"].shape == (3, 9, 64, 64) and pixels["proxy_1"].shape == (3, 33, 64, 64)
-    # the proxy is the same scene: its frames are the detail's, every fourth, smaller
-    small = torch.nn.functional.avg_pool2d(pixels["latents"][:, ::4].transpose(0, 1), 2).transpose(0, 1)
-    assert (small - pixels["proxy_4"]).abs().mean() < 0.02
+    assert pixels["latents"].shape == (3, 33, 128, 128) and pixels["proxy_1"].shape == (3, 33, 64, 64)
+    # the proxy is the same scene, smaller
+    small = torch.nn.functional.avg_pool2d(pixels["latents"].transpose(0, 1), 2).transpose(0, 1)
+    assert (small - pixels["proxy_1"]).abs().mean() < 0.02
+
+
+@pytest.mark.parametrize("ratio", sorted(set(dataset.DETAIL_RATIOS)))
+def test_a_crop_of_the_first_level_is_a_part_of_the_whole_frames_proxy(ratio):
+    touched = 0
+    for seed in range(12):
+        pixels, info = dataset.sample("first_still", random.Random(seed), (7, 12), ratio)
+        (y, x), side = info["at"], int(dataset.DETAIL_TOKENS / ratio)
+        assert pixels["whole_4"].shape == (3, 1, 224, 384) and 0 <= y <= 7 - side and 0 <= x <= 12 - side
+        part = pixels["whole_4"][:, :, 32 * y : 32 * (y + side), 32 * x : 32 * (x + side)]
+        size = (32 * side, 32 * side)
+        small = torch.nn.functional.interpolate(pixels["latents"].transpose(0, 1), size, mode="area").transpose(0, 1)
+        assert (small - part).abs().mean() < 0.02
+        touched += bool((small.amax((1, 2, 3)) - small.amin((1, 2, 3))).amax() > 0.5)
+    assert touched >= 6
+
+
+def test_the_proxy_of_a_crop_is_cut_from_the_whole_frames_latents(vae, tmp_path, monkeypatch):
+    monkeypatch.setattr(dataset, "DETAIL_TOKENS", 4)
+    monkeypatch.setattr(dataset, "DETAIL_RATIOS", (Fraction(2),))
+    monkeypatch.setattr(dataset, "PROXY_GRIDS", (((3, 5), 1),))
+    dataset.build("first_still", 3, tmp_path, vae)
+    for sample in dataset.load("first_still", tmp_path):
+        y, x = sample["at"]
+        assert sample["whole_4"].shape[1:] == (1, 6, 10) and sample["latents"].shape[1:] == (1, 8, 8)
+        assert torch.equal(sample["proxy_4"], sample["whole_4"][..., 2 * y : 2 * y + 4, 2 * x : 2 * x + 4])
+        assert "proxy_1" not in sample

@@ -103,6 +103,21 @@ def test_detail_learns_the_way_from_the_upsampled_proxy_to_the_truth(monkeypatch
     assert abs(noise.mean()) < 0.1 and abs(noise.std() - 1) < 0.1
 
 
+@pytest.mark.parametrize("time_ratio", [1, 4])
+def test_a_sample_trains_the_levels_that_it_has_a_proxy_for(monkeypatch, time_ratio):
+    [sample] = details()
+    del sample[f"proxy_{5 - time_ratio}"]
+    seen = set()
+    monkeypatch.setattr(train, "PROXY_DROP", 0.0)
+    monkeypatch.setattr(
+        train, "detail_forward", lambda _, x, grid, t, text, proxy, *rest, **named: seen.add(proxy.time_ratio) or x
+    )
+    bare = model()
+    for seed in range(8):
+        train.detail_loss(bare, bare, sample, embed("x"), random.Random(seed), torch.Generator(), DETAIL, 4)
+    assert seen == {time_ratio}
+
+
 @pytest.mark.parametrize("kind", ["clips", "detail"])
 def test_a_resumed_training_ends_with_the_same_weights(tmp_path, monkeypatch, kind):
     def run(folder):

@@ -129,8 +129,8 @@ def test_other_settings_start_anew_and_do_not_overwrite(session, job):
 
 
 def test_the_procedural_world_is_one_more_source(session, job, monkeypatch):
-    monkeypatch.setattr(train_adapter, "WORLD_SAMPLES", {"proxy": 10, "detail": 10})
-    monkeypatch.setattr(dataset, "FRAME_GRIDS", (((2, 3), 1),))
+    monkeypatch.setattr(train_adapter, "WORLD_SAMPLES", {"proxy": {"proxy": 10}, "detail": {"first": 5, "upper": 5}})
+    monkeypatch.setattr(dataset, "PROXY_GRIDS", (((2, 3), 1),))
     monkeypatch.setattr(dataset, "DETAIL_TOKENS", 4)
     monkeypatch.setattr(dataset, "DETAIL_RATIOS", (Fraction(4), Fraction(2)))
     make(session, replace(job, data=Path("world"), steps=2), quiet())

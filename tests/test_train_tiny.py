@@ -23,6 +23,8 @@ def test_the_recipe_ends_in_a_model_that_renders_and_resumes_as_finished(tmp_pat
     monkeypatch.setattr(train_vae, "evaluate", lambda vae: {})
     monkeypatch.setattr(dataset, "FRAME_GRIDS", SMALL)
     monkeypatch.setattr(dataset, "PROXY_GRIDS", SMALL)
+    monkeypatch.setattr(dataset, "DETAIL_TOKENS", 4)
+    monkeypatch.setattr(dataset, "DETAIL_RATIOS", (Fraction(2),))
     work, out = tmp_path / "work", tmp_path / "tiny"
     work.mkdir()
     train_tiny.make(work, out)

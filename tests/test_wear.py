@@ -54,6 +54,44 @@ def test_every_sample_gets_its_own_worn_proxies_of_both_time_ratios():
     assert all(map(torch.equal, *passes))  # the same again
 
 
+def test_a_crop_of_a_whole_frame_gets_its_part_of_the_frame_as_worn():
+    """Two crops of one frame agree where they overlap; a sample without a proxy of the time ratio is left alone."""
+    whole = torch.randn(4, 2, 6, 10, generator=torch.Generator().manual_seed(3))
+    data = [
+        {"caption": "x", "latents": torch.zeros(4, 5, 8, 8), "ratio": "2", "at": at, "whole_4": whole}
+        for at in ([0, 1], [1, 2])
+    ]
+    for sample in data:
+        sample["proxy_4"] = wear.own_part(sample, whole)
+    for only in data:  # each as the first of its batch, so under the same noise
+        wear.add_worn(model(), [only], embed, 4, lambda latents: 3.0)
+    wear.add_worn(model(), data, embed, 1, lambda latents: 3.0)
+    first, second = (s["worn_4"] for s in data)
+    assert first.shape == data[0]["proxy_4"].shape and "worn_1" not in data[0]
+    assert torch.equal(first[..., 2:, 2:], second[..., :-2, :-2])
+    assert (first - data[0]["proxy_4"]).std() > 0.05
+
+
+def test_wear_is_guided_as_stage_1_is(monkeypatch):
+    """x + g (c - x) of the velocities with the caption and with the negative prompt."""
+    asked = []
+
+    def forward(_, x, grid, timestep, text, time_ratio):
+        asked.append(text)
+        return torch.full_like(x, text)
+
+    monkeypatch.setattr(wear, "clip_forward", forward)
+    monkeypatch.setattr(wear, "text_context", lambda _, prompts, length: float(len(prompts[0])))
+    latents = torch.zeros(1, 4, 2, 4, 6)
+    made = [
+        wear.wear(model(), latents, [torch.zeros(3)], 4, 3.0, [0.5], torch.Generator().manual_seed(0), scale, negative)
+        for scale, negative in ((1.0, torch.zeros(1)), (3.0, torch.zeros(1)))
+    ]
+    # from sigma 0.5 to 0: velocities 3, and 1 + 3 * (3 - 1) = 7
+    torch.testing.assert_close(made[0] - made[1], torch.full_like(latents, 0.5 * 4))
+    assert sorted(set(asked)) == [1.0, 3.0]
+
+
 def test_half_of_the_draws_of_stage_2_see_the_worn_proxy(monkeypatch):
     [sample] = details()
     sample |= {f"worn_{r}": torch.full_like(sample[f"proxy_{r}"], 7.0) for r in (1, 4)}
