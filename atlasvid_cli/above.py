@@ -48,15 +48,20 @@ def _alike(aspect: float, other: float) -> bool:
 def refine_run(session: Session, plan: Plan, latents: Path, runs: Path) -> Path:
     """The run directory, in `runs`, of what is made above saved latents: named by all that decides the result.
 
-    A region's is that of its video, which the same options made with the latents' own seed; where that is not there,
-    the run that the latents lie in.
+    A region's is that of its video, which the same options made: with this seed, or with the latents' own; where
+    neither is there, the run that the latents lie in.
     """
     known = describe(latents)
-    if plan.is_region:
-        whole = dataclasses.replace(plan.request, region=None, frames=None, seed=int(known["seed"]))
-        plan = plan_from_proxy(latents, whole)
-        is_of_render = level_path(plan, latents.parent, len(plan.levels)).exists()
-    else:
-        is_of_render = False
-    own = runs / f"{slug(latents.stem)}-{result_key(session, plan, known)}"
-    return latents.absolute().parent if is_of_render and not own.exists() else own
+
+    def own(plan: Plan) -> Path:
+        return runs / f"{slug(latents.stem)}-{result_key(session, plan, known)}"
+
+    if not plan.is_region:
+        return own(plan)
+    whole = dataclasses.replace(plan.request, region=None, frames=None)
+    seeds = (plan.request.seed, int(known["seed"]))
+    made = [own(plan_from_proxy(latents, dataclasses.replace(whole, seed=seed))) for seed in seeds]
+    around = latents.absolute().parent
+    if level_path(plan, around, len(plan.levels)).exists():
+        made.append(around)
+    return next((run for run in made if run.exists()), made[-1])

@@ -4,6 +4,7 @@ A file's `key` is the hash of all that decides its values: plan, prompts, weight
 """
 
 from collections.abc import Callable
+from contextlib import suppress
 from fractions import Fraction
 from pathlib import Path
 from typing import Any, Literal
@@ -11,10 +12,11 @@ from typing import Any, Literal
 import torch
 
 from . import __version__, store, tensor_file
-from .errors import InputError
+from .errors import AtlasError, InputError, UsageError
 from .plan import Plan, Stage
 from .refine import Region
 from .session import Session
+from .video import probe
 
 FORMAT = "atlasvid-latents/1"
 
@@ -91,14 +93,17 @@ def read_latents(
 ) -> tuple[torch.Tensor, dict[str, str]]:
     """Latents (C, T, H, W) fp32 of a file of ours and its metadata; refuses those of another model.
 
-    To be decoded they need only be of the same VAE.
+    To be decoded they need only be of the same VAE, as a clip's always do, and what `--lora` adds is free.
     """
     tensors, metadata = tensor_file.open_tensors(
         path, {"latents": ("F32", (session.preset.transformer.channels, None, None, None))}
     )
     tensor_file.check_artefact(describe(path), {"preset": session.preset.name}, path)
-    expected = session.vae_hash if bound_to == "vae" else session.hash(metadata["kind"])
-    tensor_file.check_artefact(metadata, {bound_to: expected}, path)
+    if bound_to == "vae" or "clip" in metadata:
+        expected = {"vae": session.vae_hash}
+    else:
+        expected = {"model": session.model_hash(metadata["kind"])}
+    tensor_file.check_artefact(metadata, expected, path)
     return tensors["latents"], metadata
 
 
@@ -138,8 +143,8 @@ def stage_metadata(
 ) -> dict[str, str]:
     """Metadata of a stage's latents. `key` is the hash of all that decides them; size and fps are the latents' own, a
     proxy's size that of what the video shows of it, in even numbers, so that its preview plays everywhere."""
-    model = session.hash(kind)
-    fields = {**plan.key(stage), "prompt": prompt, "negative": negative, "model": model, "below": below}
+    weights = session.hash(kind)
+    fields = {**plan.key(stage), "prompt": prompt, "negative": negative, "model": weights, "below": below}
     fields |= session.arithmetic
     geometry, grid, last = session.preset.geometry, stage.grid, stage is plan.levels[-1]
     pixels = geometry.token_pixels
@@ -151,7 +156,7 @@ def stage_metadata(
         "kind": kind,
         "version": __version__,
         "preset": session.preset.name,
-        "model": model,
+        "model": session.model_hash(kind),
         "vae": session.vae_hash,
         **session.arithmetic,
         "prompt": prompt,
@@ -187,6 +192,23 @@ def is_current(path: Path, metadata: dict[str, str]) -> bool:
         return False  # damaged or foreign: made anew
 
 
+def keep_others(path: Path) -> None:
+    """UsageError where latents that are not `is_current` are of another job: hours of work, that no run takes over."""
+    with suppress(InputError):  # missing, or damaged: made anew
+        describe(path)
+        raise UsageError(f"{path} is of another job; give another --run-dir, or move it away")
+
+
+def keep_foreign(target: Path, key: str) -> None:
+    """UsageError where `target` is a file that was not made from the latents with this key."""
+    try:
+        same = not target.exists() or probe(target)["metadata"].get("key") == key
+    except AtlasError:
+        same = False
+    if not same:
+        raise UsageError(f"{target} exists and was made from something else; choose another --output")
+
+
 def region_of(
     session: Session, plan: Plan, stage: Stage, path: Path, below: str, metadata: dict[str, str]
 ) -> tuple[Region, dict[str, str]]:
@@ -195,7 +217,10 @@ def region_of(
     geometry, grid = session.preset.geometry, stage.grid
     size = (grid.t, grid.h * geometry.patch, grid.w * geometry.patch)
     if latents.shape[1:] != size or base["below"] != below:
-        raise InputError(f"{path} was made from something else: run refine at this --res without --region first")
+        raise InputError(
+            f"{path} was made from something else: give the --res of the video and the proxy that it was made from, or"
+            " run refine without --region first"
+        )
     pixels = geometry.token_pixels
     x, y, w, h = plan.request.region or (0, 0, plan.request.width, plan.request.height)
     x, y, w, h = (v * plan.scale for v in (x, y, w, h))

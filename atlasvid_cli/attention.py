@@ -4,10 +4,11 @@ import torch
 from diffusers.models.attention_dispatch import (
     AttentionBackendName,
     _check_attention_backend_requirements,
+    _maybe_download_kernel_for_backend,
     dispatch_attention_fn,
 )
 
-from .errors import UsageError
+from .errors import UsageError, one_line
 
 SCORES = 1 << 22  # attention scores computed together: 8 MiB of bf16, which a cache may hold
 
@@ -44,15 +45,24 @@ def rotate(x: torch.Tensor, rotation: torch.Tensor) -> torch.Tensor:
     return torch.view_as_real(pairs * rotation).flatten(-2).to(x.dtype)
 
 
-def check_backend(name: str) -> None:
-    """Raises UsageError for an attention backend that diffusers does not know or cannot run here."""
+def check_backend(name: str, device: torch.device, dtype: torch.dtype) -> None:
+    """Raises UsageError for an attention backend that diffusers does not know or that cannot run here, as a little
+    attention on the device shows; the kernel of a hub backend is fetched."""
     try:
-        _check_attention_backend_requirements(AttentionBackendName(name))
+        backend = AttentionBackendName(name)
     except ValueError:
-        known = ", ".join(b.value for b in AttentionBackendName if not b.value.startswith("_"))
+        known = ", ".join(b.value for b in AttentionBackendName)
         raise UsageError(f"there is no attention backend {name!r}; choose one of {known}") from None
-    except RuntimeError as error:
-        raise UsageError(f"{error} Or leave --attention-backend out to use PyTorch's own.") from None
+    try:
+        _check_attention_backend_requirements(backend)
+        _maybe_download_kernel_for_backend(backend)
+        x = torch.zeros(1, 128, 2, 64, device=device, dtype=dtype)
+        dispatch_attention_fn(x, x, x, backend=backend)
+    except Exception as error:  # kernels fail in ways of their own
+        raise UsageError(
+            f"the attention backend {name!r} cannot run here ({one_line(str(error))}); leave --attention-backend out to"
+            " use PyTorch's own"
+        ) from None
 
 
 def default_backend(device: torch.device, dtype: torch.dtype) -> str:

@@ -29,18 +29,6 @@ def target_of(output: Path | None, default: Path, suffix: str) -> Path:
     return (output if output.suffix else output.with_name(output.name + suffix)).absolute()
 
 
-def keep_foreign(target: Path, key: str) -> None:
-    """Refuses to overwrite a file that was not made from the latents with this key."""
-    from .video import probe
-
-    try:
-        same = not target.exists() or probe(target)["metadata"].get("key") == key
-    except AtlasError:
-        same = False
-    if not same:
-        raise UsageError(f"{target} exists and was made from something else; choose another --output")
-
-
 Maker = Callable[["Session", "Plan", Item, str, Path, Path, "Console"], dict[str, Any]]
 
 
@@ -58,7 +46,7 @@ def run_batch(
     """One or many items through one session: failures are reported and passed over, finished ones skipped."""
     from .cost import check_resources
     from .plan import make_plan
-    from .video import check_target, suffix_for
+    from .video import CODECS, check_target, suffix_for
 
     resolved = make_plan(request)
     if show_plan(resolved, console, dry_run):
@@ -68,15 +56,19 @@ def run_batch(
     base = (output or Path()).absolute()
     if many and base.exists() and not base.is_dir():
         raise UsageError(f"--output {output} is a file, and many results need a folder; name one")
+    if many and not base.exists() and base.suffix in (suffix, *CODECS[request.codec].suffixes):
+        raise UsageError(f"--output {output} is named like a file, and many results need a folder; name one")
     folder = base if many or base.is_dir() else base.parent
     targets = [_target(item, folder, output, many, suffix) for item in items]
     taken: dict[Path, Item] = {}
     for item, target in zip(items, targets, strict=True):
         if (first := taken.setdefault(target, item)) is not item:
             raise UsageError(f"{first.id} and {item.id} would both be {target}; give them other outputs")
-        if suffix == ".safetensors" and target.suffix != suffix:
+        if is_video:
+            check_target(target, request.codec, request.width, request.height)
+        elif target.suffix != suffix:
             raise UsageError(f"{target} would hold latents; let --output end in {suffix}")
-    check_resources(resolved, folder, run_dir)
+    check_resources(resolved, folder, run_dir, videos=max(1, sum(not target.exists() for target in targets)))
     from .artefacts import run_hash
     from .session import Session
     from .store import lock, run_directory
@@ -99,8 +91,6 @@ def run_batch(
         run = run_dir or target.parent / "runs" / own_run
         event = {"id": item.id, "prompt": item.prompt, "seed": item.seed}
         try:
-            if is_video:
-                check_target(target, request.codec, request.width, request.height)
             check_writable(target)
             with lock(run_directory(run.parent, run.name)):
                 event |= {"status": "ok", **make(session, plan, item, negative, run, target, console)}
@@ -137,7 +127,7 @@ def render_one(
     if (finished := pipeline.finished_video(session, plan, item.prompt, negative, run, target)) is not None:
         return finished
     proxy = artefacts.proxy_metadata(session, plan, item.prompt, negative)
-    keep_foreign(target, artefacts.result_key(session, plan, proxy))
+    artefacts.keep_foreign(target, artefacts.result_key(session, plan, proxy))
     return pipeline.render(session, plan, item.prompt, negative, run, target, console)
 
 
@@ -147,7 +137,8 @@ def proxy_one(
     from . import artefacts, pipeline
 
     wanted = artefacts.proxy_metadata(session, plan, item.prompt, negative)
-    if target.exists() and not artefacts.is_current(target, wanted):
+    skipped = target.exists()
+    if skipped and not artefacts.is_current(target, wanted):
         raise UsageError(f"{target} exists and was made from something else; choose another --output")
     kept = run / "proxy.safetensors"
     if target.exists() and not kept.exists() and artefacts.describe(target)["vae"] == session.vae_hash:
@@ -155,7 +146,8 @@ def proxy_one(
     made = pipeline.make_proxy(session, plan, item.prompt, negative, run, console)
     if not target.exists():
         pipeline.publish(made, target)
-    return {"proxy": str(target), "preview": str(run / "proxy.mp4"), "run_dir": str(run)}
+    event = {"proxy": str(target), "preview": str(run / "proxy.mp4"), "run_dir": str(run)}
+    return event | ({"status": "skipped", "skipped": True} if skipped else {})
 
 
 def with_clip(

@@ -6,7 +6,7 @@ from typing import Annotated
 import typer
 
 from . import options as opt
-from .batch import check_writable, keep_foreign, proxy_one, render_one, run_batch, show_plan, target_of, with_clip
+from .batch import check_writable, proxy_one, render_one, run_batch, show_plan, target_of, with_clip
 from .errors import UsageError
 from .parse import make_request, parse_frames, parse_lora, parse_offload, parse_region, parse_resolution
 from .prompts import items_of
@@ -197,11 +197,12 @@ def refine(
     folder = run_dir or above.refine_run(session, plan, latents, target.parent / "runs")
     if plan.is_region:
         artefacts.check_base(plan, folder)
+        console.note(f"a part of the video in {folder} is sampled again")
     check_writable(target)
     with lock(run_directory(folder.parent, folder.name)):
         proxy = artefacts.describe(latents)
         region = artefacts.region_key(session, plan, proxy, folder) if plan.is_region else None
-        keep_foreign(target, region or artefacts.result_key(session, plan, proxy))
+        artefacts.keep_foreign(target, region or artefacts.result_key(session, plan, proxy))
         result = pipeline.refine(session, plan, latents, folder, console)
         pipeline.decode(session, result, target, codec, console, spool=folder)
     console.emit({"video": str(target), "latents": str(result), "status": "ok"}, str(target))
@@ -219,7 +220,7 @@ def decode(
     """Saved latents to a video again, say with another codec; no sampling."""
     from . import artefacts, pipeline
     from .console import Console
-    from .cost import check_decode
+    from .cost import check_decode, file_bytes
     from .presets import load_preset
     from .session import Session
     from .video import check_target, suffix_for
@@ -227,12 +228,11 @@ def decode(
     known = artefacts.describe(latents)
     target = target_of(output, latents.with_suffix(""), suffix_for(codec))
     check_target(target, codec, int(known["width"]), int(known["height"]))
-    keep_foreign(target, known["key"])
+    artefacts.keep_foreign(target, known["key"])
     check_writable(target)
-    shape = artefacts.latents_shape(latents)
-    check_decode(
-        load_preset(preset or known["preset"]), shape, int(known["width"]), int(known["height"]), target.parent
-    )
+    shape, width, height = artefacts.latents_shape(latents), int(known["width"]), int(known["height"])
+    video = file_bytes(width, height, int(known["frames"]), codec)
+    check_decode(load_preset(preset or known["preset"]), shape, width, height, target.parent, video)
     session = Session(preset or known["preset"], model_path)
     console = Console(as_json)
     pipeline.decode(session, latents, target, codec, console)

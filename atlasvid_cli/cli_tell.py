@@ -58,7 +58,7 @@ def plan(
 def bench(
     res: opt.BenchRes = None,
     seconds: opt.BenchSeconds = None,
-    steps: opt.Steps = None,
+    steps: opt.BenchSteps = None,
     preset: opt.PresetName = "tiny",
     model_path: opt.ModelPath = None,
     repeats: opt.Repeats = None,

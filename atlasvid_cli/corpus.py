@@ -93,7 +93,12 @@ def load_samples(session: Session, stage: str, data: Path, work: Path, console: 
     Latents are cached in `work` by the clip's content, the VAE and the figures of the preset that they depend on.
     `InputError` where no clip can be used.
     """
-    entries = read_index(data, console)
+    entries = []
+    for entry in read_index(data, console):
+        if entry.caption.strip():
+            entries.append(entry)
+        else:
+            console.warn(f"{entry.path} is skipped: its caption is empty")
     preset = session.preset
     cache = store.run_directory(work, f"latents-{store.artefact_hash(figures(session, stage))}")
     vae: AutoencoderKLWan | None = None
@@ -130,7 +135,7 @@ def figures(session: Session, stage: str) -> dict[str, Any]:
         "fps": [preset.fps, preset.proxy.time_ratio],
         "geometry": [preset.geometry.temporal, preset.geometry.spatial, preset.geometry.patch],
         "size": [proxy_latents(preset), preset.proxy.base_tokens] if stage == "proxy" else detail_size(preset),
-        "ratio": preset.detail.max_ratio,
+        "ratios": [] if stage == "proxy" else detail_ratios(preset),
     }
 
 
@@ -162,10 +167,12 @@ def detail_size(preset: Preset) -> tuple[int, int]:
     return 2 * preset.proxy.time_ratio + 1, -(-(3 * side // 2) // multiple) * multiple
 
 
-def detail_ratios(preset: Preset) -> list[int]:
-    """The ratios r_s that stage 2 trains at, the largest twice as often: whole ones that divide a crop."""
+def detail_ratios(preset: Preset) -> list[Fraction]:
+    """The ratios r_s that stage 2 trains at, from 2 to the preset's largest, which is drawn twice as often: those that
+    make a crop a whole number of proxy tokens."""
     _, tokens = detail_size(preset)
-    return [r for r in range(2, int(preset.detail.max_ratio) + 1) if tokens % r == 0] or [1]
+    fewest = math.ceil(tokens / preset.detail.max_ratio)
+    return [Fraction(tokens, proxy) for proxy in range(max(fewest, tokens // 2), fewest - 1, -1)]
 
 
 def cut(frames: int, longest: int, shortest: int, step: int) -> list[int]:
@@ -218,10 +225,10 @@ def _check_length(clip: Clip, pieces: list[int], least: Fraction) -> None:
 
 
 def _detail_sample(
-    vae: AutoencoderKLWan, frames: Iterator[torch.Tensor], ratio: int, time_ratio: int
+    vae: AutoencoderKLWan, frames: Iterator[torch.Tensor], ratio: Fraction, time_ratio: int
 ) -> tuple[Tensors, dict[str, str]]:
     dense = torch.stack(list(frames))
-    side = dense.shape[-1] // ratio
+    side = int(dense.shape[-1] / ratio)
     small = F.interpolate(dense, size=(side, side), mode="bicubic", antialias=True).clamp_(-1, 1)
     pixels = {"latents": dense, f"proxy_{time_ratio}": small[::time_ratio], "proxy_1": small}
     return {n: encode_clips(vae, x.transpose(0, 1)[None])[0] for n, x in pixels.items()}, {"ratio": str(ratio)}

@@ -6,7 +6,7 @@ from typing import Any
 
 from .errors import ResourceError
 from .machine import available_ram, available_vram, compute_device, conv_rate, decode_dtype, disk_of, gemm_rate
-from .memory import OFFLOADS, Memory, Offload, detail_memory, proxy_memory, text_memory
+from .memory import OFFLOADS, Memory, Offload, detail_memory, model_bytes, proxy_memory, text_memory
 from .plan import Plan, Stage
 from .presets import Preset
 
@@ -56,7 +56,7 @@ def offload_of(plan: Plan) -> Offload:
 def rows(plan: Plan) -> list[dict[str, Any]]:
     """One row a stage: tokens, windows, flops, bytes, seconds (a projection from a GEMM timed just now)."""
     gemm = gemm_rate()
-    made = [_text_row(plan, gemm * EFFICIENCY)]
+    made = [] if plan.request.clip and plan.request.proxy_only else [_text_row(plan, gemm * EFFICIENCY)]
     for name, stage in plan.own_stages():
         flops, needed = plan.flops(stage), memory(plan, stage, offload_of(plan))
         disk = stage.grid.tokens * plan.preset.transformer.channels * plan.preset.geometry.patch**2 * 4
@@ -103,36 +103,41 @@ def video_bytes(plan: Plan) -> int:
     """An upper estimate of the video file."""
     if plan.request.proxy_only:
         return 0
-    return int(plan.request.width * plan.request.height * plan.frames * VIDEO_BYTES[plan.request.codec])
+    return file_bytes(plan.request.width, plan.request.height, plan.frames, plan.request.codec)
 
 
-def check_resources(plan: Plan, output_dir: Path, run_dir: Path | None = None) -> None:
-    """Raises ResourceError, before anything is loaded, where memory or disk will not do.
+def file_bytes(width: int, height: int, frames: int, codec: str) -> int:
+    return int(width * height * frames * VIDEO_BYTES[codec])
+
+
+def check_resources(plan: Plan, output_dir: Path, run_dir: Path | None = None, videos: int = 1) -> None:
+    """Raises ResourceError, before anything is loaded, where memory will not do, or the disk for so many `videos`.
 
     `run_dir` takes the latents; without it they lie beside the video.
     """
     costs = rows(plan)
-    tightest = max(costs, key=lambda r: r["vram_bytes"])
-    if tightest["vram_bytes"] > available_vram():
+    tightest = max(costs, key=lambda r: r["vram_bytes"], default=None)
+    if tightest and tightest["vram_bytes"] > available_vram():
         raise ResourceError(
             f"the {tightest['stage']} stage needs {tightest['vram_bytes'] / GIB:.1f} GiB of GPU memory and"
-            f" {available_vram() / GIB:.1f} GiB are free; choose --offload host, a smaller --chunk or --seconds"
+            f" {available_vram() / GIB:.1f} GiB are free; {_remedy(tightest['stage'], '--offload host, a smaller')}"
         )
-    worst = max(costs, key=lambda r: r["ram_bytes"])
+    worst = max(costs, key=lambda r: r["ram_bytes"], default=None)
     available = available_ram()
-    if worst["ram_bytes"] > available:
+    if worst and worst["ram_bytes"] > available:
         raise ResourceError(
             f"the {worst['stage']} stage needs {worst['ram_bytes'] / GIB:.1f} GiB of memory and"
-            f" {available / GIB:.1f} GiB are free; "
-            + (
-                "close other programs, or choose a preset with a smaller text encoder"
-                if worst["stage"] == "text"
-                else "choose a smaller --res, fewer --seconds or a smaller --chunk"
-            )
+            f" {available / GIB:.1f} GiB are free;"
+            f" {_remedy(worst['stage'], 'a smaller --res, fewer --seconds or a smaller')}"
         )
-    latents = sum(r["disk_bytes"] for r in costs) - video_bytes(plan)
+    # a stage's state goes when its latents are there, and tiles when they are decoded: both are there once
+    stages = sum(r["disk_bytes"] for r in costs if r["stage"] != "decode")
+    tiles = sum(r["disk_bytes"] for r in costs if r["stage"] == "decode") - video_bytes(plan)
+    latents = (videos + 1) * stages // 2 + tiles
     needs: dict[int, int] = {}  # bytes by file system
-    for folder, size, option in ((output_dir, video_bytes(plan), "--output"), (run_dir, latents, "--run-dir")):
+    files = videos * video_bytes(plan)
+    places = (output_dir, files, "--output"), (run_dir, latents, "--run-dir" if run_dir else "--output")
+    for folder, size, option in places:
         place = folder or output_dir
         device, free = disk_of(place)
         needs[device] = needs.get(device, 0) + size
@@ -143,12 +148,23 @@ def check_resources(plan: Plan, output_dir: Path, run_dir: Path | None = None) -
             )
 
 
+def _remedy(stage: str, smaller: str) -> str:
+    """What makes a stage fit that does not."""
+    if stage == "text":
+        return "close other programs, or choose a preset with a smaller text encoder"
+    if stage == "decode":
+        return "close other programs, or lower decode_gib in a preset of your own"
+    return f"choose {smaller} --chunk"
+
+
 def _decode_row(plan: Plan, rate: float) -> dict[str, Any]:
     from .vae_cost import decode_flops, spool_bytes
 
     config = dataclasses.asdict(plan.preset.vae)
     h, w = plan.target.h * plan.preset.geometry.patch, plan.target.w * plan.preset.geometry.patch
     needed = decode_memory(plan.preset, (plan.target.t, h, w), plan.request.width, plan.request.height)
+    on_cpu = compute_device().kind == "cpu"  # where the transformer stays for the next video
+    host = needed.host + (model_bytes(plan.preset, compute_device()) if on_cpu else 0)
     flops = decode_flops(config, h, w) * plan.target.t
     return {
         "stage": "decode",
@@ -157,7 +173,7 @@ def _decode_row(plan: Plan, rate: float) -> dict[str, Any]:
         "windows": 0,
         "steps": 1,
         "flops": flops,
-        "ram_bytes": PROGRAM_BYTES + needed.host,
+        "ram_bytes": PROGRAM_BYTES + host,
         "vram_bytes": needed.device and PROGRAM_VRAM + needed.device,
         "disk_bytes": (spool_bytes(config, plan.target.t, h, w) if vae_tile(plan.preset, h, w) else 0)
         + video_bytes(plan),
@@ -179,18 +195,19 @@ def decode_memory(preset: Preset, latents: tuple[int, int, int], width: int, hei
     return Memory(decoder, host) if on_gpu else Memory(0, host + decoder)
 
 
-def check_decode(preset: Preset, latents: tuple[int, int, int], width: int, height: int, folder: Path) -> None:
-    """Raises ResourceError, before anything is loaded, where saved latents cannot be decoded to `folder` in the memory
-    and on the disk here."""
+def check_decode(
+    preset: Preset, latents: tuple[int, int, int], width: int, height: int, folder: Path, video: int
+) -> None:
+    """Raises ResourceError, before anything is loaded, where saved latents cannot be decoded to a `video` of so many
+    bytes in `folder`, in the memory and on the disk here."""
     from .vae_cost import spool_bytes
 
-    if vae_tile(preset, *latents[1:]):
-        size, (_, free) = spool_bytes(dataclasses.asdict(preset.vae), *latents), disk_of(folder)
-        if size > free:
-            raise ResourceError(
-                f"decoding tiles writes {size / GIB:.1f} GiB and {folder} has {free / GIB:.1f} GiB free;"
-                " free some space or choose another --output"
-            )
+    tiles = spool_bytes(dataclasses.asdict(preset.vae), *latents) if vae_tile(preset, *latents[1:]) else 0
+    if tiles + video > (free := disk_of(folder)[1]):
+        raise ResourceError(
+            f"decoding writes {(tiles + video) / GIB:.1f} GiB and {folder} has {free / GIB:.1f} GiB free;"
+            " free some space or choose another --output"
+        )
     needed = decode_memory(preset, latents, width, height)
     for kind, size, free in (
         ("GPU memory", needed.device and PROGRAM_VRAM + needed.device, available_vram()),

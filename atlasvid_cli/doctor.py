@@ -11,12 +11,15 @@ from pathlib import Path
 from . import __version__
 from .errors import AtlasError
 
-# Backends of diffusers' dispatcher that are packages of their own.
+# values of --attention-backend whose kernels are packages of their own
 BACKENDS = {
-    "flash-attn 2": "flash_attn",
-    "flash-attn 3": "flash_attn_interface",
+    "flash": "flash_attn",
+    "_flash_3": "flash_attn_interface",
     "sage": "sageattention",
     "xformers": "xformers",
+    "flash_hub": "kernels",
+    "_flash_3_hub": "kernels",
+    "sage_hub": "kernels",
 }
 ENCODERS = {"h264": "libx264", "hevc10": "libx265", "av1": "libsvtav1", "prores": "prores_ks", "ffv1": "ffv1"}
 VERDICT_SIZE = (3840, 2160, Fraction(12))

@@ -12,10 +12,12 @@ from .errors import AtlasError
 
 
 class Embedding(NamedTuple):
-    """A prompt's states (tokens, text_dim) fp32, and the words in it that the tokenizer does not know."""
+    """A prompt's states (tokens, text_dim) fp32, the words in it that the tokenizer does not know, and what of it is
+    beyond the model's length."""
 
     states: torch.Tensor
     unknown: tuple[str, ...]
+    left_out: str = ""
 
 
 class EmbeddingCache:
@@ -31,16 +33,15 @@ class EmbeddingCache:
             return None
         try:
             tensors, metadata = tensor_file.open_tensors(path)
-            return Embedding(tensors["embedding"], tuple(json.loads(metadata["unknown"])))
+            return Embedding(tensors["embedding"], tuple(json.loads(metadata["unknown"])), metadata["left_out"])
         except (AtlasError, KeyError, ValueError):
             return None
 
     def write(self, prompt: str, embedding: Embedding) -> None:
         """Keeps an embedding; ResourceError where the folder cannot take it."""
         store.run_directory(self.folder.parent, self.folder.name)
-        tensor_file.save_tensors(
-            self._path(prompt), {"embedding": embedding.states}, {"unknown": json.dumps(embedding.unknown)}
-        )
+        said = {"unknown": json.dumps(embedding.unknown), "left_out": embedding.left_out}
+        tensor_file.save_tensors(self._path(prompt), {"embedding": embedding.states}, said)
 
     def _path(self, prompt: str) -> Path:
         return self.folder / f"{store.artefact_hash({'prompt': prompt})}.safetensors"

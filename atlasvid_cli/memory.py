@@ -29,8 +29,9 @@ class Memory:
 
 def text_memory(preset: Preset, free: int, device: Device) -> Memory:
     """The text encoder, alone in memory: on the GPU where it fits in `free` bytes, else on the CPU in fp32."""
-    if device.kind == "cuda" and fits_gpu(preset.text.parameters * device.bytes_per_value, free):
-        return Memory(preset.text.parameters * device.bytes_per_value, 0)
+    weights = preset.text.parameters * device.bytes_per_value
+    if device.kind == "cuda" and fits_gpu(weights, free):
+        return Memory(weights, weights)  # read into host memory first
     return Memory(0, 4 * preset.text.parameters)
 
 
@@ -86,18 +87,34 @@ def _placed(
     models: int = 1,
 ) -> Memory:
     size, width = preset.transformer, device.bytes_per_value
-    block = (8 * size.dim**2 + 2 * size.dim * size.ffn) * (1 if narrow else width)
+    kept = 1 if narrow else width
+    block = (8 * size.dim**2 + 2 * size.dim * size.ffn) * kept
     working += size.dim * size.ffn * width if narrow else 0  # the layer that computes, in the dtype that it computes in
     rest = size.dim * (8 * size.dim + size.text_dim + 2 * _patch_values(preset)) * width
     blocks, rest = models * size.layers * block, models * rest
     if device.kind == "cpu":
         return Memory(0, blocks + rest + states + working + latents)
+    read = model_bytes(preset, device)  # into host memory first, in the dtype that it computes in
     if offload == "none":
-        return Memory(blocks + rest + states + working, latents)
+        return Memory(blocks + rest + states + working, max(read, latents))
     loaded = 2 * block  # the one that computes and the one on its way
+    pinned = 8 * _pinned(size.dim**2 * kept) + 2 * _pinned(size.dim * size.ffn * kept)
+    home = max(read, models * size.layers * pinned + latents)
     if offload == "block":
-        return Memory(loaded + rest + states + working, blocks + latents)
-    return Memory(loaded + rest + working, blocks + states + latents)
+        return Memory(loaded + rest + states + working, home)
+    return Memory(loaded + rest + working, home + states)
+
+
+def model_bytes(preset: Preset, device: Device) -> int:
+    """A transformer's weights in the dtype that it computes in."""
+    size = preset.transformer
+    blocks = size.layers * (8 * size.dim**2 + 2 * size.dim * size.ffn)
+    return (blocks + size.dim * (8 * size.dim + size.text_dim + 2 * _patch_values(preset))) * device.bytes_per_value
+
+
+def _pinned(size: int) -> int:
+    """What PyTorch's allocator of pinned memory takes for a tensor of `size` bytes: the next power of two."""
+    return 1 << max(0, size - 1).bit_length()
 
 
 def _patch_values(preset: Preset) -> int:

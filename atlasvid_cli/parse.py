@@ -125,7 +125,7 @@ def make_request(
     """The request that flags make; `fields` are those of its fields that need no parsing. Raises UsageError."""
     width, height = parse_resolution(res)
     length = parse_seconds(seconds or "4")
-    check_finite("--guidance-scale", fields.get("guidance_scale"), 0)
+    check_finite("--guidance-scale", fields.get("guidance_scale"), 1)
     check_finite("--flow-shift", fields.get("flow_shift"), zero=False)
     from .plan import Request
     from .video import suffix_for

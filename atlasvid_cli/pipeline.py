@@ -19,6 +19,8 @@ from .artefacts import (
     describe,
     is_current,
     job_hash,
+    keep_foreign,
+    keep_others,
     level_metadata,
     level_path,
     proxy_metadata,
@@ -102,6 +104,7 @@ def make_proxy(
         if not (preview.exists() and _sheet_path(preview).exists()):
             decode(session, path, preview, "h264", progress, "preview")
         return path
+    keep_others(path)
     store.run_directory(run_dir.parent, run_dir.name)
     state = run_dir / "proxy.state.safetensors"
     if clip := plan.request.clip:
@@ -109,7 +112,7 @@ def make_proxy(
     else:
         latents = _sample_proxy(session, plan, (prompt, negative_prompt), state, metadata["key"], progress)
     for shown in (preview, _sheet_path(preview)):
-        shown.unlink(missing_ok=True)  # another proxy's, where a run is made anew
+        shown.unlink(missing_ok=True)  # a damaged proxy's
     _save_latents(path, latents, metadata)
     state.unlink(missing_ok=True)
     decode(session, path, preview, "h264", progress, "preview")
@@ -136,6 +139,7 @@ def _sample_proxy(
     session: Session, plan: Plan, prompts: tuple[str, str], state: Path, key: str, progress: Console
 ) -> torch.Tensor:
     stage, size = plan.proxy, session.preset.transformer
+    embeddings = session.embeddings(prompts, progress)  # before a model is loaded: the two need not fit together
     held: dict[bool, Expert] = {}  # one at a time: two do not fit
 
     def expert_at(timestep: float) -> Expert:
@@ -144,7 +148,7 @@ def _sample_proxy(
             held.clear()
             model = session.transformer("proxy", offload_of(plan), progress, second)
             scale = stage.experts.guidance_scale if second and stage.experts else stage.guidance_scale
-            prompt, negative = _contexts(session, prompts, model, progress)
+            prompt, negative = _contexts(model, embeddings, size.text_length)
             held[second] = Expert(model, prompt, negative, scale)
         return held[second]
 
@@ -183,6 +187,7 @@ def refine(session: Session, plan: Plan, proxy_path: Path, run_dir: Path, progre
             redo, metadata = region_of(session, plan, stage, path, below_metadata["key"], metadata)
             path = run_dir / f"detail-region-{metadata['key']}.safetensors"
         if not is_current(path, metadata):
+            keep_others(path)
             latents = _refine_level(session, plan, stage, name, number, below, metadata, redo, run_dir, progress)
             _save_latents(path, latents, metadata)
             _state_path(run_dir, number).unlink(missing_ok=True)
@@ -206,7 +211,7 @@ def decode(
     output = output if output.suffix else output.with_suffix(suffix_for(codec))
     vae = session.vae()
     width, height, scale = int(metadata["width"]), int(metadata["height"]), int(metadata["scale"])
-    frames = int(metadata["frames"])
+    frames, is_there = int(metadata["frames"]), output.exists()
     wanted = {round(i * (frames - 1) / (SHEET_FRAMES - 1)) for i in range(SHEET_FRAMES)}
     sheet: list[torch.Tensor] = []
     with progress.stage(stage, frames) as advance:
@@ -222,6 +227,8 @@ def decode(
                         small = frame[:, :height, :width]
                         sheet.append(F.interpolate(small[None], size=_thumbnail(width, height), mode="area")[0])
                     index += 1
+                if index >= frames and not is_there:
+                    keep_foreign(output, metadata["key"])  # another process may have been quicker
                 yield chunk
 
         write_video(
@@ -253,10 +260,12 @@ def _refine_level(
     run_dir: Path,
     progress: Console,
 ) -> torch.Tensor:
-    model, proxy_model = session.detail_models(offload_of(plan), progress)
     used = (metadata["prompt"], metadata["negative_prompt"])[: stage.passes]
-    texts = _contexts(session, used, model, progress)
-    proxy_texts = texts if proxy_model is model else _contexts(session, used, proxy_model, progress)
+    embeddings = session.embeddings(used, progress)
+    model, proxy_model = session.detail_models(offload_of(plan), progress)
+    length = session.preset.transformer.text_length
+    texts = _contexts(model, embeddings, length)
+    proxy_texts = texts if proxy_model is model else _contexts(proxy_model, embeddings, length)
     state = _state_path(run_dir, number)
     store.run_directory(run_dir.parent, run_dir.name)
     resume = _resume(state, metadata["key"], progress)
@@ -292,10 +301,9 @@ def _save_latents(path: Path, latents: torch.Tensor, metadata: dict[str, str]) -
     tensor_file.save_tensors(path, {"latents": latents}, metadata)
 
 
-def _contexts(session: Session, prompts: tuple[str, ...], model: Any, progress: Console) -> list[TextContext]:
-    length = session.preset.transformer.text_length
+def _contexts(model: Any, embeddings: list[torch.Tensor], length: int) -> list[TextContext]:
     with torch.no_grad():
-        return [text_context(model, [e], length) for e in session.embeddings(prompts, progress)]
+        return [text_context(model, [e], length) for e in embeddings]
 
 
 def _resume(path: Path, key: str, progress: Console) -> tensor_file.StepState | None:
@@ -308,7 +316,7 @@ def _resume(path: Path, key: str, progress: Console) -> tensor_file.StepState | 
 
 def _sheet_path(video: Path) -> Path:
     """The contact sheet beside a video."""
-    return video.with_suffix(".sheet.png")
+    return video.with_name(f"{video.name}.sheet.png")
 
 
 def _state_path(run_dir: Path, number: int) -> Path:

@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from .footage import Clip
 
 
+MAX_LATENTS = 1 << 14  # latent frames: beyond, noise would repeat (`schedule.noise`)
 # what of a preset's `Detail` decides latents, beside the sampling of its levels
 METHOD = (
     "windows",
@@ -249,6 +250,8 @@ def make_plan(
         request.width, request.height, geometry.token_pixels, preset.proxy.base_tokens, detail.min_ratio
     )
     target = shapes.video_grid(request.width * scale, request.height * scale, generated, geometry)
+    if target.t > MAX_LATENTS:
+        raise UsageError(f"{generated} frames are more than can be made; ask for fewer --seconds or --fps")
     time_ratio = preset.proxy.time_ratio
     if proxy_fps is not None:
         if fps / proxy_fps not in (1, time_ratio):

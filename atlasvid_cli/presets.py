@@ -195,10 +195,20 @@ def load_preset(name: str) -> Preset:
         raise UsageError(f"preset {path} is not valid TOML ({error}); mend that line") from None
     table |= {"name": path.stem, "folder": path.parent / str(table.get("model", path.stem))}
     preset = _parse(Preset, table, path.name)
+    stages = {part: _with_lora(getattr(preset, part), path.parent) for part in ("proxy", "detail")}
+    preset = dataclasses.replace(preset, **stages)
     for name, level in (("first", preset.detail.first), ("upper", preset.detail.upper)):
+        if level.guidance_interval[0] > level.guidance_interval[1]:
+            raise UsageError(f"{path.name}: detail: {name}: guidance_interval must go from its lower end to its upper")
         if preset.experts and level.strength > preset.experts.boundary:
             raise UsageError(f"{path.name}: detail: {name}: strength must not be above the boundary of the experts")
     return preset
+
+
+def _with_lora(stage: Any, folder: Path) -> Any:
+    """A stage whose adapter is in `folder`, beside the preset, where it is there; else it is in the model's folder."""
+    beside = folder / (stage.lora or "")
+    return dataclasses.replace(stage, lora=str(beside.absolute())) if beside.is_file() else stage
 
 
 def _parse(kind: Any, value: Any, where: str) -> Any:

@@ -93,6 +93,11 @@ def read_prompts(source: str, negative_prompt: str | None, seed: int) -> list[It
     json_lines = text.lstrip().startswith("{")
     if not json_lines and _is_json(text):
         raise UsageError(f"prompt file {name} is a JSON array; write one object a line (jq -c '.[]' does)")
+    if not json_lines and (objects := [number for number, line in lines if line.lstrip().startswith('{"')]):
+        raise UsageError(
+            f"{name} line {objects[0]} is a JSON object and line {lines[0][0]} is not: write all of them as objects, or"
+            " none"
+        )
     digits = max(4, len(str(len(lines) - 1)))
     items: list[Item] = []
     seen_ids: dict[str, int] = {}
@@ -153,6 +158,8 @@ def _fields(line: str, place: str) -> dict:
     if not isinstance(seed, int) or isinstance(seed, bool) or not 0 <= seed <= MAX_SEED:
         raise UsageError(f"{place}: seed must be a whole number from 0 to {MAX_SEED}")
     # An id names files.
+    if isinstance(fields.get("id"), bool):
+        raise UsageError(f"{place}: id must be a string or a number")
     if "id" in fields and not re.fullmatch(r"\w[\w.-]{0,99}", str(fields["id"])):
         raise UsageError(f"{place}: id {fields['id']!r} must be 1 to 100 letters, digits, '.', '_' or '-'")
     if fields.get("output") is not None and not fields["output"].strip():

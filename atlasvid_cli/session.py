@@ -18,7 +18,7 @@ from .memory import Offload, WeightDtype, fits_gpu
 from .offload import check_weight_dtype, narrow, place
 from .parse import Lora
 from .presets import Preset, load_preset
-from .text import encode_prompts, unknown_words
+from .text import encode_prompts, left_out, unknown_words
 from .weights import check_config, load_text, load_transformer, load_vae, model_folder, model_hash
 
 # What a stage costs without an adapter of its own, as stock weights have none.
@@ -49,8 +49,6 @@ class Session:
         self.preset = load_preset(preset) if isinstance(preset, str) else preset
         self.backend, self.loras, self.strict, self.weight_dtype = backend, loras, strict, weight_dtype
         check_weight_dtype(weight_dtype)
-        if backend:
-            check_backend(backend)
         for lora in loras:
             check_lora(lora.path)
             if lora.expert and not self.preset.experts:
@@ -61,6 +59,8 @@ class Session:
         check_config(self.folder, self.preset)
         self.device = torch.device(compute_device().kind)
         self.dtype = getattr(torch, compute_device().dtype)
+        if backend:
+            check_backend(backend, self.device, self.dtype)
         self._parts: dict[str, Any] = {}
         self._hashes: dict[str, str] = {}
         self._warned: set[str] = set()
@@ -76,16 +76,20 @@ class Session:
         dtype = str(self.dtype).removeprefix("torch.")
         return {"dtype": dtype if self.weight_dtype == "auto" else f"{dtype}+{self.weight_dtype}", "attention": backend}
 
-    def hash(self, stage: str) -> str:
-        """Identity of the weights that make a stage's latents."""
+    def model_hash(self, stage: str) -> str:
+        """Identity of the preset's weights of a stage, which its latents are bound to."""
         if stage not in self._hashes:
             parts = dict.fromkeys(self._part(stage, second) for second in (False, True))
             self._hashes[stage] = model_hash(self.folder, *parts, "text_encoder", self._adapter(stage))
-            for lora in self.loras:
-                file = model_hash(Path(), str(lora.path.absolute()))
-                made = f"{self._hashes[stage]} {file} {lora.weight} {lora.expert}"
-                self._hashes[stage] = hashlib.sha256(made.encode()).hexdigest()[:16]
         return self._hashes[stage]
+
+    def hash(self, stage: str) -> str:
+        """Identity of all weights that make a stage's latents: those of `--lora` too."""
+        made = self.model_hash(stage)
+        for lora in self.loras:
+            file = model_hash(Path(), str(lora.path.absolute()))
+            made = hashlib.sha256(f"{made} {file} {lora.weight} {lora.expert}".encode()).hexdigest()[:16]
+        return made
 
     @property
     def vae_hash(self) -> str:
@@ -150,6 +154,11 @@ class Session:
             if f"word {word}" not in self._warned:
                 self._warned.add(f"word {word}")
                 console.warn(f"the model of preset {self.preset.name} does not know the word {word!r} and ignores it")
+        for text in dict.fromkeys(embedding.left_out for embedding in known if embedding.left_out):
+            if f"text {text}" not in self._warned:
+                self._warned.add(f"text {text}")
+                length, begins = self.preset.transformer.text_length, " ".join(text.split()[:6])
+                console.warn(f"a prompt is longer than the {length} tokens that are read; left out from {begins!r} on")
         return [embedding.states for embedding in known]
 
     def _kept(self, prompt: str) -> Embedding | None:
@@ -173,9 +182,10 @@ class Session:
         size = sum(p.nbytes for p in encoder.parameters())
         on_gpu = gpu and fits_gpu(size, available_vram())
         encoder = encoder.to(self.device) if on_gpu else encoder.float()  # a GPU without room leaves it to the CPU
-        made = encode_prompts(prompts, tokenizer, encoder, self.preset.transformer.text_length)
+        length = self.preset.transformer.text_length
+        made = encode_prompts(prompts, tokenizer, encoder, length)
         return [
-            Embedding(states.cpu(), tuple(unknown_words(prompt, tokenizer)))
+            Embedding(states.cpu(), tuple(unknown_words(prompt, tokenizer)), left_out(prompt, tokenizer, length))
             for prompt, states in zip(prompts, made, strict=True)
         ]
 

@@ -20,6 +20,12 @@ def encode_prompts(
     return result
 
 
+def left_out(prompt: str, tokenizer: PreTrainedTokenizerBase, length: int = 512) -> str:
+    """What of a prompt lies beyond the `length` tokens that Wan reads; empty where it reads all."""
+    ids = tokenizer(prompt_clean(prompt), add_special_tokens=False).input_ids[length - 1 :]  # the last one ends it
+    return tokenizer.decode(ids)
+
+
 def unknown_words(prompt: str, tokenizer: PreTrainedTokenizerBase) -> list[str]:
     """Words of the prompt that the tokenizer has no token for (a subword tokenizer has none)."""
     unknown = tokenizer.unk_token_id

@@ -62,6 +62,12 @@ def make(session: Session, job: Job, console: Console) -> Path:
             f"preset {preset.name} leaves out scaled_time, scaled_positions or clean_proxy, and training does not know"
             " how; remove that key from the preset"
         )
+    if job.stage == "detail" and not preset.detail.proxy_attention:
+        raise UsageError(
+            f"preset {preset.name} has proxy_attention = false, so that no detail adapter would be used as trained; set"
+            " it true in a preset of your own, with windows and time_ratio as you want them"
+        )
+    check_output(job.output)
     lr = LEARNING_RATES[preset.training.optimizer] if job.lr is None else job.lr
     with processes.main_process_first():  # the others find what it encoded
         groups = _samples(session, job, console)
@@ -71,6 +77,8 @@ def make(session: Session, job: Job, console: Console) -> Path:
             "preset": [
                 preset.proxy.time_ratio,
                 preset.proxy.flow_shift,
+                preset.proxy.guidance_scale,
+                preset.negative_prompt,
                 preset.detail.flow_shift,
                 preset.detail.streams,
                 preset.detail.first.strength,
@@ -180,10 +188,14 @@ def _trainable(session: Session) -> WanTransformer3DModel:
     return model
 
 
-def check_output(output: Path, key: str) -> None:
-    """Refuses to overwrite a file that this training did not make."""
+def check_output(output: Path, key: str | None = None) -> None:
+    """UsageError where the adapter would take the place of a file that this training, known by its key, or before that
+    is known any training, did not make."""
+    if output.suffix != ".safetensors":
+        raise UsageError(f"{output} would hold an adapter; let --output end in .safetensors")
     try:
-        same = not output.exists() or tensor_file.read_header(output)[0].get("run") == key
+        run = tensor_file.read_header(output)[0].get("run") if output.exists() else key
+        same = not output.exists() or (run is not None and key in (None, run))
     except InputError:
         same = False
     if not same:

@@ -228,7 +228,8 @@ def to_planes(rgb: "torch.Tensor", pixels: str) -> list[np.ndarray]:
 def opened(path: Path) -> Iterator[tuple[Any, Any]]:
     """The container and best video stream of `path`; `InputError` when there is none, or while it is read."""
     try:
-        with av.open(str(path), metadata_errors="replace") as container:  # old files name things in Latin-1
+        # absolute: "a:b.mp4" would name a protocol
+        with av.open(str(path.absolute()), metadata_errors="replace") as container:  # old files name things in Latin-1
             stream = container.streams.best("video")
             if stream is None:
                 raise InputError(f"'{path}' holds no video: give a file that does.")

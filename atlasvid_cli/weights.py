@@ -7,6 +7,7 @@ import dataclasses
 import hashlib
 import json
 import re
+from collections.abc import Iterable
 from functools import cache, partial
 from pathlib import Path
 from pickle import UnpicklingError
@@ -53,16 +54,38 @@ def model_folder(preset: Preset, model_path: str | None) -> Path:
     revision = revision or (preset.revision if name == preset.model else None) or "main"
     fetch = partial(snapshot_download, name, revision=revision, allow_patterns=original.LIST_OF_FILES)
     try:
-        return Path(fetch(local_files_only=True))
+        if is_whole(found := Path(fetch(local_files_only=True))):
+            return found
     except (HFValidationError, LocalEntryNotFoundError):
         pass
     try:
         return Path(fetch())
     except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OfflineModeIsEnabled, OSError):
         raise InputError(
-            f"the weights {name} (revision {revision}) are not in the hub cache and cannot be fetched; run"
+            f"the weights {name} (revision {revision}) are not whole in the hub cache and cannot be fetched; run"
             f" `hf download {name} --revision {revision}` where there is a network, or give a folder by --model-path"
         ) from None
+
+
+def is_whole(folder: Path) -> bool:
+    """Whether no weights of a model folder are missing, as in a snapshot of which single files were fetched."""
+    if original.is_original(folder):
+        parts = (original.files(folder, part) for part in ("vae", "text_encoder", "transformer"))
+        return all(files and all(file.is_file() for file in files) for files in parts)
+    try:
+        index = json.loads((folder / "model_index.json").read_text(encoding="utf-8"))
+        for part in (folder / name for name, kind in index.items() if isinstance(kind, list) and kind[0]):
+            shards = {file for index in part.glob("*.index.json") for file in _shards(index)}
+            has_weights = any(part.glob("*.safetensors")) or not (part / "config.json").is_file()
+            if not (any(part.glob("*.json")) and has_weights and all((part / file).is_file() for file in shards)):
+                return False
+    except (OSError, ValueError, KeyError, AttributeError):
+        return False
+    return True
+
+
+def _shards(index: Path) -> Iterable[str]:
+    return json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()
 
 
 @cache
@@ -83,6 +106,8 @@ def model_hash(folder: Path, *names: str | None) -> str:
             files = original.files(folder, name)
         else:
             files = sorted(path.glob("*.safetensors")) if path.is_dir() else [path]
+        if not files:
+            raise InputError(f"{path} holds no safetensors: convert its weights, or give another --model-path")
         for file in files:
             if not file.is_file():
                 raise InputError(f"{file} does not exist: mend the preset's lora, or give another --model-path")
@@ -105,7 +130,12 @@ def check_config(folder: Path, preset: Preset) -> None:
             "text_dim": config.get("text_dim"),
         }
         _check_same(part, found, preset.transformer, folder, preset)
+        patch = config.get("patch_size", (1, 2, 2))
+        _check_same(part, {"patch": patch[-1]}, preset.geometry, folder, preset)
     config = _config(folder, "vae")
+    factors = {"temporal": ("scale_factor_temporal", 4), "spatial": ("scale_factor_spatial", 8)}
+    found = {name: config.get(key, default) for name, (key, default) in factors.items()}
+    _check_same("vae", found, preset.geometry, folder, preset)
     defaults = {"is_residual": False, "out_channels": 3, "patch_size": None}
     found = {f.name: config.get(f.name, defaults.get(f.name)) for f in dataclasses.fields(preset.vae)}
     found["decoder_base_dim"] = found["decoder_base_dim"] or found["base_dim"]
@@ -180,7 +210,7 @@ def load_text(folder: Path, dtype: torch.dtype = torch.float32) -> tuple[PreTrai
         if original.is_original(folder):
             encoder, tokenizer = original.load_text(folder, dtype), folder / original.TOKENIZER
         else:
-            encoder = UMT5EncoderModel.from_pretrained(folder / "text_encoder", torch_dtype=dtype)
+            encoder = UMT5EncoderModel.from_pretrained(folder / "text_encoder", torch_dtype=dtype, use_safetensors=True)
             tokenizer = folder / "tokenizer"
         return AutoTokenizer.from_pretrained(tokenizer), encoder.eval().requires_grad_(False)
     except UNREADABLE as error:

@@ -79,19 +79,6 @@ def block_layout(block: int, layouts: Sequence[Layout], grid: Grid, phase: int =
     return layout(grid, *layouts[(block + phase) % len(layouts)])
 
 
-def window(x: torch.Tensor, grid: Grid, windows: list[Windows]) -> list[torch.Tensor]:
-    """(tokens, ...) in raster order -> dense (n, window tokens, ...) batches, one a shape."""
-    return [x[w.indices(grid)] for w in windows]
-
-
-def unwindow(batches: list[torch.Tensor], grid: Grid, windows: list[Windows]) -> torch.Tensor:
-    """The inverse of `window`."""
-    out = batches[0].new_empty((grid.tokens, *batches[0].shape[2:]))
-    for batch, w in zip(batches, windows, strict=True):
-        out[w.indices(grid)] = batch
-    return out
-
-
 def aligned_span(
     shape: Shape, proxy: Grid, ratio: Fraction, time_ratio: int, margin: tuple[int, int, int]
 ) -> tuple[int, int, int]:

@@ -5,7 +5,8 @@ import torch
 import torch.nn.functional as F
 
 from atlasvid_cli import attention
-from atlasvid_cli.attention import attend
+from atlasvid_cli.attention import attend, check_backend
+from atlasvid_cli.errors import UsageError
 
 
 def reference(q, k, v, bias=None):
@@ -37,6 +38,22 @@ def test_more_scores_than_may_be_held_go_to_the_kernel(qkv, monkeypatch):
 def test_a_named_backend_is_the_one_that_runs(qkv, monkeypatch):
     monkeypatch.setattr(attention, "_products", None)
     torch.testing.assert_close(attend(*qkv, backend="native").float(), reference(*qkv), atol=0.02, rtol=0)
+
+
+def test_a_backend_is_tried_before_anything_loads(monkeypatch):
+    """Also one that diffusers finds nothing missing for, and whose kernel is on the hub."""
+    cpu = torch.device("cpu")
+    check_backend("native", cpu, torch.bfloat16)
+    with pytest.raises(UsageError, match=r"choose one of .*_flash_3_hub"):
+        check_backend("nope", cpu, torch.float32)
+    with pytest.raises(UsageError, match="'_native_cudnn' cannot run here"):
+        check_backend("_native_cudnn", cpu, torch.float32)
+    fetched = []
+    monkeypatch.setattr(attention, "_check_attention_backend_requirements", lambda backend: None)
+    monkeypatch.setattr(attention, "_maybe_download_kernel_for_backend", fetched.append)
+    monkeypatch.setattr(attention, "dispatch_attention_fn", lambda q, k, v, backend: q)
+    check_backend("_flash_3_hub", cpu, torch.bfloat16)
+    assert fetched == ["_flash_3_hub"]
 
 
 @pytest.mark.parametrize("prompts", [1, 5])

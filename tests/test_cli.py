@@ -102,6 +102,9 @@ def test_the_command_line_imports_nothing_heavy():
         (["render", "x", "--prompt-file", "-"], 2, "either a prompt"),
         (["render", "x", "--shard", "1/2"], 2, "--prompt-file"),
         (["render", "x", "--flow-shift", "0"], 2, "--flow-shift"),
+        (["render", "x", "--guidance-scale", "0.5"], 2, "--guidance-scale"),
+        (["render", "x", "--fps", "120", "--seconds", "600"], 2, "fewer --seconds"),
+        (["render", "x", "--attention-backend", "_native_cudnn"], 2, "cannot run here"),
         (["render", "a \udcff ball"], 2, "UTF-8"),
         (["render", "x", "--negative-prompt", "a \0 ball"], 2, "UTF-8"),
         (["render", "--prompt-file", "absent.txt"], 3, "absent.txt"),
@@ -251,6 +254,28 @@ def test_a_proxy_whose_run_was_deleted_is_not_sampled_again(run, random_preset, 
     assert [p.name for p in tmp_path.glob("runs/*/proxy.mp4")] == ["proxy.mp4"]
 
 
+def test_a_region_is_of_the_video_of_its_seed_or_of_the_proxys(run, random_preset, tmp_path):
+    assert run("proxy", "a red ball", *RENDER, "--preset", random_preset, "-o", "p.safetensors")[0] == 0
+    refine = ["refine", "p.safetensors", "--preset", random_preset, "--res", "256x192", "--json"]
+    made = {seed: json.loads(run(*refine, "--seed", seed)[1])["latents"] for seed in ("0", "7")}
+    for seed, of in (("7", "7"), ("8", "0")):
+        code, out, err = run(*refine, "--seed", seed, "--region", "0,0,64,64", "-o", f"part{seed}.mp4")
+        assert code == 0 and Path(json.loads(out)["latents"]).parent == Path(made[of]).parent, err
+        assert str(Path(made[of]).parent) in err
+
+
+def test_names_with_a_colon_are_files(run, random_preset, tmp_path):
+    world(tmp_path / "shot:1.mp4", 16, 8)
+    assert json.loads(run("info", "shot:1.mp4", "--json")[1])["frames"] == 8
+    arguments = ["--from-video", "shot:1.mp4", "--res", "256x192", "--preset", random_preset, "-o", "p.safetensors"]
+    assert run("proxy", *arguments)[0] == 0
+
+
+def test_a_proxy_that_is_there_is_skipped(run, random_preset, tmp_path):
+    command = ["proxy", "a red ball", *RENDER, "--preset", random_preset, "-o", "p.safetensors", "--json"]
+    assert [json.loads(run(*command)[1])["status"] for _ in range(2)] == ["ok", "skipped"]
+
+
 def test_results_of_other_settings_have_runs_of_their_own(run, random_preset, tmp_path):
     assert run("proxy", "a red ball", *RENDER, "--preset", random_preset, "-o", "p.safetensors")[0] == 0
     refine = ["refine", "p.safetensors", "--preset", random_preset, "--res", "256x192", "--json"]
@@ -292,8 +317,14 @@ def test_targets_of_a_batch_that_clash_are_refused_before_anything(run, random_p
     (tmp_path / "file").write_text("")
     code, _, err = run("render", "--prompt-file", "p.jsonl", "-o", "file", *RENDER, "--preset", random_preset)
     assert code == 2 and "is a file" in err
+    code, _, err = run("render", "--prompt-file", "p.jsonl", "-o", "v.mkv", *RENDER, "--preset", random_preset)
+    assert code == 2 and "need a folder" in err
+    (tmp_path / "p.jsonl").write_text('{"prompt": "a"}\n{"prompt": "b", "output": "v.webm"}\n')
+    code, out, err = run("render", "--prompt-file", "p.jsonl", *RENDER, "--preset", random_preset)
+    assert code == 2 and "v.webm" in err and out == ""  # before the first is made
     code, _, err = run("proxy", "a red ball", *RENDER, "-o", "p.mp4")
     assert code == 2 and ".safetensors" in err
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["file", "p.jsonl"]
 
 
 def test_paths_that_are_no_text_are_written_and_told(random_preset, tmp_path):

@@ -183,6 +183,13 @@ def test_a_caption_that_cannot_be_read_is_named(tmp_path, console, capsys):
     assert "b.txt cannot be read" in capsys.readouterr().err
 
 
+def test_an_empty_caption_is_named_and_skipped(session, tmp_path, console, capsys):
+    pairs(tmp_path, a=2.1, b=2.1)
+    (tmp_path / "b.txt").write_text(" \n")
+    groups = corpus.load_samples(session, "proxy", tmp_path, tmp_path / "work", console)
+    assert [g[0]["caption"] for g in groups] == ["clip a"] and "its caption is empty" in capsys.readouterr().err
+
+
 def test_sizes_of_the_embedded_preset_are_those_it_was_trained_with():
     from atlasvid_cli import dataset
     from atlasvid_cli.presets import load_preset

@@ -10,6 +10,7 @@ from atlasvid_cli import cost
 from atlasvid_cli.cost import VIDEO_BYTES, check_resources, rows
 from atlasvid_cli.errors import ResourceError
 from atlasvid_cli.machine import Device
+from atlasvid_cli.memory import model_bytes
 from atlasvid_cli.plan import Request, make_plan
 from atlasvid_cli.presets import load_preset
 from atlasvid_cli.video import CODECS
@@ -57,18 +58,55 @@ def test_decoding_alone_needs_what_it_needs_in_a_plan(monkeypatch, tmp_path):
     patch = plan.preset.geometry.patch
     latents = plan.target.t, plan.target.h * patch, plan.target.w * patch
     [needed] = [row["ram_bytes"] for row in rows(plan) if row["stage"] == "decode"]
+    needed -= model_bytes(plan.preset, cost.compute_device())  # which stays loaded for the next video
     monkeypatch.setattr(cost, "available_ram", lambda: needed)
-    cost.check_decode(plan.preset, latents, plan.request.width, plan.request.height, tmp_path)
+    cost.check_decode(plan.preset, latents, plan.request.width, plan.request.height, tmp_path, 0)
     monkeypatch.setattr(cost, "available_ram", lambda: needed - 1)
     with pytest.raises(ResourceError, match="decode_gib"):
-        cost.check_decode(plan.preset, latents, plan.request.width, plan.request.height, tmp_path)
+        cost.check_decode(plan.preset, latents, plan.request.width, plan.request.height, tmp_path, 0)
 
 
 def test_decoding_in_tiles_needs_disk_too(monkeypatch, tmp_path):
     preset = dataclasses.replace(load_preset("tiny"), decode_gib=0.2)
     monkeypatch.setattr(cost, "disk_of", lambda folder: (0, 1 << 20))
-    with pytest.raises(ResourceError, match="tiles"):
-        cost.check_decode(preset, (5, 68, 120), 1920, 1080, tmp_path)
+    with pytest.raises(ResourceError, match="decoding writes"):
+        cost.check_decode(preset, (5, 68, 120), 1920, 1080, tmp_path, 0)
+
+
+def test_decoding_alone_asks_for_the_disk_of_its_file(monkeypatch, tmp_path):
+    video = cost.file_bytes(1920, 1080, 17, "ffv1")
+    monkeypatch.setattr(cost, "disk_of", lambda folder: (0, video - 1))
+    with pytest.raises(ResourceError, match="decoding writes"):
+        cost.check_decode(load_preset("tiny"), (5, 68, 120), 1920, 1080, tmp_path, video)
+    cost.check_decode(load_preset("tiny"), (5, 68, 120), 1920, 1080, tmp_path, video - 1)
+
+
+def test_a_batch_is_asked_for_the_disk_of_all_its_videos(monkeypatch, tmp_path):
+    plan = job()
+    once = sum(row["disk_bytes"] for row in rows(plan))
+    monkeypatch.setattr(cost, "available_ram", lambda: 1 << 40)
+    monkeypatch.setattr(cost, "disk_of", lambda p: (1, once))
+    check_resources(plan, tmp_path)
+    with pytest.raises(ResourceError, match="free some space"):
+        check_resources(plan, tmp_path, videos=2)
+    monkeypatch.setattr(cost, "disk_of", lambda p: (1, 2 * once))
+    check_resources(plan, tmp_path, videos=2)
+
+
+def test_a_clips_proxy_needs_no_text_encoder(tmp_path, monkeypatch):
+    monkeypatch.setattr(cost, "available_ram", lambda: 1)
+    request = Request("wan2.1-1.3b", 832, 480, Fraction(1), proxy_only=True, clip=object())
+    assert rows(make_plan(request)) == []
+    check_resources(make_plan(request), tmp_path)
+
+
+def test_what_decoding_lacks_on_a_gpu_decode_gib_gives(monkeypatch, tmp_path):
+    monkeypatch.setattr(cost, "compute_device", lambda: Device("cuda", "gpu", "bfloat16", 2, ""))
+    monkeypatch.setattr(cost, "available_ram", lambda: 1 << 40)
+    monkeypatch.setattr(cost, "available_vram", lambda: 9 << 30)
+    request = Request("wan2.1-1.3b", 3840, 2160, Fraction(1), offload="host")
+    with pytest.raises(ResourceError, match=r"decode stage needs .* GPU memory .* decode_gib"):
+        check_resources(make_plan(request), tmp_path)
 
 
 def test_the_proxy_alone_is_asked_for_the_proxy_alone(tmp_path):

@@ -10,9 +10,11 @@ from atlasvid_cli.embeddings import Embedding, EmbeddingCache, cache_folder
 def test_an_embedding_survives_the_disk(tmp_path):
     cache = EmbeddingCache(tmp_path / "deep" / "text")
     assert cache.read("a zebra") is None
-    cache.write("a zebra", Embedding(torch.arange(6.0).view(3, 2), ("zebra",)))
+    cache.write("a zebra", Embedding(torch.arange(6.0).view(3, 2), ("zebra",), "and more"))
     found = cache.read("a zebra")
-    assert found is not None and found.unknown == ("zebra",) and found.states.equal(torch.arange(6.0).view(3, 2))
+    assert (
+        found is not None and found[1:] == (("zebra",), "and more") and found.states.equal(torch.arange(6.0).view(3, 2))
+    )
     assert cache.read("a Zebra") is None
 
 

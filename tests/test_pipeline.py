@@ -14,6 +14,7 @@ from atlasvid_cli.console import Console
 from atlasvid_cli.encode import encode_clips
 from atlasvid_cli.errors import InputError, RenderError, UsageError
 from atlasvid_cli.footage import open_clip
+from atlasvid_cli.parse import Lora
 from atlasvid_cli.plan import Request, make_plan
 from atlasvid_cli.presets import load_preset
 from atlasvid_cli.session import Session
@@ -62,8 +63,8 @@ def test_render_makes_exactly_what_was_asked(session, request_, console, tmp_pat
     assert (found["width"], found["height"], found["frames"], found["seconds"]) == (256, 192, 16, 1.0)
     assert found["metadata"]["prompt"] == PROMPT and found["color_space"] == "bt709"
     assert event["video"] == str(tmp_path / "a.mp4")
-    assert (tmp_path / "run" / "proxy.mp4").exists() and (tmp_path / "run" / "proxy.sheet.png").exists()
-    assert (tmp_path / "a.sheet.png").exists() and (tmp_path / "run" / "run.json").exists()
+    assert (tmp_path / "run" / "proxy.mp4").exists() and (tmp_path / "run" / "proxy.mp4.sheet.png").exists()
+    assert (tmp_path / "a.mp4.sheet.png").exists() and (tmp_path / "run" / "run.json").exists()
     assert not list((tmp_path / "run").glob("*.state.*"))
 
 
@@ -147,9 +148,72 @@ def test_a_result_can_be_refined_further(session, request_, console, tmp_path):
 
 def test_latents_of_other_weights_are_refused(session, request_, console, tmp_path, monkeypatch):
     proxy = pipeline.make_proxy(session, make_plan(request_), PROMPT, "", tmp_path, console)
-    monkeypatch.setattr(session, "hash", lambda stage: "0" * 16)
+    monkeypatch.setattr(session, "model_hash", lambda stage: "0" * 16)
     with pytest.raises(InputError, match="model"):
         artefacts.read_latents(proxy, session)
+
+
+def test_a_lora_above_a_proxy_that_was_made_without_makes_other_latents(
+    session, request_, console, tmp_path, monkeypatch
+):
+    plan = make_plan(request_)
+    proxy = pipeline.make_proxy(session, plan, PROMPT, "", tmp_path, console)
+    known = artefacts.describe(proxy)
+    plain = artefacts.result_key(session, plan, known)
+    file = tmp_path / "style.safetensors"
+    file.write_bytes(b"any")
+    monkeypatch.setattr(session, "loras", (Lora(file),))
+    assert artefacts.read_latents(proxy, session)[1] == known
+    assert artefacts.result_key(session, plan, known) != plain
+
+
+def test_a_run_of_another_job_is_left_alone(session, request_, console, tmp_path):
+    """With --run-dir two jobs may meet; hours of latents are no less than a video. A damaged file is made anew."""
+    plan, other = make_plan(request_), make_plan(replace(request_, seed=4))
+    proxy = pipeline.make_proxy(session, plan, PROMPT, "", tmp_path, console)
+    result = pipeline.refine(session, plan, proxy, tmp_path, console)
+    before = digest(proxy), digest(result)
+    with pytest.raises(UsageError, match="--run-dir"):
+        pipeline.make_proxy(session, other, PROMPT, "", tmp_path, console)
+    with pytest.raises(UsageError, match="--run-dir"):
+        pipeline.refine(session, above.plan_from_proxy(proxy, other.request), proxy, tmp_path, console)
+    assert (digest(proxy), digest(result)) == before
+    result.write_bytes(result.read_bytes()[:-5])
+    assert digest(pipeline.refine(session, plan, proxy, tmp_path, console)) == before[1]
+
+
+def test_a_video_that_another_process_made_meanwhile_is_kept(session, request_, console, tmp_path, monkeypatch):
+    plan = make_plan(request_)
+    run, video = tmp_path / "run", tmp_path / "a.mp4"
+    proxy = pipeline.make_proxy(session, plan, PROMPT, "", run, console)
+    result = pipeline.refine(session, plan, proxy, run, console)
+    real = pipeline.decode_stream
+
+    def meanwhile(*arguments):
+        yield from real(*arguments)
+        video.write_bytes((run / "proxy.mp4").read_bytes())
+
+    monkeypatch.setattr(pipeline, "decode_stream", lambda *a: iter(list(meanwhile(*a))))
+    with pytest.raises(UsageError, match="--output"):
+        pipeline.decode(session, result, video, "h264", console)
+    assert digest(video) == digest(run / "proxy.mp4") and not list(tmp_path.glob(".*"))
+
+
+def test_prompts_are_encoded_before_a_model_is_loaded(random_preset, request_, console, tmp_path, monkeypatch):
+    """The two need not fit together."""
+    order = []
+
+    def watched(cache):
+        ours = Session(str(random_preset), cache=tmp_path / cache)
+        for name in ("encode", "_load"):
+            real = getattr(ours, name)
+            monkeypatch.setattr(ours, name, lambda *a, name=name, real=real: order.append(name) or real(*a))
+        return ours
+
+    plan = make_plan(request_)
+    proxy = pipeline.make_proxy(watched("a"), plan, PROMPT, "", tmp_path, console)
+    pipeline.refine(watched("b"), plan, proxy, tmp_path, console)
+    assert order == ["encode", "_load"] * 2
 
 
 def test_unknown_words_are_named(session, console, capsys):
@@ -186,7 +250,8 @@ def test_values_that_are_not_finite_are_never_saved(session, request_, console, 
 
 def test_a_preview_is_never_of_an_earlier_proxy(session, request_, console, tmp_path, monkeypatch):
     plan = make_plan(request_)
-    pipeline.make_proxy(session, plan, PROMPT, "", tmp_path, console)
+    proxy = pipeline.make_proxy(session, plan, PROMPT, "", tmp_path, console)
+    proxy.write_bytes(b"damaged")
     with monkeypatch.context() as killed:
         killed.setattr(pipeline, "decode", lambda *a: 1 / 0)
         with pytest.raises(ZeroDivisionError):
@@ -253,14 +318,14 @@ def test_the_key_of_a_clips_proxy_is_of_all_that_decides_it(session, request_, c
     a, b = (replace(request_, clip=open_clip(tmp_path / f"{n}.mp4"), seconds=Fraction(1, 2)) for n in "ab")
 
     def key(request, prompt=""):
-        path = pipeline.make_proxy(session, make_plan(request), prompt, "", tmp_path / "run", console)
+        run = tmp_path / artefacts.proxy_metadata(session, make_plan(request), prompt, "")["key"]
+        path = pipeline.make_proxy(session, make_plan(request), prompt, "", run, console)
         return artefacts.describe(path)["key"]
 
     first = key(a)
     assert key(b) != first and key(a, "a ball") != first
     assert key(replace(a, fps=32)) != first  # other instants
     assert key(replace(a, width=192, height=256)) != first  # another part of the picture
-    assert key(a) == first
     monkeypatch.setattr(pipeline, "encode_stream", None)
     assert key(a) == first  # kept
     monkeypatch.setitem(session._hashes, "vae", "another VAE")

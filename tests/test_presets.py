@@ -57,12 +57,22 @@ def test_an_interval_of_guidance_may_begin_at_zero(changed):
         ("max_ratio = 4 ", "max_ratio = 1 #", "max_ratio must be above 1"),
         ("flow_shift = 3.0", "flow_shift = inf", "flow_shift must be finite"),
         ("[detail.first] ", "[training]\nema = 1.5\n[detail.first]\n#", "ema must be 1 or less"),
+        ("[detail.first] ", "[detail.first]\nguidance_interval = [0.9, 0.2]\n#", "lower end to its upper"),
         ("fps = 16", "fps = = 16", "not valid TOML"),
     ],
 )
 def test_what_a_preset_gets_wrong_is_said(changed, line, other, said):
     with pytest.raises(UsageError, match=said):
         changed(line, other)
+
+
+def test_an_adapter_of_ones_own_may_lie_beside_the_preset(changed, tmp_path):
+    line = 'lora = "detail_lora.safetensors"'
+    assert changed(line, 'lora = "mine.safetensors"').detail.lora == "mine.safetensors"
+    (tmp_path / "mine.safetensors").touch()
+    preset = changed(line, 'lora = "mine.safetensors"')
+    assert preset.detail.lora == str(tmp_path / "mine.safetensors")
+    assert preset.proxy.lora == "proxy_lora.safetensors"  # in the model's folder
 
 
 def test_a_missing_preset_is_said_with_those_there_are():

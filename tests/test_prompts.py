@@ -62,6 +62,7 @@ def test_stdin_is_read(monkeypatch: pytest.MonkeyPatch) -> None:
         ('{"prompt": "x", "seed": 1e99}', "line 2: seed"),
         ('{"prompt": "x", "id": "../x"}', "line 2: id"),
         ('{"prompt": "x", "id": ".x"}', "line 2: id"),
+        ('{"prompt": "x", "id": true}', "line 2: id"),
         ('{"prompt": "x", "id": "a"}', "line 2: id 'a' is taken by line 1"),
         ('{"prompt": "x", "output": "o.mp4"}', r"line 2: output 'o\.mp4' is taken by line 1"),
         ('{"prompt": "x", "output": ""}', "line 2: output"),
@@ -157,6 +158,12 @@ def test_numbers_are_finite() -> None:
     for value in (float("nan"), float("inf"), -0.1):
         with pytest.raises(UsageError, match="--x"):
             parse.check_finite("--x", value, 0)
+
+
+def test_a_file_is_of_text_or_of_objects_not_of_both(tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match="line 2 is a JSON object and line 1 is not"):
+        read(tmp_path, '# mine\n{"prompt": "a red ball"}\n')
+    assert len(read(tmp_path, "a red ball\n{blue} star")) == 2
 
 
 def test_what_would_be_taken_for_prompts_is_refused(tmp_path: Path) -> None:

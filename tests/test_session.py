@@ -127,6 +127,15 @@ def loaded(monkeypatch, tmp_path):
     return times
 
 
+def test_what_of_a_prompt_is_not_read_is_said_once(console, capsys, tmp_path):
+    ours = Session("tiny", cache=tmp_path)
+    for prompt in ("a red ball " * 170, "a red ball " * 170 + "and a blue star moving left over a green gradient"):
+        for _ in range(2):
+            ours.embeddings((prompt,), console)
+    said = capsys.readouterr().err
+    assert said.count("512 tokens") == 1 and "star moving left over" in said
+
+
 def test_the_text_encoder_is_loaded_once_for_a_batch(stock_preset, console, loaded):
     ours = Session(str(stock_preset))
     ours.expect(["a red ball", "a blue star", ""])

@@ -128,6 +128,19 @@ def test_other_settings_start_anew_and_do_not_overwrite(session, job):
     assert any(not torch.equal(a[name], b[name]) for name in a)
 
 
+@pytest.mark.parametrize("job", ["detail"], indirect=True)
+def test_what_cannot_be_used_is_said_before_clips_are_encoded(session, job, tmp_path, monkeypatch):
+    monkeypatch.setattr(train_adapter, "_samples", None)
+    (tmp_path / "folder.safetensors").mkdir()
+    tensor_file.save_tensors(tmp_path / "other.safetensors", {"x": torch.zeros(1)}, {})
+    for name, said in (("a.pt", ".safetensors"), ("folder.safetensors", "exists"), ("other.safetensors", "exists")):
+        with pytest.raises(UsageError, match=said):
+            make(session, replace(job, output=tmp_path / name), quiet())
+    session.preset = replace(session.preset, detail=replace(session.preset.detail, proxy_attention=False))
+    with pytest.raises(UsageError, match="proxy_attention"):
+        make(session, job, quiet())
+
+
 def test_the_procedural_world_is_one_more_source(session, job, monkeypatch):
     monkeypatch.setattr(train_adapter, "WORLD_SAMPLES", {"proxy": {"proxy": 10}, "detail": {"first": 5, "upper": 5}})
     monkeypatch.setattr(dataset, "PROXY_GRIDS", (((2, 3), 1),))

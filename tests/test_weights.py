@@ -9,7 +9,7 @@ from safetensors.torch import load_file, save_file
 
 from atlasvid_cli.errors import InputError
 from atlasvid_cli.presets import load_preset, preset_names
-from atlasvid_cli.weights import check_config, load_transformer, model_folder, model_hash
+from atlasvid_cli.weights import check_config, is_whole, load_transformer, model_folder, model_hash
 
 
 @pytest.fixture
@@ -77,7 +77,10 @@ def test_pickled_weights_are_never_loaded(stock):
         load_transformer(stock)
 
 
-@pytest.mark.parametrize(("part", "field", "value"), [("transformer", "ffn_dim", 64), ("vae", "base_dim", 96)])
+@pytest.mark.parametrize(
+    ("part", "field", "value"),
+    [("transformer", "ffn_dim", 64), ("vae", "base_dim", 96), ("vae", "scale_factor_spatial", 16)],
+)
 def test_a_model_of_another_size_is_refused_by_what_differs(stock, stock_preset, part, field, value):
     path = stock / part / "config.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | {field: value}))
@@ -111,6 +114,28 @@ def test_hub_weights_are_sought_at_the_pinned_revision_and_in_the_cache_first(mo
     assert asked == [(preset.model, preset.revision, True), (preset.model, preset.revision, False)]
     assert model_folder(preset, "someone/else@v2") == tmp_path
     assert asked[-1] == ("someone/else", "v2", False)
+
+
+def test_a_snapshot_of_single_files_is_completed(monkeypatch, stock):
+    asked = []
+
+    def fetch(name, revision, allow_patterns, local_files_only=False):
+        asked.append(local_files_only)
+        return str(stock)
+
+    monkeypatch.setattr("atlasvid_cli.weights.snapshot_download", fetch)
+    preset = load_preset("wan2.1-1.3b")
+    assert is_whole(stock) and model_folder(preset, None) == stock and asked == [True]
+    [shard, *_] = sorted((stock / "text_encoder").glob("*.safetensors"))
+    shard.rename(stock / "elsewhere")
+    assert not is_whole(stock) and model_folder(preset, None) == stock and asked[1:] == [True, False]
+
+
+def test_a_part_without_safetensors_has_no_identity(stock):
+    for file in (stock / "text_encoder").glob("*.safetensors"):
+        file.rename(file.with_suffix(".bin"))
+    with pytest.raises(InputError, match="holds no safetensors"):
+        model_hash(stock, "text_encoder")
 
 
 def test_without_a_network_the_remedy_is_said(monkeypatch, tmp_path):
