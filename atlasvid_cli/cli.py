@@ -6,10 +6,11 @@ import os
 import signal
 import sys
 import traceback
-from typing import NoReturn
+from typing import Annotated, NoReturn
 
 import typer
 
+from . import __version__
 from .cli_make import decode, proxy, refine, render
 from .cli_tell import bench, doctor, info, plan, presets
 from .cli_train import train
@@ -22,6 +23,22 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     rich_markup_mode=None,  # half the time of --help
 )
+
+
+def _tell_version(asked: bool) -> None:
+    if asked:
+        print(__version__)
+        raise typer.Exit
+
+
+@app.callback()
+def _options(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_tell_version, is_eager=True, help="Print the version and stop.")
+    ] = False,
+) -> None: ...
+
+
 for command in (render, proxy, refine, decode, plan, bench, train, presets, info, doctor):
     app.command()(command)
 

@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from atlasvid_cli import cli
+from atlasvid_cli import __version__, cli
 from atlasvid_cli.video import probe, write_video
 from atlasvid_cli.world import render, sample_scene
 
@@ -303,6 +303,10 @@ def test_a_region_of_what_render_made_is_redone_in_its_run(run, random_preset, t
     refine = ["refine", f"{folder}/proxy.safetensors", "--preset", random_preset, "--res", "256x192"]
     code, out, err = run(*refine, "--region", "0,0,64,64", "-o", "b.mp4", "--json")
     assert code == 0 and os.path.dirname(json.loads(out)["latents"]) == folder, err
+
+
+def test_the_version_is_that_of_the_package(run):
+    assert run("--version") == (0, f"{__version__}\n", "")
 
 
 def test_help_comes_without_arguments_too(run):
