@@ -59,6 +59,12 @@ def rows(plan: Plan) -> list[dict[str, Any]]:
     made = [] if plan.request.clip and plan.request.proxy_only else [_text_row(plan, gemm * EFFICIENCY)]
     for name, stage in plan.own_stages():
         flops, needed = plan.flops(stage), memory(plan, stage, offload_of(plan))
+        seconds = flops / (gemm * EFFICIENCY)
+        if stage.in_pixels:
+            convolved, held = _enlarging(plan, stage)
+            flops += convolved
+            seconds += convolved / (conv_rate(decode_dtype(plan.preset.decode_dtype)) * DECODE_EFFICIENCY)
+            needed = Memory(max(needed.device, held.device), max(needed.host, held.host))
         disk = stage.grid.tokens * plan.preset.transformer.channels * plan.preset.geometry.patch**2 * 4
         made.append(
             {
@@ -71,13 +77,26 @@ def rows(plan: Plan) -> list[dict[str, Any]]:
                 "ram_bytes": PROGRAM_BYTES + needed.host,
                 "vram_bytes": needed.device and PROGRAM_VRAM + needed.device,
                 "disk_bytes": disk * 2,
-                "seconds": round(flops / (gemm * EFFICIENCY), 1),
+                "seconds": round(seconds, 1),
             }
         )
     if plan.request.proxy_only:  # whose preview is a matter of seconds
         return made
     made.append(_decode_row(plan, conv_rate(decode_dtype(plan.preset.decode_dtype)) * DECODE_EFFICIENCY))
     return made
+
+
+def _enlarging(plan: Plan, stage: Stage) -> tuple[int, Memory]:
+    """FLOPs and bytes of decoding the level below and encoding it as large as a stage: an encoder is taken for as dear
+    as a decoder of its size."""
+    from .vae_cost import decode_flops
+
+    config, patch = dataclasses.asdict(plan.preset.vae), plan.preset.geometry.patch
+    below, grid = plan.below(stage), stage.grid
+    flops = sum(g.t * decode_flops(config, g.h * patch, g.w * patch) for g in (below, grid))
+    pixels = plan.preset.geometry.token_pixels
+    size = (grid.t, grid.h * patch, grid.w * patch), grid.w * pixels, grid.h * pixels
+    return flops, decode_memory(plan.preset, *size)
 
 
 def _text_row(plan: Plan, rate: float) -> dict[str, Any]:

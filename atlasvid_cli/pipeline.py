@@ -31,12 +31,13 @@ from .console import Console
 from .cost import offload_of, vae_tile
 from .decode import decode_stream
 from .encode import encode_stream
+from .enlarge import enlarge
 from .errors import RenderError
 from .footage import Clip, read_clip
 from .model import TextContext, text_context
 from .plan import Plan, Stage
 from .proxy import Expert, sample_proxy
-from .refine import Region, sample_detail
+from .refine import Region, crop_to_stage, sample_detail
 from .session import Session
 from .video import contact_sheet, suffix_for, write_png, write_video
 from .weights import load_scheduler
@@ -260,15 +261,18 @@ def _refine_level(
     run_dir: Path,
     progress: Console,
 ) -> torch.Tensor:
+    state = _state_path(run_dir, number)
+    store.run_directory(run_dir.parent, run_dir.name)
+    resume = _resume(state, metadata["key"], progress)
+    enlarged = None
+    if stage.in_pixels and (region or not resume):  # of a region what surrounds it starts so again
+        enlarged = _enlarged(session, stage, name, below, run_dir, progress)
     used = (metadata["prompt"], metadata["negative_prompt"])[: stage.passes]
     embeddings = session.embeddings(used, progress)
     model, proxy_model = session.detail_models(offload_of(plan), progress)
     length = session.preset.transformer.text_length
     texts = _contexts(model, embeddings, length)
     proxy_texts = texts if proxy_model is model else _contexts(proxy_model, embeddings, length)
-    state = _state_path(run_dir, number)
-    store.run_directory(run_dir.parent, run_dir.name)
-    resume = _resume(state, metadata["key"], progress)
     blocks = len(model.blocks)
     with progress.stage(name, stage.forwards() * blocks) as advance:
         advance(stage.forwards(resume[0]) * blocks if resume else 0)
@@ -289,7 +293,21 @@ def _refine_level(
             advance,
             session.backend,
             torch.device("cpu") if offload_of(plan) == "host" else None,
+            enlarged,
         )
+
+
+def _enlarged(
+    session: Session, stage: Stage, name: str, below: torch.Tensor, spool: Path, progress: Console
+) -> torch.Tensor:
+    """The latents below as large as a stage's, by way of their pixels."""
+    geometry, grid = session.preset.geometry, stage.grid
+    below = crop_to_stage(below, stage, geometry.patch)
+    size = grid.h * geometry.token_pixels, grid.w * geometry.token_pixels
+    frames = (grid.t - 1) * geometry.temporal + 1
+    tile = vae_tile(session.preset, *below.shape[2:])
+    with progress.stage(f"{name} start", frames) as advance:
+        return enlarge(session.vae(), below, stage.ratio, stage.time_ratio, size, frames, tile, spool, advance)
 
 
 def _save_latents(path: Path, latents: torch.Tensor, metadata: dict[str, str]) -> None:

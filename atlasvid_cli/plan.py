@@ -12,7 +12,7 @@ from .errors import UsageError
 from .flops import context_flops, detail_flops, full_flops, linear_flops
 from .memory import Offload, WeightDtype
 from .parse import Lora
-from .presets import Detail, Experts, Level, Preset, Transformer, load_preset
+from .presets import Detail, Experts, Level, Preset, Transformer, Upsample, load_preset
 from .shapes import Grid
 
 if TYPE_CHECKING:
@@ -76,6 +76,12 @@ class Stage:
     experts: Experts | None = None
     scaled_time: bool = True
     guidance_interval: tuple[float, float] = (0.0, 1.0)
+    upsample: Upsample = "latents"
+
+    @property
+    def in_pixels(self) -> bool:
+        """Whether the level below is decoded, made as large and encoded again to start from."""
+        return self.upsample == "pixels" and self.strength < 1
 
     @property
     def passes(self) -> int:
@@ -288,7 +294,15 @@ def proxy_stage(preset: Preset, grid: Grid, time_ratio: int) -> Stage:
 def level_stage(detail: Detail, level: Level, grid: Grid, ratio: Fraction, time_ratio: int) -> Stage:
     """A detail level on a grid as a preset samples it."""
     scales = level.strength, level.guidance_scale, detail.flow_shift
-    return Stage(grid, ratio, time_ratio, level.steps, *scales, guidance_interval=level.guidance_interval)
+    return Stage(
+        grid,
+        ratio,
+        time_ratio,
+        level.steps,
+        *scales,
+        guidance_interval=level.guidance_interval,
+        upsample=level.upsample,
+    )
 
 
 def _plain(value: Any) -> Any:

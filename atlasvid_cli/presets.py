@@ -82,9 +82,13 @@ class Experts:
     guidance_scale: float
 
 
+Upsample = Literal["latents", "pixels"]
+
+
 @dataclass(frozen=True)
 class Level:
-    """Sampling of a detail level; `strength` in (0, 1] is the sigma that it starts from.
+    """Sampling of a detail level; `strength` in (0, 1] is the sigma that it starts from, and below 1 `upsample` whether
+    the level below is made as large in latents or in pixels (decoded, and encoded again).
 
     Guidance acts at sigmas within `guidance_interval`; elsewhere a step takes one forward and not two (Kynkäänniemi et
     al., arXiv 2404.07724).
@@ -94,6 +98,7 @@ class Level:
     strength: float
     guidance_scale: float
     guidance_interval: tuple[float, float] = (0.0, 1.0)
+    upsample: Upsample = "latents"
 
 
 @dataclass(frozen=True)

@@ -1,6 +1,6 @@
 """Stage 2: a detail level, all windows of the video jointly, guided by the level below (DESIGN §4)."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -53,8 +53,12 @@ def sample_detail(
     on_block: Callable[[], None] | None = None,
     backend: str | None = None,
     states: torch.device | None = None,
+    enlarged: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """Latents (C, T, H, W) fp32 of a detail level above the latents `below`.
+
+    A level of a strength below 1 starts from `enlarged`, the level below made as large in pixels (`enlarge`), or
+    without it from `below` interpolated.
 
     `texts` holds the prompt, and with guidance the negative prompt, for (detail model, proxy model). Euler steps in
     place on the tokens: beside them live one hidden state, a velocity (two with guidance) and the proxy's keys and
@@ -96,7 +100,8 @@ def sample_detail(
         frame = noise(seed, level, model.config.in_channels, *box)
         first = (t - ranges[0].start) * a_frame
         if stage.strength < 1:
-            frame = torch.lerp(upsample(below, stage.ratio, stage.time_ratio, box), frame, schedule[0])
+            low = upsample(below, stage.ratio, stage.time_ratio, box) if enlarged is None else _box(enlarged, box)
+            frame = torch.lerp(low, frame, schedule[0])
         x[first : first + a_frame] = patchify(frame, patch)
     if region:
         start = x.clone()
@@ -144,7 +149,7 @@ def sample_detail(
     return unpatchify(x, grid, patch)
 
 
-def _box(latents: torch.Tensor, ranges: list[range]) -> torch.Tensor:
+def _box(latents: torch.Tensor, ranges: Sequence[range]) -> torch.Tensor:
     t, h, w = (slice(r.start, r.stop) for r in ranges)
     return latents[:, t, h, w].contiguous()
 

@@ -94,7 +94,9 @@ def detail_loss(
     strength, context, start = 1.0, None, noise
     if keep_proxy or proxy_model is not model:  # an adapter of the proxy stream alone has nothing to learn without
         strength = level.strength
-        start = torch.lerp(upsample(proxy, ratio, time_ratio, _box(latents)), noise, strength)
+        enlarged = sample.get(f"enlarged_{time_ratio}") if level.upsample == "pixels" else None
+        low = upsample(proxy, ratio, time_ratio, _box(latents)) if enlarged is None else enlarged.float()
+        start = torch.lerp(low, noise, strength)
         context = proxy_context(
             proxy_model,
             patchify(proxy, PATCH),
@@ -156,7 +158,7 @@ def draw_crops(data: list[dict], rng: random.Random, time_ratio: int) -> list[di
     length = rng.choice(range(1, longest + 1, time_ratio))
     long_enough = [s for s in data if s["latents"].shape[1] >= length]
     sparse = (length - 1) // time_ratio + 1
-    lengths = {"latents": length} | {
+    lengths = {"latents": length, "enlarged_1": length, f"enlarged_{time_ratio}": length} | {
         f"{kind}_{r}": n for kind in ("proxy", "worn") for r, n in ((1, length), (time_ratio, sparse))
     }
     return [

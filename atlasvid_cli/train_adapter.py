@@ -20,7 +20,7 @@ from .errors import InputError, UsageError
 from .loop import all_processes
 from .session import Session
 from .train_samples import Sampler
-from .wear import add_worn
+from .wear import add_enlarged, add_worn
 from .weights import load_transformer, load_vae, model_hash
 
 WORLD = "world"
@@ -83,6 +83,8 @@ def make(session: Session, job: Job, console: Console) -> Path:
                 preset.detail.streams,
                 preset.detail.first.strength,
                 preset.detail.upper.strength,
+                preset.detail.first.upsample,
+                preset.detail.upper.upsample,
             ],
             "windows": [preset.detail.layouts, preset.detail.margin, preset.detail.proxy_window],
             "centre": preset.detail.proxy_centre,
@@ -108,6 +110,7 @@ def make(session: Session, job: Job, console: Console) -> Path:
     if job.stage == "detail":
         with processes.main_process_first():
             _wear(session, [*trained, *held_out], embed, folder, console)
+            _enlarge(session, [*trained, *held_out], folder, console)
     model = _trainable(session)
     bare = _trainable(session) if job.stage == "detail" and preset.detail.streams == "proxy" else model
     torch.manual_seed(job.seed)
@@ -178,6 +181,27 @@ def _wear(session: Session, samples: list[dict], embed: train.Embed, folder: Pat
                 tensor_file.save_tensors(path, kept, {})
             for i, tensor in kept.items():
                 samples[int(i)][name] = tensor
+
+
+def _enlarge(session: Session, samples: list[dict], folder: Path, console: Console) -> None:
+    """Gives the samples what levels start from in pixels, made once and kept in the training's `folder`."""
+    preset = session.preset
+    for level, time_ratio in ((preset.detail.upper, 1), (preset.detail.first, preset.proxy.time_ratio)):
+        if level.upsample == "latents":
+            continue
+        names = f"proxy_{time_ratio}", f"enlarged_{time_ratio}"
+        path = folder / f"enlarged-{time_ratio}.safetensors"
+        try:
+            kept = tensor_file.open_tensors(path)[0]
+        except InputError:  # missing, or damaged
+            with console.stage("enlarged proxies", len(samples)) as advance:
+                add_enlarged(session.vae(), samples, time_ratio, advance)
+            kept = {f"{i}.{name}": s[name] for i, s in enumerate(samples) for name in names if name in s}
+            tensor_file.save_tensors(path, kept, {})
+        for key, tensor in kept.items():
+            i, name = key.split(".")
+            samples[int(i)][name] = tensor
+            samples[int(i)].pop(f"worn_{time_ratio}", None)
 
 
 def _trainable(session: Session) -> WanTransformer3DModel:

@@ -68,7 +68,9 @@ class Sampler:
         streams = (self.bare, self.model)
         texts = list(zip(*(self._texts(m, *prompts) for m in streams), strict=True))
         below = sample[f"proxy_{time_ratio}"].float()
-        return sample_detail(*streams, stage, detail, PATCH, SEED, 1, below, texts, detail.chunk)
+        enlarged = sample.get(f"enlarged_{time_ratio}")
+        start = None if enlarged is None else enlarged.float()
+        return sample_detail(*streams, stage, detail, PATCH, SEED, 1, below, texts, detail.chunk, enlarged=start)
 
     def _texts(self, model: WanTransformer3DModel, *prompts: str) -> list[TextContext]:
         length = self.session.preset.transformer.text_length

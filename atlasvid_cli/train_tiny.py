@@ -22,7 +22,7 @@ from .checkpoint import save_folder
 from .encode import encode_clips
 from .presets import load_preset
 from .text import encode_prompts
-from .wear import add_worn
+from .wear import add_enlarged, add_worn
 from .weights import load_transformer, model_hash
 
 VAE_STEPS, COMPRESSED_STEPS, SETTLED_STEPS, SHARPENED_STEPS = 2200, 1400, 1100, 9000
@@ -198,11 +198,14 @@ def make(work: Path, out: Path) -> None:
         for time_ratio, adapter, scale in ((1, None, 1.0), (4, "proxy_lora.safetensors", guidance)):
             stage1 = load_transformer(out, adapter, "proxy")
             add_worn(stage1, data, embed, time_ratio, clip_shift, guidance_scale=scale)
+        detail = load_preset("tiny").detail
+        for level, time_ratio in ((detail.upper, 1), (detail.first, 4)):
+            if level.upsample == "pixels":
+                add_enlarged(vae, data, time_ratio)
         model = load_transformer(out)
         torch.manual_seed(2)
         model.add_adapter(train.lora_config(LORA_RANK))
         run = work / f"detail-{model_hash(out, 'vae', 'transformer', 'proxy_lora.safetensors')}"
-        detail = load_preset("tiny").detail
         train.train_detail(model, model, run, data, embed, DETAIL_STEPS, 3e-3, detail, accumulate=4)
         fits = model_hash(out, "transformer")
         metadata = train.adapter_metadata("detail", fits, 4, dataset.DETAIL_RATIOS, detail.windows)

@@ -8,20 +8,49 @@ video's frame rate, stands in for what that gets wrong.
 
 import random
 from collections.abc import Callable, Sequence
+from fractions import Fraction
 from itertools import pairwise
 
 import torch
-from diffusers import WanTransformer3DModel
+from diffusers import AutoencoderKLWan, WanTransformer3DModel
 
 from .dataset import own_part
+from .enlarge import enlarge
+from .machine import cpu_autocast
 from .model import clip_forward, patchify, text_context, unpatchify
 from .schedule import shift_sigma, sigmas
-from .train import PATCH, TEXT_LENGTH, Embed, by_shape, grid_of
+from .train import PATCH, TEXT_LENGTH, WORN, Embed, by_shape, grid_of
+from .vae_cost import space_factor, time_factor
 
 STEPS = 4
 # noised to a sigma in between, before the shift: below, little changes; above, objects go elsewhere
 UNSHIFTED = (0.25, 0.55)
 BATCH_TOKENS = 2000
+
+
+def add_enlarged(
+    vae: AutoencoderKLWan,
+    data: list[dict],
+    time_ratio: int,
+    on_done: Callable[[int], None] = lambda samples: None,
+) -> None:
+    """Gives every sample of stage 2 that has a proxy of that time ratio what a level starts from in pixels (`enlarge`),
+    latents `enlarged_<time_ratio>` fp16, made from its worn proxy or its true one; it keeps that one alone."""
+    proxy, worn = f"proxy_{time_ratio}", f"worn_{time_ratio}"
+    rng = random.Random(f"enlarged/{time_ratio}")
+    for sample in data:
+        on_done(1)
+        if proxy not in sample:
+            continue
+        if worn in sample and rng.random() < WORN:
+            sample[proxy] = sample[worn]
+        sample.pop(worn, None)
+        _, frames, height, width = sample["latents"].shape
+        factor = space_factor(vae.config)
+        size, count = (height * factor, width * factor), (frames - 1) * time_factor(vae.config) + 1
+        with cpu_autocast():
+            made = enlarge(vae, sample[proxy].float(), Fraction(sample["ratio"]), time_ratio, size, count)
+        sample[f"enlarged_{time_ratio}"] = made.half()
 
 
 @torch.no_grad()

@@ -2,6 +2,7 @@
 
 import json
 import random
+from dataclasses import replace
 from fractions import Fraction
 
 import pytest
@@ -101,6 +102,21 @@ def test_detail_learns_the_way_from_the_upsampled_proxy_to_the_truth(monkeypatch
         known = (1 - part) * clean + part * (1 - strength) * train.patchify(low, train.PATCH)
         noise = (x - known) / sigma
     assert abs(noise.mean()) < 0.1 and abs(noise.std() - 1) < 0.1
+
+
+def test_a_level_that_starts_from_pixels_learns_the_way_from_there(monkeypatch):
+    [sample] = details()
+    del sample["proxy_1"]
+    sample["enlarged_4"] = torch.full_like(sample["latents"], 3.0)
+    seen = []
+    monkeypatch.setattr(train, "PROXY_DROP", 0.0)
+    monkeypatch.setattr(train, "draw_sigma", lambda generator, shift, largest=1.0: largest)
+    monkeypatch.setattr(train, "detail_forward", lambda _, x, *rest, **named: seen.append(x.mean().item()) or x)
+    bare = model()
+    for kind in ("latents", "pixels"):
+        detail = replace(DETAIL, first=replace(DETAIL.first, upsample=kind, strength=0.5))
+        train.detail_loss(bare, bare, sample, embed("x"), random.Random(0), torch.Generator(), detail, 4)
+    assert abs(seen[0]) < 0.3 and 1.2 < seen[1] < 1.8  # half of 3, and noise
 
 
 @pytest.mark.parametrize("time_ratio", [1, 4])
