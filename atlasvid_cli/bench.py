@@ -240,7 +240,7 @@ def result(
         "growth_exponent": fits["atlasvid"],
         "growth_exponent_native": fits["native"],
         "growth": points,
-        "gemm_fraction": detail_flops / total(few, "detail") / rates[0],
+        "gemm_fraction": detail_flops / sum(few[name].seconds for name, _ in rendered[1:]) / rates[0],
         "gemm_flops_per_second": rates[0],
         "roofline": _roofline(plan, arms, steps, rates),
         "peak_bytes": {

@@ -11,6 +11,7 @@ from dataclasses import dataclass, replace
 from fractions import Fraction
 from functools import partial
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
@@ -19,8 +20,9 @@ from diffusers.models.attention_dispatch import dispatch_attention_fn
 from diffusers.models.transformers import transformer_wan
 
 from .console import Console
-from .cost import EFFICIENCY
+from .cost import EFFICIENCY, vae_tile
 from .decode import decode_stream
+from .enlarge import enlarge
 from .flops import detail_flops, full_flops, linear_flops
 from .machine import compute_device, conv_rate, synchronize
 from .model import detail_forward, proxy_context, text_context
@@ -251,6 +253,21 @@ def detail_sample(model: Any, plan: Plan, stage: Stage, rate: float, seconds: fl
         one = timed(lambda: detail_forward(*arguments, backend=BACKEND), repeats)
     done, whole = cost(part, low, layers), plan.flops(stage)
     return one.times(whole / done, done / whole)
+
+
+def enlarge_sample(vae: Any, plan: Plan, stage: Stage, repeats: int) -> Timing:
+    """Making the level below as large in pixels, projected from its first two latent frames."""
+    geometry, below, grid = plan.preset.geometry, plan.below(stage), stage.grid
+    latents = torch.randn(plan.preset.transformer.channels, 1, below.h * geometry.patch, below.w * geometry.patch)
+    latents = latents.expand(-1, min(2, below.t), -1, -1).contiguous()
+    size = grid.h * geometry.token_pixels, grid.w * geometry.token_pixels
+    frames = (grid.t - 1) * geometry.temporal + 1
+    timed_frames = min(frames, geometry.temporal * stage.time_ratio + 1)
+    tile = vae_tile(plan.preset, *latents.shape[2:])
+    with TemporaryDirectory() as folder:
+        figures = stage.ratio, stage.time_ratio, size, timed_frames, tile, Path(folder)
+        one = timed(lambda: enlarge(vae, latents, *figures), repeats)
+    return one.times(frames / timed_frames, timed_frames / frames)
 
 
 def proxy_sample(model: Any, plan: Plan, rate: float, seconds: float, repeats: int) -> Timing:

@@ -230,7 +230,7 @@ def test_both_arms_are_measured_in_full_where_the_budget_allows(random_preset, c
     assert lengths == [(192, 256, 9, steps) for steps in (1, 2, 2)], "warm-up, then two runs"
     assert not any(t["projected"] for t in result["stages"]["native"].values())
     assert set(result["stages"]["few-step"]) == {
-        "text", "proxy", "preview", "detail 1/1", "decode", "mux", "rest",
+        "text", "proxy", "preview", "detail 1/1 start", "detail 1/1", "decode", "mux", "rest",
     }  # fmt: skip
     assert all(t["runs"] == 2 for t in result["stages"]["few-step"].values())
     assert result["speedup"] == result["totals"]["native"] / result["totals"]["equal steps"]
@@ -246,6 +246,8 @@ def test_a_preset_without_weights_is_projected_from_random_ones(random_preset, t
     result = bench.run(small(path), 2, 1, 1.0, Console())
     assert result["speedup"] > 0 and result["speedup_denoise"] > 0 and result["projected"]
     assert "random" in result["model"] and set(result["stages"]["native"]) == {"denoise", "decode", "mux"}
+    start = result["stages"]["few-step"]["detail 1/1 start"]
+    assert start["seconds"] > 0  # of so short a video timed in full
 
 
 def test_a_job_that_does_not_fit_is_refused_before_loading(random_preset, monkeypatch):
