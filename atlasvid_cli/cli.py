@@ -6,6 +6,7 @@ import os
 import signal
 import sys
 import traceback
+from types import FrameType
 from typing import Annotated, NoReturn
 
 import typer
@@ -15,6 +16,8 @@ from .cli_make import decode, proxy, refine, render
 from .cli_tell import bench, doctor, info, plan, presets
 from .cli_train import train
 from .errors import ExitCode, explain, one_line
+
+INTERRUPTED = "interrupted: run the same command again to go on from what is saved"
 
 app = typer.Typer(
     help="Text to 4K video of any length on your own machine: a global proxy, then jointly denoised detail.",
@@ -45,8 +48,15 @@ for command in (render, proxy, refine, decode, plan, bench, train, presets, info
 
 def main() -> NoReturn:
     """Runs the command that sys.argv names."""
-    debug = "--debug" in sys.argv
-    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    debug, interrupted = "--debug" in sys.argv, []
+
+    def interrupt(number: int, frame: FrameType | None) -> None:
+        interrupted.append(number)
+        raise KeyboardInterrupt
+
+    signal.signal(signal.SIGTERM, interrupt)
+    if signal.getsignal(signal.SIGINT) is signal.default_int_handler:  # a background shell has it ignored
+        signal.signal(signal.SIGINT, interrupt)
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="surrogateescape")  # paths come out as they went in, whatever their bytes
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # spinning threads starve the encoder's
@@ -59,8 +69,10 @@ def main() -> NoReturn:
             raise KeyboardInterrupt
         sys.exit(code if isinstance(code, int) else ExitCode.OK)
     except (KeyboardInterrupt, typer.Abort):
-        _fail("interrupted: run the same command again to go on from what is saved", ExitCode.INTERRUPTED, debug)
+        _fail(INTERRUPTED, ExitCode.INTERRUPTED, debug)
     except Exception as error:
+        if interrupted:  # extensions turn it into errors of their own
+            _fail(INTERRUPTED, ExitCode.INTERRUPTED, debug)
         # typer brings its own Click, whose usage errors are only known by what they carry
         if type(error).__name__ == "NoArgsIsHelpError":
             print(error.format_message(), file=sys.stderr)  # type: ignore[attr-defined]

@@ -419,6 +419,25 @@ def test_a_run_killed_by_the_system_continues_to_the_same_bytes(random_preset, t
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_an_interruption_that_a_library_turns_into_an_error_is_one(run, monkeypatch, number):
+    def load(standalone_mode):
+        try:
+            signal.raise_signal(number)
+        except KeyboardInterrupt:
+            raise OSError("cannot be read") from None
+
+    before = {n: signal.getsignal(n) for n in (signal.SIGINT, signal.SIGTERM)}
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    monkeypatch.setattr(cli, "app", load)
+    try:
+        code, _, err = run("render", "x")
+    finally:
+        for each, handler in before.items():
+            signal.signal(each, handler)
+    assert code == 130 and "run the same command again" in err
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_an_interrupted_run_says_how_to_go_on(random_preset, tmp_path, number):
     command = [sys.executable, "-m", "atlasvid_cli.cli", "render", "a red ball", "--preset", str(random_preset)]
     process = subprocess.Popen(
