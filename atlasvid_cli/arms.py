@@ -117,7 +117,7 @@ def few_step_arm(bench: Bench, plan: Plan, repeats: int) -> tuple[Stages, int | 
     for name, stage in plan.named_stages()[1:]:
         stages[name] = detail_sample(bench.model, plan, stage, bench.rate, share / len(plan.levels), repeats)
         if stage.in_pixels:
-            stages[f"{name} start"] = enlarge_sample(bench.vae, plan, stage, repeats)
+            stages[f"{name} start"] = enlarge_sample(bench.vae, plan, stage, bench.folder, repeats)
     latents = torch.randn(1, plan.preset.transformer.channels, 1, 8, 8)
     if bench.proxy:
         stages["text"] = from_samples([warm_up(bench, plan) for _ in range(repeats)])

@@ -11,7 +11,6 @@ from dataclasses import dataclass, replace
 from fractions import Fraction
 from functools import partial
 from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
@@ -255,7 +254,7 @@ def detail_sample(model: Any, plan: Plan, stage: Stage, rate: float, seconds: fl
     return one.times(whole / done, done / whole)
 
 
-def enlarge_sample(vae: Any, plan: Plan, stage: Stage, repeats: int) -> Timing:
+def enlarge_sample(vae: Any, plan: Plan, stage: Stage, folder: Path, repeats: int) -> Timing:
     """Making the level below as large in pixels, projected from its first two latent frames."""
     geometry, below, grid = plan.preset.geometry, plan.below(stage), stage.grid
     latents = torch.randn(plan.preset.transformer.channels, 1, below.h * geometry.patch, below.w * geometry.patch)
@@ -263,10 +262,8 @@ def enlarge_sample(vae: Any, plan: Plan, stage: Stage, repeats: int) -> Timing:
     size = grid.h * geometry.token_pixels, grid.w * geometry.token_pixels
     frames = (grid.t - 1) * geometry.temporal + 1
     timed_frames = min(frames, geometry.temporal * stage.time_ratio + 1)
-    tile = vae_tile(plan.preset, *latents.shape[2:])
-    with TemporaryDirectory() as folder:
-        figures = stage.ratio, stage.time_ratio, size, timed_frames, tile, Path(folder)
-        one = timed(lambda: enlarge(vae, latents, *figures), repeats)
+    figures = stage.ratio, stage.time_ratio, size, timed_frames, vae_tile(plan.preset, *latents.shape[2:]), folder
+    one = timed(lambda: enlarge(vae, latents, *figures), repeats)
     return one.times(frames / timed_frames, timed_frames / frames)
 
 
