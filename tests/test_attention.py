@@ -3,6 +3,7 @@
 import pytest
 import torch
 import torch.nn.functional as F
+from diffusers.models.attention_dispatch import AttentionBackendName
 
 from atlasvid_cli import attention
 from atlasvid_cli.attention import attend, check_backend
@@ -68,3 +69,19 @@ def test_a_bias_hides_keys(qkv, prompts):
     out = attend(q, k, v, bias.bfloat16())
     torch.testing.assert_close(out.float(), reference(q, k[:, :50], v[:, :50]), atol=0.02, rtol=0)
     assert (out.float() - reference(q, k, v)).abs().max() > 0.05
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("name", [b.value for b in AttentionBackendName])
+def test_every_backend_that_runs_on_a_gpu_equals_fp32(name):
+    device, dtype = torch.device("cuda"), torch.bfloat16
+    try:
+        check_backend(name, device, dtype)
+    except UsageError as error:
+        pytest.skip(str(error))
+    generator = torch.Generator().manual_seed(0)
+    q, k, v = (torch.randn(2, length, 3, 128, generator=generator).bfloat16() for length in (320, 448, 448))
+    out = attend(*(x.to(device) for x in (q, k, v)), backend=name).float().cpu()
+    expected = reference(q, k, v)
+    quantized = "sage" in name  # int8 products
+    assert (out - expected).norm() / expected.norm() < (0.06 if quantized else 0.01)

@@ -50,25 +50,26 @@ def test_clip_equals_diffusers(transformer, latents, text, padded):
     torch.testing.assert_close(unpatchify(out[0], GRID, 2), expected, atol=1e-5, rtol=0)
 
 
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
 @pytest.mark.parametrize(
     ("heads", "ffn", "channels"), [(12, 8960, 16), (24, 14336, 48)], ids=["wan2.1-1.3b", "wan2.2-5b"]
 )
-def test_the_published_blocks_equal_diffusers(heads, ffn, channels):
+def test_the_published_blocks_equal_diffusers(heads, ffn, channels, device):
     """One block of exactly the published size, whole and as a single window."""
     torch.manual_seed(0)
     model = WanTransformer3DModel(
         num_attention_heads=heads, ffn_dim=ffn, in_channels=channels, out_channels=channels, num_layers=1
     )
-    model.eval().requires_grad_(False)
+    model.to(device).eval().requires_grad_(False)
     grid = Grid(2, 3, 4)
     latents, prompt = torch.randn(channels, 2, 6, 8), torch.randn(5, 4096)
-    padded = torch.cat((prompt, torch.zeros(507, 4096)))[None]
-    expected = model(latents[None], torch.tensor([600]), padded, return_dict=False)[0][0]
+    padded = torch.cat((prompt, torch.zeros(507, 4096)))[None].to(device)
+    expected = model(latents[None].to(device), torch.tensor([600], device=device), padded, return_dict=False)[0][0]
     text, tokens = text_context(model, [prompt], 512), patchify(latents, 2)
     whole = clip_forward(model, tokens[None], grid, torch.tensor([600]), text)[0]
     single = detail_forward(model, tokens, grid, 600, text, None, WHOLE, 1)
     for out in (whole, single):
-        torch.testing.assert_close(unpatchify(out, grid, 2), expected, atol=1e-5, rtol=0)
+        torch.testing.assert_close(unpatchify(out, grid, 2), expected.cpu(), atol=1e-5, rtol=0)
 
 
 def test_bfloat16_equals_diffusers_in_bfloat16(transformer, latents, prompt, padded):
