@@ -26,8 +26,10 @@ def rope_dims(head_dim: int) -> tuple[int, int, int]:
     return head_dim - 2 * side, side, side
 
 
-def rope(t: torch.Tensor, h: torch.Tensor, w: torch.Tensor, head_dim: int) -> torch.Tensor:
-    """Rotations (n, T*H*W, 1, head_dim/2) complex64 of boxes with coordinates t (n, T), h (n, H), w (n, W)."""
+def rope(
+    t: torch.Tensor, h: torch.Tensor, w: torch.Tensor, head_dim: int, device: torch.device | None = None
+) -> torch.Tensor:
+    """Rotations (n, T*H*W, 1, head_dim/2) complex64, on `device`, of boxes at t (n, T), h (n, H), w (n, W)."""
     n, shape = len(t), (t.shape[1], h.shape[1], w.shape[1])
     dt, dh, dw = rope_dims(head_dim)
     parts = (
@@ -35,7 +37,7 @@ def rope(t: torch.Tensor, h: torch.Tensor, w: torch.Tensor, head_dim: int) -> to
         rope_axis(h, dh)[:, None, :, None],
         rope_axis(w, dw)[:, None, None, :],
     )
-    full = torch.cat([p.expand(n, *shape, p.shape[-1]) for p in parts], dim=-1)
+    full = torch.cat([p.to(device).expand(n, *shape, p.shape[-1]) for p in parts], dim=-1)
     return full.reshape(n, -1, 1, head_dim // 2)
 
 

@@ -116,7 +116,8 @@ def random_model(size: Transformer, patch: int) -> WanTransformer3DModel:
     dtype = getattr(torch, compute_device().dtype)
     for name, parameter in model.named_parameters():  # as from_pretrained does
         kept = any(part in model._keep_in_fp32_modules for part in name.split("."))
-        parameter.data = parameter.data.to(compute_device().kind, torch.float32 if kept else dtype)
+        parameter.data = parameter.data.to(torch.float32 if kept else dtype)
+    model.to(compute_device().kind)  # with its buffers
     return model.eval().requires_grad_(False)
 
 

@@ -8,6 +8,7 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
+from itertools import chain
 from typing import Any
 
 import torch
@@ -16,7 +17,7 @@ from diffusers.models.transformers.transformer_wan import WanTransformerBlock
 from torch.utils.checkpoint import checkpoint
 
 from .attention import attend, rope, rotate
-from .offload import compute_device, on_device
+from .offload import Transfers, compute_device, on_device
 from .presets import Layout, Shape, window_cycle
 from .shapes import Grid
 from .windows import Windows, aligned_proxy, block_layout
@@ -40,7 +41,7 @@ class TextContext:
 class ProxyContext:
     """What the detail stream needs of its proxy: keys (rotated at detail coordinates) and values (tokens, heads, d).
 
-    They may live in host memory: only what a chunk of windows is aligned with goes to its `device`.
+    They may live in host memory: only what a chunk of windows is aligned with goes to the device.
     """
 
     grid: Grid
@@ -49,10 +50,10 @@ class ProxyContext:
     margin: tuple[int, int, int]
     keys_values: list[KeyValue]
 
-    def aligned(self, block: int, windows: Windows, device: torch.device) -> KeyValue:
+    def aligned(self, block: int, windows: Windows, transfers: Transfers) -> KeyValue:
         keys, values = self.keys_values[block]
         index = aligned_proxy(windows, self.grid, self.ratio, self.time_ratio, self.margin).to(keys.device)
-        return keys[index].to(device), values[index].to(device)
+        return transfers.rows(keys, index), transfers.rows(values, index)
 
 
 def text_context(model: WanTransformer3DModel, embeddings: list[torch.Tensor], length: int) -> TextContext:
@@ -204,7 +205,7 @@ def clip_forward(
     """
     device = compute_device(model)
     t, h, w = (torch.arange(size)[None] for size in (grid.t, grid.h, grid.w))
-    rotation = rope(t * time_ratio, h, w, model.config.attention_head_dim).to(device)
+    rotation = rope(t * time_ratio, h, w, model.config.attention_head_dim, device)
     temb, modulations = modulation(model, timestep)
     x = embed(model, tokens)
     for block, keys_values in zip(on_device(model.blocks, device), text.keys_values, strict=True):
@@ -243,21 +244,27 @@ def proxy_context(
         t[1:] -= (time_ratio - 1) / 2
     scale = float(ratio) if scaled_positions else 1.0
     h, w = (scale * (torch.arange(size, dtype=torch.float64) + 0.5) - 0.5 for size in (grid.h, grid.w))
-    detail_rotation = rope(t[None], h[None], w[None], head_dim)[0].to(states)
+    detail_rotation = rope(t[None], h[None], w[None], head_dim, states)[0]
+    transfers = Transfers(states, device)
     kept: list[KeyValue] = []
     for i, block in enumerate(on_device(model.blocks, device)):
         out = torch.empty_like(x)
         keys, values = (torch.empty_like(x).unflatten(-1, (model.config.num_attention_heads, -1)) for _ in range(2))
-        for group in block_layout(i, window_cycle([window]), grid):
-            for windows in group.split(max(1, PART // math.prod(group.shape))):
-                index = windows.indices(grid).to(states)
-                wt, wh, ww = windows.axes()
-                rotation = rope(wt * time_ratio, wh, ww, head_dim).to(device)
-                part = x[index].to(device)
+
+        def fetch(windows: Windows, x: torch.Tensor = x) -> tuple[torch.Tensor, ...]:
+            index = windows.indices(grid).to(states)
+            wt, wh, ww = windows.axes()
+            return index, transfers.rows(x, index), rope(wt * time_ratio, wh, ww, head_dim, device)
+
+        with transfers.begun():
+            groups = block_layout(i, window_cycle([window]), grid)
+            chunks = chain.from_iterable(g.split(max(1, PART // math.prod(g.shape))) for g in groups)
+            for index, part, rotation in transfers.ahead(chunks, fetch):
                 made = _run_block(
                     model, block, part, modulations, rotation, text.keys_values[i], text.bias, backend=backend
                 )
-                out[index], keys[index], values[index] = (m.to(x) for m in made)
+                for target, rows in zip((out, keys, values), made, strict=True):
+                    transfers.put(target, index, rows)
         kept.append((rotate(keys[None], detail_rotation[None])[0], values))
         x = out
     return ProxyContext(grid, ratio, time_ratio, margin, kept)
@@ -290,24 +297,22 @@ def detail_forward(
     states = states or device
     temb, modulations = modulation(model, torch.tensor([timestep]))
     hidden = embed_parts(model, tokens, states)
+    transfers = Transfers(states, device)
     for i, block in enumerate(on_device(model.blocks, device)):
         out = torch.empty_like(hidden) if torch.is_grad_enabled() else hidden
-        for group in block_layout(i, layouts, grid, phase):
-            for windows in group.split(chunk):
-                index = windows.indices(grid).to(states)
-                placed = windows.moved(origin)
+
+        def fetch(windows: Windows, i: int = i, hidden: torch.Tensor = hidden) -> tuple[Any, ...]:
+            index, placed = windows.indices(grid).to(states), windows.moved(origin)
+            guide = proxy.aligned(i, placed, transfers) if proxy else None
+            return index, transfers.rows(hidden, index), rope(*placed.axes(), head_dim, device), guide
+
+        with transfers.begun():
+            chunks = chain.from_iterable(group.split(chunk) for group in block_layout(i, layouts, grid, phase))
+            for index, part, rotation, guide in transfers.ahead(chunks, fetch):
                 made, _, _ = _run_block(
-                    model,
-                    block,
-                    hidden[index].to(device),
-                    modulations,
-                    rope(*placed.axes(), head_dim).to(device),
-                    text.keys_values[i],
-                    text.bias,
-                    proxy.aligned(i, placed, device) if proxy else None,
-                    backend=backend,
+                    model, block, part, modulations, rotation, text.keys_values[i], text.bias, guide, backend=backend
                 )
-                out[index] = made.to(states)
+                transfers.put(out, index, made)
         hidden = out
         if on_block:
             on_block()

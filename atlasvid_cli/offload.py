@@ -1,12 +1,14 @@
-"""How weights are kept, where they live, and blocks brought to the compute device one at a time (DESIGN §4).
+"""How weights are kept, where they and states live, and how they come to the compute device (DESIGN §4).
 
-A block is a map over all windows, so its weights are loaded once a forward however many chunks run through it.
+A block is a map over all windows, so its weights are loaded once a forward however many chunks run through it. Of
+states that live in host memory the next chunk's come while one computes, and the last one's go.
 """
 
-from collections.abc import Iterator
-from contextlib import nullcontext
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager, nullcontext
 from importlib.metadata import PackageNotFoundError, version
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from diffusers import WanTransformer3DModel
@@ -14,6 +16,9 @@ from torch import nn
 
 from .errors import UsageError
 from .memory import Offload, WeightDtype
+
+Item = TypeVar("Item")
+Fetched = TypeVar("Fetched")
 
 TORCHAO = (0, 18)  # whose int8 weights can be pinned and moved as they are
 
@@ -112,3 +117,94 @@ def stored(weight: torch.Tensor) -> list[torch.Tensor]:
 
 def _replace(owner: nn.Module, name: str, weight: torch.Tensor) -> None:
     setattr(owner, name, nn.Parameter(weight.detach(), requires_grad=False))
+
+
+class Transfers:
+    """Rows of tensors on `home`, such as hidden states, for chunks that are computed on `device`.
+
+    Where the two differ, a thread gathers the next chunk's rows and another one scatters what was computed, while the
+    device computes; on a GPU the copies have streams of their own, and pass through pinned memory. Chunks must not read
+    rows that another one writes between `begun` and its end.
+    """
+
+    def __init__(self, home: torch.device, device: torch.device):
+        self.home, self.device = home, device
+        self.apart = home != device
+        self.cuda = self.apart and device.type == "cuda"
+        self.streams = [torch.cuda.Stream(device) for _ in range(2)] if self.cuda else []
+        self.computing = torch.cuda.current_stream(device) if self.cuda else None
+        self.puts: list[Future[None]] = []
+
+    @contextmanager
+    def begun(self) -> Iterator[None]:
+        """The time in which rows come and go; at its end all are where they belong."""
+        if not self.apart:
+            yield
+            return
+        with ThreadPoolExecutor(1) as self.bringing, ThreadPoolExecutor(1) as self.taking:
+            yield
+            for put in self.puts:
+                put.result()
+            self.puts.clear()
+
+    def ahead(self, items: Iterable[Item], fetch: Callable[[Item], Fetched]) -> Iterator[Fetched]:
+        """`fetch` of each item, one item ahead of its use. It may call `rows`."""
+        if not self.apart:
+            yield from map(fetch, items)
+            return
+        coming: Future[Fetched] | None = None
+        for item in items:
+            ready = coming.result() if coming else None
+            self._await()  # what has come, not what is asked for next
+            first, coming = coming is None, self.bringing.submit(fetch, item)
+            if not first:
+                yield ready  # type: ignore[misc]
+        if coming:
+            last = coming.result()
+            self._await()
+            yield last
+
+    def _await(self) -> None:
+        if self.computing:
+            self.computing.wait_stream(self.streams[0])
+
+    def rows(self, source: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
+        """source (L, ...) at index (n, l) -> (n, l, ...) on the device."""
+        if not self.apart:
+            return source[index]
+        shape = (*index.shape, *source.shape[1:])
+        gathered = torch.empty(shape, dtype=source.dtype, pin_memory=self.cuda)
+        torch.index_select(source, 0, index.flatten(), out=gathered.view(-1, *source.shape[1:]))
+        with torch.cuda.stream(self.streams[0]) if self.cuda else nullcontext():
+            there = gathered.to(self.device, non_blocking=True)
+        if self.computing:
+            there.record_stream(self.computing)
+        return there
+
+    def put(self, target: torch.Tensor, index: torch.Tensor, made: torch.Tensor) -> None:
+        """target (L, ...) at index (n, l) = made (n, l, ...), at the latest when `begun` ends."""
+        if not self.apart:
+            target[index] = made.type_as(target)
+            return
+        made = made.to(target.dtype)
+        arrived: torch.cuda.Event | None = None
+        if self.computing:
+            out = self.streams[1]
+            out.wait_stream(self.computing)
+            with torch.cuda.stream(out):
+                here = torch.empty(made.shape, dtype=made.dtype, pin_memory=True)
+                here.copy_(made, non_blocking=True)
+                made.record_stream(out)
+                arrived = torch.cuda.Event()
+                arrived.record(out)
+        else:
+            here = made.to(self.home)
+
+        def scatter() -> None:
+            if arrived:
+                arrived.synchronize()
+            target.index_copy_(0, index.flatten(), here.flatten(0, 1))
+
+        while len(self.puts) > 1:  # no more than two wait, so that memory stays bounded
+            self.puts.pop(0).result()
+        self.puts.append(self.taking.submit(scatter))

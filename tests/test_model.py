@@ -54,8 +54,9 @@ def test_clip_equals_diffusers(transformer, latents, text, padded):
 @pytest.mark.parametrize(
     ("heads", "ffn", "channels"), [(12, 8960, 16), (24, 14336, 48)], ids=["wan2.1-1.3b", "wan2.2-5b"]
 )
-def test_the_published_blocks_equal_diffusers(heads, ffn, channels, device):
+def test_the_published_blocks_equal_diffusers(heads, ffn, channels, device, monkeypatch):
     """One block of exactly the published size, whole and as a single window."""
+    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)  # diffusers embeds patches by a convolution
     torch.manual_seed(0)
     model = WanTransformer3DModel(
         num_attention_heads=heads, ffn_dim=ffn, in_channels=channels, out_channels=channels, num_layers=1

@@ -1,10 +1,12 @@
 """Where weights live must not change what is computed. Copies to another device need one: `pytest -m gpu`."""
 
+from fractions import Fraction
+
 import pytest
 import torch
 
-from atlasvid_cli.model import detail_forward, text_context
-from atlasvid_cli.offload import narrow, on_device, place, stored
+from atlasvid_cli.model import detail_forward, proxy_context, text_context
+from atlasvid_cli.offload import Transfers, narrow, on_device, place, stored
 from atlasvid_cli.presets import window_cycle
 from atlasvid_cli.shapes import Grid
 
@@ -46,20 +48,51 @@ def test_blocks_come_to_the_device_for_their_turn_and_return(kept, transformer, 
     assert len(moved) == len(list(model.blocks.parameters()))  # each weight once a forward
 
 
+def forward(model, prompt, states=None):
+    """A detail forward above a proxy, both with their states on `states`."""
+    generator = torch.Generator().manual_seed(4)
+    below = Grid(3, 3, 4)
+    tokens, guide = (torch.randn(grid.tokens, 16, generator=generator) for grid in (GRID, below))
+    text = text_context(model, [prompt], 512)
+    context = proxy_context(model, guide, below, text, Fraction(2), 1, (0, 1, 1), (2, 2, 3), states=states)
+    return detail_forward(model, tokens, GRID, 500, text, context, LAYOUTS, 2, states=states)
+
+
+def test_states_that_live_elsewhere_are_computed_as_here(transformer, prompt):
+    expected = forward(transformer, prompt)
+    torch.testing.assert_close(forward(transformer, prompt, torch.device("cpu:0")), expected, atol=0, rtol=0)
+
+
+def test_the_next_chunk_comes_while_one_computes():
+    transfers = Transfers(torch.device("cpu:0"), torch.device("cpu"))
+    table, asked = torch.zeros(6, 2), []
+
+    def fetch(i):
+        asked.append(i)
+        index = torch.tensor([[i, i + 3]])
+        return index, transfers.rows(table, index)
+
+    with transfers.begun():
+        for i, (index, rows) in enumerate(transfers.ahead(range(3), fetch)):
+            transfers.put(table, index, rows + i + 1)
+    assert asked == [0, 1, 2]
+    assert table[:, 0].tolist() == [1, 2, 3, 1, 2, 3]
+
+
+def test_a_failure_to_fetch_is_the_callers():
+    transfers = Transfers(torch.device("cpu:0"), torch.device("cpu"))
+    with pytest.raises(IndexError), transfers.begun():
+        list(transfers.ahead([7], lambda i: transfers.rows(torch.zeros(2, 2), torch.tensor([[i]]))))
+
+
 @pytest.mark.gpu
 @pytest.mark.parametrize("offload", ["none", "block", "host"])
 @pytest.mark.parametrize("kept", ["auto", "int8"])
 def test_offload_computes_the_same_on_a_gpu(transformer, prompt, offload, kept):
-    tokens = torch.randn(GRID.tokens, 16, generator=torch.Generator().manual_seed(4))
-
-    def forward(model, states=None):
-        text = text_context(model, [prompt], 512)
-        return detail_forward(model, tokens, GRID, 500, text, None, LAYOUTS, 2, states=states)
-
     model = type(transformer).from_config(transformer.config)
     model.load_state_dict(transformer.state_dict())
     narrow(model, kept)
-    expected = forward(model)
+    expected = forward(model, prompt)
     place(model.eval().requires_grad_(False), torch.device("cuda"), offload)
-    out = forward(model, torch.device("cpu") if offload == "host" else None)
+    out = forward(model, prompt, torch.device("cpu") if offload == "host" else None)
     torch.testing.assert_close(out, expected, atol=1e-4, rtol=0)
