@@ -10,10 +10,8 @@ import json
 import math
 import random
 from concurrent.futures import ThreadPoolExecutor
-from copy import deepcopy
 from fractions import Fraction
 from pathlib import Path
-from threading import local
 
 import torch
 from diffusers import AutoencoderKLWan
@@ -147,15 +145,11 @@ def sample(
 def build(kind: str, count: int, folder: Path, vae: AutoencoderKLWan, seed: int = 0) -> None:
     """Writes `count` samples as `folder/kind-NNNN.safetensors` shards; shards that exist are kept.
 
-    The samples of a shard have one shape, so that they are encoded together. Shards are made side by side, a thread and
-    a copy of the VAE (whose encoder keeps its state in itself) each, in bf16 where the CPU has it.
+    The samples of a shard have one shape, so that they are encoded together. Shards are made side by side, a thread
+    each, in bf16 where the CPU has it.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    threads, own = torch.get_num_threads(), local()
-
-    def begin() -> None:
-        torch.set_num_threads(1)
-        own.vae = deepcopy(vae)
+    threads = torch.get_num_threads()
 
     def build_shard(number: int) -> None:
         path = folder / f"{kind}-{number:04d}.safetensors"
@@ -175,11 +169,11 @@ def build(kind: str, count: int, folder: Path, vae: AutoencoderKLWan, seed: int 
             for name in made[0][0]:
                 pixels = torch.stack([by_name[name] for by_name, _ in made])
                 with cpu_autocast():
-                    latents = encode_clips(own.vae, pixels)
+                    latents = encode_clips(vae, pixels)
                 tensors |= {f"{i - first}.{name}": x.half().clone() for i, x in zip(group, latents, strict=True)}
         save_tensors(path, tensors, {"samples": json.dumps(infos)})
 
-    with ThreadPoolExecutor(threads, initializer=begin) as pool:
+    with ThreadPoolExecutor(threads, initializer=torch.set_num_threads, initargs=(1,)) as pool:
         list(pool.map(build_shard, range(math.ceil(count / SHARD))))
 
 

@@ -1,11 +1,8 @@
 """Latents to frames as a stream: one frame at a time through diffusers' own VAE parameters, with bounded memory.
 
-The Wan decoder is causal in time, so a frame needs each convolution's last two inputs and nothing else. We walk the
-decoder's modules one frame at a time, depth first: the two frames that a temporal upsampler makes go through the rest
-of the decoder one after the other. That equals `vae._decode`, and the largest activation is one frame, not four.
-
-A 3x3x3 convolution is a sum of three 2D ones over time. PyTorch's conv3d at batch 1 is slow on CPU; its channels-last
-conv2d is not, and with frames apart nothing has to be concatenated or copied for it.
+We walk the decoder's modules one frame at a time (`causal`), depth first: the two frames that a temporal upsampler
+makes go through the rest of the decoder one after the other. That equals `vae._decode`, and the largest activation is
+one frame, not four.
 """
 
 import errno
@@ -20,13 +17,9 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
+from .causal import History, Module, causal, is_live, middle, norm_silu, resnet
 from .errors import RenderError, ResourceError
 from .vae_cost import BLEND, receptive_radius, space_factor, time_factor
-
-Module = Any  # diffusers' modules, whose attributes are not typed
-
-# A convolution's last two inputs (1, C, h, w), newest last, by module.
-History = dict[Module, list[torch.Tensor]]
 
 
 @torch.no_grad()
@@ -60,47 +53,36 @@ def _step(vae: Module, latent: torch.Tensor, history: History, first: bool) -> t
     weight = vae.post_quant_conv.weight
     mean, std = (torch.tensor(v, dtype=torch.float32).view(-1, 1, 1) for v in (config.latents_mean, config.latents_std))
     z = (latent.float().cpu() * std + mean).to(weight.device, weight.dtype)[None]
-    z = _causal(vae.post_quant_conv, z.contiguous(memory_format=torch.channels_last), history)
+    z = causal(vae.post_quant_conv, z.contiguous(memory_format=torch.channels_last), history)
     p = config.patch_size or 1
     count = 1 if first else time_factor(config)
     h, w = (side * space_factor(config) for side in latent.shape[-2:])
     out = torch.empty(count, 3, h, w)
-    for i, frame in enumerate(_frames(vae.decoder, _middle(vae.decoder, z, history), history, first)):
+    x = middle(vae.decoder.mid_block, causal(vae.decoder.conv_in, z, history), history)
+    for i, frame in enumerate(_frames(vae.decoder, x, history, first)):
         # diffusers' unpatchify: the column within a patch is the slower channel index, the row the faster one
         pixels = frame.view(3, p, p, h // p, w // p).permute(0, 3, 2, 4, 1)
         out[i].view(3, h // p, p, w // p, p).copy_(pixels)
     return out.clamp_(-1.0, 1.0).add_(1.0).mul_(0.5)
 
 
-def _middle(decoder: Module, z: torch.Tensor, history: History) -> torch.Tensor:
-    """The input convolution and the middle block on one latent frame (1, C, h, w)."""
-    x = _causal(decoder.conv_in, z, history)
-    block = decoder.mid_block
-    x = _resnet(block.resnets[0], x, history)
-    for attention, resnet in zip(block.attentions, block.resnets[1:], strict=True):
-        if _is_live(attention):  # a quadratic cost in h*w, for nothing where the projection is zero
-            x = attention(x.unsqueeze(2)).squeeze(2).contiguous(memory_format=torch.channels_last)
-        x = _resnet(resnet, x, history)
-    return x
-
-
 def _frames(decoder: Module, x: torch.Tensor, history: History, first: bool, level: int = 0) -> Iterator[torch.Tensor]:
     """Frames (1, out_channels, H, W) that come from one frame `x` at up block `level`, in order."""
     if level == len(decoder.up_blocks):
-        yield _causal(decoder.conv_out, _norm_silu(decoder.norm_out, x), history)
+        yield causal(decoder.conv_out, norm_silu(decoder.norm_out, x), history)
         return
     block = decoder.up_blocks[level]
     shortcut = getattr(block, "avg_shortcut", None)
     source = x if shortcut is not None else None
-    for resnet in block.resnets:
-        x = _resnet(resnet, x, history)
+    for part in block.resnets:
+        x = resnet(part, x, history)
     upsampler = block.upsampler if hasattr(block, "upsampler") else (block.upsamplers or [None])[0]
     if upsampler is None:
         yield from _frames(decoder, x, history, first, level + 1)
         return
     parts = [x]
     if upsampler.mode == "upsample3d" and not first:  # Wan: the first frame neither doubles nor enters the history
-        parts = list(_causal(upsampler.time_conv, x, history).chunk(2, dim=1))
+        parts = list(causal(upsampler.time_conv, x, history).chunk(2, dim=1))
     del x
     for i in range(len(parts)):
         # nothing below is bound to a name: the next level owns its input and can drop it
@@ -138,40 +120,6 @@ def _folded(kernel: torch.Tensor, axis: int) -> tuple[torch.Tensor, torch.Tensor
     return torch.cat((before, own + after), dim=axis), torch.cat((before + own, after), dim=axis)
 
 
-def _resnet(block: Module, x: torch.Tensor, history: History) -> torch.Tensor:
-    """diffusers' WanResidualBlock on one frame (1, C, h, w)."""
-    h = _causal(block.conv1, _norm_silu(block.norm1, x), history)
-    h = _causal(block.conv2, _norm_silu(block.norm2, h), history)
-    return h.add_(x if isinstance(block.conv_shortcut, torch.nn.Identity) else _causal(block.conv_shortcut, x, history))
-
-
-def _norm_silu(norm: Module, x: torch.Tensor) -> torch.Tensor:
-    """SiLU of WanRMS_norm of (1, C, h, w), in three passes over memory where the modules take seven."""
-    length = torch.linalg.vector_norm(x, dim=1, keepdim=True).clamp_min_(1e-12)
-    y = (x * length.reciprocal_()).mul_(norm.gamma.view(1, -1, 1, 1) * norm.scale)
-    if torch.is_tensor(norm.bias):
-        y.add_(norm.bias.view(1, -1, 1, 1))
-    return F.silu(y, inplace=True)
-
-
-def _causal(conv: Module, x: torch.Tensor, history: History) -> torch.Tensor:
-    """WanCausalConv3d at frame `x` (1, C, h, w), after the frames in `history`, which it joins. Stride 1."""
-    past = history.get(conv, [])
-    weights = conv.weight.unbind(2)  # oldest frame first
-    padding = (conv.kernel_size[1] // 2, conv.kernel_size[2] // 2)
-    y = F.conv2d(x, weights[-1], conv.bias, padding=padding)
-    for frame, weight in zip(reversed(past), reversed(weights[:-1]), strict=False):  # before the video there is zero
-        y += F.conv2d(frame, weight, padding=padding)
-    if len(weights) > 1:
-        history[conv] = [*past, x][1 - len(weights) :]
-    return y
-
-
-def _is_live(attention: Module) -> bool:
-    """Whether a middle attention adds anything: the embedded VAE's does not, which makes its tiles exact."""
-    return bool(attention.proj.weight.any()) or bool(attention.proj.bias.any())
-
-
 # --- tiles ---------------------------------------------------------------------------------------------------------
 
 
@@ -199,7 +147,7 @@ def _spooled(vae: Module, latents: torch.Tensor, tile: int, spool: Path | None) 
     """`decode_stream` tile by tile. Tiles see a halo as wide as the receptive field, so only attention can differ."""
     _, steps, h, w = latents.shape
     factor, halo = space_factor(vae.config), receptive_radius(vae.config)
-    live = any(_is_live(a) for a in vae.decoder.mid_block.attentions)
+    live = any(is_live(a) for a in vae.decoder.mid_block.attentions)
     blend = min(BLEND, *(b - a for side in (h, w) for a, b in _spans(side, tile))) // 2 * 2 if live else 0
     with tempfile.TemporaryFile(dir=spool, prefix=".atlasvid-spool-") as file:
         shape = (1 + time_factor(vae.config) * (steps - 1), 3, h * factor, w * factor)

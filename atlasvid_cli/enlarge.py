@@ -34,7 +34,7 @@ def enlarge(
 
     def made() -> Iterator[torch.Tensor]:
         for frame in islice(_between(decoded, time_ratio), frames):
-            yield _resized(frame, ratio, size) * 2 - 1
+            yield _resized(frame, ratio, size).mul_(2).sub_(1)
             if on_frame:
                 on_frame()
 
@@ -57,4 +57,6 @@ def _resized(frame: torch.Tensor, ratio: Fraction, size: tuple[int, int]) -> tor
     height, width = size
     large = F.interpolate(frame[None], scale_factor=float(ratio), mode="bicubic").clamp_(0, 1)
     missing = (0, max(0, width - large.shape[-1]), 0, max(0, height - large.shape[-2]))  # by rounding, at most a pixel
-    return F.pad(large, missing, "replicate")[0, :, :height, :width]
+    if any(missing):
+        large = F.pad(large, missing, "replicate")
+    return large[0, :, :height, :width]
