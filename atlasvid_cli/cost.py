@@ -19,6 +19,10 @@ VIDEO_BYTES = {"h264": 0.05, "hevc10": 0.05, "av1": 0.05, "prores": 0.8, "ffv1":
 # (docs/LOG.md)
 EFFICIENCY, DECODE_EFFICIENCY = 0.6, 0.7
 
+# Seconds that a GPU takes for a block on a chunk of windows, however small: some seventy kernels, and preparing the
+# attention of each new shape (docs/LOG.md)
+LAUNCH = 0.01
+
 # what the allocator and the convolutions' scratch make of the decoder's tensors, by bytes a value (docs/LOG.md)
 KEPT = {4: 1.35, 2: 1.9}
 
@@ -60,6 +64,9 @@ def rows(plan: Plan) -> list[dict[str, Any]]:
     for name, stage in plan.own_stages():
         flops, needed = plan.flops(stage), memory(plan, stage, offload_of(plan))
         seconds = flops / (gemm * EFFICIENCY)
+        if compute_device().kind == "cuda":
+            chunks = -(-plan.windows(stage) // plan.chunk)
+            seconds = max(seconds, LAUNCH * chunks * plan.preset.transformer.layers * stage.forwards())
         if stage.in_pixels:
             convolved, held = _enlarging(plan, stage)
             flops += convolved

@@ -72,6 +72,7 @@ def detail_memory(
         states=grid.tokens * a_token + kept,
         models=2 if detail.lora and detail.streams == "proxy" else 1,
         working=chunk * window * _block_bytes(preset, device),
+        moving=3 * chunk * window * a_token,  # the next chunk and its guide on their way, the last one on its way back
         latents=latent_copies * grid.tokens * _patch_values(preset) * 4,
     )
 
@@ -85,6 +86,7 @@ def _placed(
     working: int,
     latents: int,
     models: int = 1,
+    moving: int = 0,
 ) -> Memory:
     size, width = preset.transformer, device.bytes_per_value
     kept = 1 if narrow else width
@@ -102,7 +104,7 @@ def _placed(
     home = max(read, models * size.layers * pinned + latents)
     if offload == "block":
         return Memory(loaded + rest + states + working, home)
-    return Memory(loaded + rest + working, home + states)
+    return Memory(loaded + rest + working + moving, home + states)
 
 
 def model_bytes(preset: Preset, device: Device) -> int:

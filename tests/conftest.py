@@ -18,6 +18,12 @@ settings.register_profile("atlasvid", deadline=None)  # a busy machine is no fai
 settings.load_profile("atlasvid")
 
 
+def pytest_configure(config: pytest.Config) -> None:
+    """On a machine with a GPU too, all but `pytest -m gpu` runs on the CPU."""
+    if config.option.markexpr != "gpu":
+        os.environ["CUDA_VISIBLE_DEVICES"] = ""
+
+
 @pytest.fixture(scope="session", autouse=True)
 def cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A cache of the test run's own."""

@@ -154,3 +154,14 @@ def test_wan_14b_fits_a_48_gib_gpu_in_fp8_and_not_without(monkeypatch):
         plan = make_plan(request)
         needed[dtype] = max(cost.memory(plan, stage, "none").device for _, stage in plan.own_stages())
     assert needed["fp8"] < 48 * cost.GIB - cost.PROGRAM_VRAM < needed["auto"] < 80 * cost.GIB - cost.PROGRAM_VRAM
+
+
+def test_a_fast_gpu_still_takes_a_while_for_each_chunk_of_windows(monkeypatch):
+    monkeypatch.setattr(cost, "compute_device", lambda: Device("cuda", "a GPU", "bfloat16", 2, "test"))
+    monkeypatch.setattr(cost, "available_vram", lambda: 80 * cost.GIB)
+    for rate in ("gemm_rate", "conv_rate"):
+        monkeypatch.setattr(cost, rate, lambda *dtype: 1e18)
+    plan = job()
+    last = next(row for row in rows(plan) if row["stage"] == plan.named_stages()[-1][0])
+    chunks = last["windows"] / plan.chunk
+    assert last["seconds"] == pytest.approx(cost.LAUNCH * chunks * 6 * last["steps"], rel=0.05)
