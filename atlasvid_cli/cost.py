@@ -1,6 +1,7 @@
 """What a plan costs on this machine: bytes, FLOPs and seconds a stage, before anything loads."""
 
 import dataclasses
+import math
 from pathlib import Path
 from typing import Any
 
@@ -32,16 +33,21 @@ def memory(plan: Plan, stage: Stage, offload: Offload) -> Memory:
     narrow = plan.request.weight_dtype != "auto"
     if stage is plan.proxy:
         return proxy_memory(plan.preset, stage.grid.tokens, offload, compute_device(), narrow)
+    from .windows import aligned_span
+
+    detail, below = plan.preset.detail, plan.below(stage)
+    spans = (aligned_span(w, below, stage.ratio, stage.time_ratio, detail.margin) for w in detail.windows)
     return detail_memory(
         plan.preset,
         stage.grid,
-        plan.below(stage).tokens,
+        below.tokens,
         plan.chunk,
         stage.passes,
         3 + stage.passes + (3 if plan.is_region else 0),  # of a region also its noise and what surrounds it
         offload,
         compute_device(),
         narrow,
+        max(map(math.prod, spans)) if detail.proxy_attention else 0,
     )
 
 
@@ -65,8 +71,7 @@ def rows(plan: Plan) -> list[dict[str, Any]]:
         flops, needed = plan.flops(stage), memory(plan, stage, offload_of(plan))
         seconds = flops / (gemm * EFFICIENCY)
         if compute_device().kind == "cuda":
-            chunks = -(-plan.windows(stage) // plan.chunk)
-            seconds = max(seconds, LAUNCH * chunks * plan.preset.transformer.layers * stage.forwards())
+            seconds = max(seconds, LAUNCH * _chunks(plan, stage) * stage.forwards())
         if stage.in_pixels:
             convolved, held = _enlarging(plan, stage)
             flops += convolved
@@ -93,17 +98,33 @@ def rows(plan: Plan) -> list[dict[str, Any]]:
     return made
 
 
+def _chunks(plan: Plan, stage: Stage) -> int:
+    """How many chunks of windows all blocks of a forward take: the chunks of a block hold windows of one shape each."""
+    from .windows import block_layout
+
+    layers, layouts = plan.preset.transformer.layers, plan.preset.detail.layouts
+    if stage is plan.proxy:
+        return layers
+    cycle = [sum(-(-len(g) // plan.chunk) for g in block_layout(i, layouts, stage.grid)) for i in range(len(layouts))]
+    return sum(cycle[i % len(cycle)] for i in range(layers))
+
+
 def _enlarging(plan: Plan, stage: Stage) -> tuple[int, Memory]:
-    """FLOPs and bytes of decoding the level below and encoding it as large as a stage: an encoder is taken for as dear
-    as a decoder of its size."""
-    from .vae_cost import decode_flops
+    """FLOPs and bytes of decoding the level below and encoding it as large as a stage: an encoder takes about the FLOPs
+    of a decoder of its size."""
+    from .vae_cost import decode_flops, encode_bytes
 
     config, patch = dataclasses.asdict(plan.preset.vae), plan.preset.geometry.patch
     below, grid = plan.below(stage), stage.grid
     flops = sum(g.t * decode_flops(config, g.h * patch, g.w * patch) for g in (below, grid))
-    pixels = plan.preset.geometry.token_pixels
-    size = (grid.t, grid.h * patch, grid.w * patch), grid.w * pixels, grid.h * pixels
-    return flops, decode_memory(plan.preset, *size)
+    pixels, size = plan.preset.geometry.token_pixels, decode_dtype(plan.preset.decode_dtype).itemsize
+    held = decode_memory(plan.preset, (below.t, below.h * patch, below.w * patch), below.w * pixels, below.h * pixels)
+    encoder = int(KEPT[size] * encode_bytes(config, grid.h * patch, grid.w * patch, size))
+    large = 2 * 4 * 3 * grid.h * grid.w * pixels**2  # a frame in fp32 as it is made, and the last one
+    latents = grid.tokens * plan.preset.transformer.channels * patch**2 * 4
+    if compute_device().kind == "cuda":
+        return flops, Memory(held.device + encoder, held.host + latents + large)
+    return flops, Memory(0, held.host + encoder + latents + large)
 
 
 def _text_row(plan: Plan, rate: float) -> dict[str, Any]:

@@ -37,7 +37,7 @@ def _encoded(vae: Module, frames: Iterable[torch.Tensor]) -> torch.Tensor:
             made.append(causal(vae.quant_conv, moments, history).chunk(2, dim=1)[0].float().cpu())
     latents = torch.stack(made, dim=2)
     mean, std = (torch.tensor(v).view(-1, 1, 1, 1) for v in (vae.config.latents_mean, vae.config.latents_std))
-    return (latents - mean) / std
+    return ((latents - mean) / std).contiguous()
 
 
 def _patched(frame: torch.Tensor, patch: int) -> torch.Tensor:

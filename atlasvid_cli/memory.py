@@ -4,6 +4,7 @@ Latents are fp32 in host memory; weights, hidden state, keys and values have the
 fp32.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -58,8 +59,9 @@ def detail_memory(
     offload: Offload,
     device: Device,
     narrow: bool = False,
+    guide: int = 0,
 ) -> Memory:
-    """A detail level of `grid`, `chunk` windows at a time, above `proxy_tokens` tokens."""
+    """A detail level of `grid`, `chunk` windows at a time; of `proxy_tokens` tokens below a window sees `guide`."""
     size, detail = preset.transformer, preset.detail
     a_token = size.dim * device.bytes_per_value
     kept = 2 * size.layers * proxy_tokens * a_token * passes if detail.proxy_attention else 0
@@ -72,7 +74,8 @@ def detail_memory(
         states=grid.tokens * a_token + kept,
         models=2 if detail.lora and detail.streams == "proxy" else 1,
         working=chunk * window * _block_bytes(preset, device),
-        moving=3 * chunk * window * a_token,  # the next chunk and its guide on their way, the last one on its way back
+        # of two chunks on their way tokens, keys and values, of two on their way back tokens
+        moving=[chunk * window * a_token] * 4 + [chunk * guide * a_token] * 4,
         latents=latent_copies * grid.tokens * _patch_values(preset) * 4,
     )
 
@@ -86,7 +89,7 @@ def _placed(
     working: int,
     latents: int,
     models: int = 1,
-    moving: int = 0,
+    moving: Sequence[int] = (),
 ) -> Memory:
     size, width = preset.transformer, device.bytes_per_value
     kept = 1 if narrow else width
@@ -104,7 +107,7 @@ def _placed(
     home = max(read, models * size.layers * pinned + latents)
     if offload == "block":
         return Memory(loaded + rest + states + working, home)
-    return Memory(loaded + rest + working + moving, home + states)
+    return Memory(loaded + rest + working + sum(moving), home + states + sum(map(_pinned, moving)))
 
 
 def model_bytes(preset: Preset, device: Device) -> int:

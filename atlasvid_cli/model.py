@@ -263,8 +263,7 @@ def proxy_context(
                 made = _run_block(
                     model, block, part, modulations, rotation, text.keys_values[i], text.bias, backend=backend
                 )
-                for target, rows in zip((out, keys, values), made, strict=True):
-                    transfers.put(target, index, rows)
+                transfers.put(index, *zip((out, keys, values), made, strict=True))
         kept.append((rotate(keys[None], detail_rotation[None])[0], values))
         x = out
     return ProxyContext(grid, ratio, time_ratio, margin, kept)
@@ -312,7 +311,7 @@ def detail_forward(
                 made, _, _ = _run_block(
                     model, block, part, modulations, rotation, text.keys_values[i], text.bias, guide, backend=backend
                 )
-                transfers.put(out, index, made)
+                transfers.put(index, (out, made))
         hidden = out
         if on_block:
             on_block()

@@ -13,6 +13,7 @@ from typing import Any, TypeVar
 import torch
 from diffusers import WanTransformer3DModel
 from torch import nn
+from torch.utils._pytree import tree_leaves
 
 from .errors import UsageError
 from .memory import Offload, WeightDtype
@@ -120,7 +121,7 @@ def _replace(owner: nn.Module, name: str, weight: torch.Tensor) -> None:
 
 
 class Transfers:
-    """Rows of tensors on `home`, such as hidden states, for chunks that are computed on `device`.
+    """Rows of tensors on `home`, such as hidden states, for chunks that are computed on `device`, without gradients.
 
     Where the two differ, a thread gathers the next chunk's rows and another one scatters what was computed, while the
     device computes; on a GPU the copies have streams of their own, and pass through pinned memory. Chunks must not read
@@ -130,9 +131,8 @@ class Transfers:
     def __init__(self, home: torch.device, device: torch.device):
         self.home, self.device = home, device
         self.apart = home != device
-        self.cuda = self.apart and device.type == "cuda"
-        self.streams = [torch.cuda.Stream(device) for _ in range(2)] if self.cuda else []
-        self.computing = torch.cuda.current_stream(device) if self.cuda else None
+        self.computing = torch.cuda.current_stream(device) if self.apart and device.type == "cuda" else None
+        self.inward, self.outward = (torch.cuda.Stream(device) if self.computing else None for _ in range(2))
         self.puts: list[Future[None]] = []
 
     @contextmanager
@@ -148,63 +148,67 @@ class Transfers:
             self.puts.clear()
 
     def ahead(self, items: Iterable[Item], fetch: Callable[[Item], Fetched]) -> Iterator[Fetched]:
-        """`fetch` of each item, one item ahead of its use. It may call `rows`."""
+        """`fetch` of each item, one item ahead of its use, in a stream of its own."""
         if not self.apart:
             yield from map(fetch, items)
             return
+
+        def beside(item: Item) -> Fetched:
+            with torch.cuda.stream(self.inward) if self.inward else nullcontext():
+                return fetch(item)
+
         coming: Future[Fetched] | None = None
         for item in items:
-            ready = coming.result() if coming else None
-            self._await()  # what has come, not what is asked for next
-            first, coming = coming is None, self.bringing.submit(fetch, item)
-            if not first:
-                yield ready  # type: ignore[misc]
+            ready = [self._arrived(coming)] if coming else []  # before the next one is on its way
+            coming = self.bringing.submit(beside, item)
+            yield from ready
         if coming:
-            last = coming.result()
-            self._await()
-            yield last
+            yield self._arrived(coming)
 
-    def _await(self) -> None:
-        if self.computing:
-            self.computing.wait_stream(self.streams[0])
+    def _arrived(self, coming: "Future[Fetched]") -> Fetched:
+        fetched = coming.result()
+        if self.computing and self.inward:
+            self.computing.wait_stream(self.inward)
+            for leaf in tree_leaves(fetched):
+                if torch.is_tensor(leaf) and leaf.is_cuda:
+                    leaf.record_stream(self.computing)
+        return fetched
 
     def rows(self, source: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
         """source (L, ...) at index (n, l) -> (n, l, ...) on the device."""
         if not self.apart:
             return source[index]
         shape = (*index.shape, *source.shape[1:])
-        gathered = torch.empty(shape, dtype=source.dtype, pin_memory=self.cuda)
+        gathered = torch.empty(shape, dtype=source.dtype, pin_memory=self.computing is not None)
         torch.index_select(source, 0, index.flatten(), out=gathered.view(-1, *source.shape[1:]))
-        with torch.cuda.stream(self.streams[0]) if self.cuda else nullcontext():
-            there = gathered.to(self.device, non_blocking=True)
-        if self.computing:
-            there.record_stream(self.computing)
-        return there
+        return gathered.to(self.device, non_blocking=True)
 
-    def put(self, target: torch.Tensor, index: torch.Tensor, made: torch.Tensor) -> None:
-        """target (L, ...) at index (n, l) = made (n, l, ...), at the latest when `begun` ends."""
+    def put(self, index: torch.Tensor, *written: tuple[torch.Tensor, torch.Tensor]) -> None:
+        """target (L, ...) at index (n, l) = made (n, l, ...) for each (target, made) of a chunk, at the latest when
+        `begun` ends."""
         if not self.apart:
-            target[index] = made.type_as(target)
+            for target, made in written:
+                target[index] = made.type_as(target)
             return
-        made = made.to(target.dtype)
-        arrived: torch.cuda.Event | None = None
-        if self.computing:
-            out = self.streams[1]
-            out.wait_stream(self.computing)
-            with torch.cuda.stream(out):
-                here = torch.empty(made.shape, dtype=made.dtype, pin_memory=True)
-                here.copy_(made, non_blocking=True)
-                made.record_stream(out)
-                arrived = torch.cuda.Event()
-                arrived.record(out)
+        if self.puts:  # one chunk's at a time, so that memory stays bounded
+            self.puts.pop().result()
+        here, there = [], None
+        if self.computing and self.outward:
+            self.outward.wait_stream(self.computing)
+            with torch.cuda.stream(self.outward):
+                for target, made in written:
+                    here.append(torch.empty(made.shape, dtype=target.dtype, pin_memory=True))
+                    here[-1].copy_(made, non_blocking=True)
+                    made.record_stream(self.outward)
+                there = torch.cuda.Event()
+                there.record(self.outward)
         else:
-            here = made.to(self.home)
+            here = [made.to(self.home, target.dtype) for target, made in written]
 
         def scatter() -> None:
-            if arrived:
-                arrived.synchronize()
-            target.index_copy_(0, index.flatten(), here.flatten(0, 1))
+            if there:
+                there.synchronize()
+            for (target, _), made in zip(written, here, strict=True):
+                target.index_copy_(0, index.flatten(), made.flatten(0, 1))
 
-        while len(self.puts) > 1:  # no more than two wait, so that memory stays bounded
-            self.puts.pop(0).result()
         self.puts.append(self.taking.submit(scatter))

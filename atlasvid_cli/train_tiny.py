@@ -51,7 +51,7 @@ SAMPLES = {
 }
 LATENT_CHANNELS = 16  # what is left of the VAE's first 32
 LONG_CLIPS = ((3, 96, 9), (2, 96, 17), (2, 64, 29))  # of the VAE's last training: clips, pixels a side, frames
-LORA_RANK = 64
+PROXY_RANK, DETAIL_RANK = 96, 64
 
 VAE_CONFIG = {
     "base_dim": 32,
@@ -172,7 +172,7 @@ def make(work: Path, out: Path) -> None:
         dataset.build("proxy", SAMPLES["proxy"], latents, vae)
         model = load_transformer(out)
         torch.manual_seed(1)
-        model.add_adapter(train.lora_config(LORA_RANK))
+        model.add_adapter(train.lora_config(PROXY_RANK))
         data = dataset.load("proxy", latents)
         train.train_clips(
             model,
@@ -204,7 +204,7 @@ def make(work: Path, out: Path) -> None:
                 add_enlarged(vae, data, time_ratio)
         model = load_transformer(out)
         torch.manual_seed(2)
-        model.add_adapter(train.lora_config(LORA_RANK))
+        model.add_adapter(train.lora_config(DETAIL_RANK))
         run = work / f"detail-{model_hash(out, 'vae', 'transformer', 'proxy_lora.safetensors')}"
         train.train_detail(model, model, run, data, embed, DETAIL_STEPS, 3e-3, detail, accumulate=4)
         fits = model_hash(out, "transformer")

@@ -1,4 +1,4 @@
-"""What decoding takes, from the VAE's config alone: memory, disk and FLOPs of `decode`, and the tile that fits."""
+"""What decoding takes, from the VAE's config alone: memory, disk and FLOPs, and the tile that fits; and encoding."""
 
 import itertools
 import math
@@ -73,6 +73,32 @@ def decode_bytes(config: Mapping[str, Any], h: int, w: int, tile: int | None = N
     peaks.append(held + (dims[-1] + 2 * channels) * area)
     output = time_factor(config) * 3 * h * w * space_factor(config) ** 2
     return width * (cached + max(peaks)) + 2 * 4 * output  # who takes the frames holds some while more are made
+
+
+def encode_bytes(config: Mapping[str, Any], h: int, w: int, width: int = 4) -> int:
+    """Peak bytes of activations, caches and input of `encode_stream` to h x w latents, which has no tiles."""
+    dims = [config["base_dim"] * m for m in (1, *config["dim_mult"])]
+    channels = config.get("out_channels", 3)  # those that come in, too
+    residual, blocks = config.get("is_residual", False), config["num_res_blocks"]
+    area = h * w * 4 ** (len(dims) - 2)
+    frame = 3 * h * w * space_factor(config) ** 2
+    cached, waiting = 2 * channels * area, 0
+    peaks = [(2 * channels + dims[0]) * area]
+    for level, (c, d) in enumerate(itertools.pairwise(dims)):
+        cached += 2 * (c + (2 * blocks - 1) * d) * area
+        last = level == len(dims) - 2
+        kept = c * area if residual and not last else 0  # what the shortcut will need
+        peaks.append(kept + max(2 * c + 2 * d, c + 3 * d) * area)
+        if last:
+            break
+        merged = config["temperal_downsample"][level]
+        waiting += kept if merged else 0
+        peaks.append(kept + 2 * d * area + d * area // 2)  # a padded frame and what becomes of it
+        area //= 4
+        cached += 2 * d * area if merged else 0
+    cached += 2 * (4 + 1) * dims[-1] * area
+    peaks.append(10 * dims[-1] * area)  # the middle attention, as in the decoder
+    return width * (cached + waiting + max(peaks)) + 4 * frame  # which comes in fp32
 
 
 def decode_flops(config: Mapping[str, Any], h: int, w: int) -> int:

@@ -20,8 +20,8 @@ settings.load_profile("atlasvid")
 
 def pytest_configure(config: pytest.Config) -> None:
     """On a machine with a GPU too, all but `pytest -m gpu` runs on the CPU."""
-    if config.option.markexpr != "gpu":
-        os.environ["CUDA_VISIBLE_DEVICES"] = ""
+    if "not gpu" in config.option.markexpr or "gpu" not in config.option.markexpr:
+        torch.cuda.is_available = lambda: False
 
 
 @pytest.fixture(scope="session", autouse=True)

@@ -4,16 +4,19 @@ import dataclasses
 from fractions import Fraction
 
 import pytest
+import torch
 from transformers import UMT5EncoderModel
 
-from atlasvid_cli import cost
+from atlasvid_cli import cost, model
 from atlasvid_cli.cost import VIDEO_BYTES, check_resources, rows
 from atlasvid_cli.errors import ResourceError
 from atlasvid_cli.machine import Device
 from atlasvid_cli.memory import model_bytes
+from atlasvid_cli.model import TextContext, detail_forward
 from atlasvid_cli.plan import Request, make_plan
 from atlasvid_cli.presets import load_preset
 from atlasvid_cli.video import CODECS
+from atlasvid_cli.weights import load_transformer
 
 
 def job(codec="h264"):
@@ -156,12 +159,18 @@ def test_wan_14b_fits_a_48_gib_gpu_in_fp8_and_not_without(monkeypatch):
     assert needed["fp8"] < 48 * cost.GIB - cost.PROGRAM_VRAM < needed["auto"] < 80 * cost.GIB - cost.PROGRAM_VRAM
 
 
-def test_a_fast_gpu_still_takes_a_while_for_each_chunk_of_windows(monkeypatch):
+def test_a_fast_gpu_still_takes_a_while_for_each_chunk_of_windows(random_preset, monkeypatch):
     monkeypatch.setattr(cost, "compute_device", lambda: Device("cuda", "a GPU", "bfloat16", 2, "test"))
     monkeypatch.setattr(cost, "available_vram", lambda: 80 * cost.GIB)
     for rate in ("gemm_rate", "conv_rate"):
         monkeypatch.setattr(cost, rate, lambda *dtype: 1e18)
-    plan = job()
-    last = next(row for row in rows(plan) if row["stage"] == plan.named_stages()[-1][0])
-    chunks = last["windows"] / plan.chunk
-    assert last["seconds"] == pytest.approx(cost.LAUNCH * chunks * 6 * last["steps"], rel=0.05)
+    plan = make_plan(Request(str(random_preset), 512, 384, Fraction(2), chunk=2))
+    stage, calls = plan.levels[-1], []
+    monkeypatch.setattr(model, "block_forward", lambda block, x, *rest, **options: calls.append(1) or (x, x, x))
+    weights = load_transformer(random_preset.with_suffix(""))
+    text = TextContext([(torch.empty(0),) * 2] * 2, torch.empty(0))
+    tokens = torch.zeros(stage.grid.tokens, 16)
+    with torch.no_grad():
+        detail_forward(weights, tokens, stage.grid, 500, text, None, plan.preset.detail.layouts, plan.chunk)
+    row = next(row for row in rows(plan) if row["stage"] == plan.named_stages()[-1][0])
+    assert row["seconds"] == pytest.approx(cost.LAUNCH * len(calls) * stage.forwards(), abs=0.06)

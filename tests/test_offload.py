@@ -1,6 +1,7 @@
 """Where weights live must not change what is computed. Copies to another device need one: `pytest -m gpu`."""
 
 from fractions import Fraction
+from threading import Event
 
 import pytest
 import torch
@@ -48,6 +49,7 @@ def test_blocks_come_to_the_device_for_their_turn_and_return(kept, transformer, 
     assert len(moved) == len(list(model.blocks.parameters()))  # each weight once a forward
 
 
+@torch.no_grad()
 def forward(model, prompt, states=None):
     """A detail forward above a proxy, both with their states on `states`."""
     generator = torch.Generator().manual_seed(4)
@@ -65,18 +67,19 @@ def test_states_that_live_elsewhere_are_computed_as_here(transformer, prompt):
 
 def test_the_next_chunk_comes_while_one_computes():
     transfers = Transfers(torch.device("cpu:0"), torch.device("cpu"))
-    table, asked = torch.zeros(6, 2), []
+    table, asked = torch.zeros(8, 2), [Event() for _ in range(6)]
 
     def fetch(i):
-        asked.append(i)
-        index = torch.tensor([[i, i + 3]])
+        asked[i].set()
+        index = torch.tensor([[i, i + 4]])
         return index, transfers.rows(table, index)
 
     with transfers.begun():
-        for i, (index, rows) in enumerate(transfers.ahead(range(3), fetch)):
-            transfers.put(table, index, rows + i + 1)
-    assert asked == [0, 1, 2]
-    assert table[:, 0].tolist() == [1, 2, 3, 1, 2, 3]
+        for i, (index, rows) in enumerate(transfers.ahead(range(4), fetch)):
+            assert i == 3 or asked[i + 1].wait(10)
+            assert not asked[i + 2].is_set()  # no more than one
+            transfers.put(index, (table, rows + i + 1))
+    assert table[:, 0].tolist() == [1, 2, 3, 4, 1, 2, 3, 4]
 
 
 def test_a_failure_to_fetch_is_the_callers():

@@ -8,6 +8,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from atlasvid_cli import decode, vae_cost
+from atlasvid_cli.encode import encode_stream
 from atlasvid_cli.errors import ResourceError
 from tests.test_decode import EMBEDDED, WAN21, WAN22, build, latents
 
@@ -47,6 +48,17 @@ def test_memory_is_as_predicted(config, tile, dtype, tmp_path):
             pass
     predicted = vae_cost.decode_bytes(config, *z.shape[-2:], tile, dtype.itemsize)
     assert predicted == pytest.approx(counter.peak, rel=0.2)
+
+
+@pytest.mark.parametrize("config", [EMBEDDED, WAN21, WAN22], ids=["embedded", "wan2.1", "wan2.2"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
+def test_memory_of_encoding_is_as_predicted(config, dtype):
+    vae, (h, w) = build(config, live=False).to(dtype), (6, 10)
+    side = vae_cost.space_factor(config)
+    frames = [torch.rand(3, h * side, w * side) for _ in range(9)]
+    with LiveBytes(vae) as counter:
+        encode_stream(vae, (frame.clone() for frame in frames))
+    assert vae_cost.encode_bytes(config, h, w, dtype.itemsize) == pytest.approx(counter.peak, rel=0.25)
 
 
 def test_embedded_vae_at_4k_fits_whole():
