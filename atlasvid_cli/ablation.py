@@ -312,3 +312,22 @@ def summary(by_seed: list[list[Seen]]) -> dict[str, Any]:
         "seconds": round(float(np.median([s.seconds for s in everything])), 1),
         "peak_gib": round(max(s.peak_bytes for s in everything) / GIB, 2),
     }
+
+
+def row(arm: dict[str, Any]) -> dict[str, str]:
+    """An arm's columns as a terminal of 80 has room for them."""
+
+    def shown(key: str, digits: int) -> str:
+        value = arm.get(key)
+        return "" if value is None else f"{value:.{digits}f}"
+
+    return {
+        "arm": arm["arm"].replace(" (untrained)", "*"),
+        "right": "±".join(filter(None, (shown("adherence_percent", 0), shown("spread", 0)))),
+        "no/many": "/".join(filter(None, (shown("missing_percent", 0), shown("repeated_percent", 0)))),
+        "seam": shown("seam", 2),
+        "dB": shown("coherence_db", 1),
+        "px": shown("edge_width_px", 1),
+        "s": shown("seconds", 1),
+        "GiB": shown("peak_gib", 1),
+    }

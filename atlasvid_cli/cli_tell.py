@@ -140,7 +140,8 @@ def show_ablation(request: "Request", count: int, seeds: int, budget: float, fol
     check_writable(folder.absolute() / "arm.json")
     found = ablation.run(request, count, seeds, budget, folder, console)
     title = f"{found['size']} x {found['seconds']:g} s, {count} held-out prompts x {seeds} seeds"
-    console.table(title, [{k: "" if v is None else v for k, v in arm.items()} for arm in found["arms"]])
+    title += " (right, no, many in %; * untrained)"
+    console.table(title, [ablation.row(arm) for arm in found["arms"]])
     full = next(arm for arm in found["arms"] if arm["arm"] == ablation.FULL)
     text = f"{ablation.FULL}: {full['adherence_percent']} % of attributes right, seam {full['seam']}"
     console.emit(found, f"{text}, {full['seconds']} s a video")

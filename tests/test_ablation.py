@@ -118,6 +118,16 @@ def test_columns_are_means_over_prompts_and_spread_over_seeds():
     assert (row["seconds"], row["peak_gib"]) == (1.0, 1.0)
 
 
+def test_a_terminal_of_80_columns_shows_every_column_whole(capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "80")
+    numbers = {"adherence_percent": 91.7, "spread": 14.4, "missing_percent": 100, "repeated_percent": 100, "seam": 1.44}
+    numbers |= {"coherence_db": 34.3, "edge_width_px": 13.4, "seconds": 104.2, "peak_gib": 11.01}
+    arm = {"arm": max(ablation.SAMPLED, key=len) + " (untrained)", **numbers}
+    Console(interactive=False).table("", [ablation.row(arm)])
+    line = capsys.readouterr().err.splitlines()[-1]
+    assert line.split()[-7:] == ["92±14", "100/100", "1.44", "34.3", "13.4", "104.2", "11.0"]
+
+
 def test_another_world_is_refused(stock_preset):
     with pytest.raises(UsageError, match=r"--ablation .* tiny only"):
         ablation.run(Request(str(stock_preset), 200, 120, Fraction(1)), 1, 1, 600.0, None, QUIET)
