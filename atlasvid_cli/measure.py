@@ -117,8 +117,7 @@ def random_model(size: Transformer, patch: int) -> WanTransformer3DModel:
     for name, parameter in model.named_parameters():  # as from_pretrained does
         kept = any(part in model._keep_in_fp32_modules for part in name.split("."))
         parameter.data = parameter.data.to(torch.float32 if kept else dtype)
-    model.to(compute_device().kind)  # with its buffers
-    return model.eval().requires_grad_(False)
+    return model.to(compute_device().kind).eval().requires_grad_(False)  # with its buffers
 
 
 @contextmanager
