@@ -203,7 +203,7 @@ def test_stage_2_learns_from_proxies_as_the_preset_makes_them(session, job, monk
     trained = train.train_detail
     monkeypatch.setattr(train, "train_detail", lambda *a, **k: seen.update(data=a[3]) or trained(*a, **k))
     make(session, job, quiet())
-    assert all({"worn_1", "enlarged_4"} <= set(sample) for sample in seen["data"])
+    assert all({"enlarged_1", "enlarged_4"} <= set(sample) for sample in seen["data"])
     for time_ratio, adapter in ((1, None), (4, session.preset.proxy.lora)):
         expected = weights.load_transformer(session.folder, adapter, "proxy", session.dtype)
         assert torch.equal(seen[time_ratio].blocks[0].attn1.to_q.weight, expected.blocks[0].attn1.to_q.weight)
@@ -218,14 +218,15 @@ def test_stage_2_starts_as_the_preset_does_from_pixels_made_once(session, job, m
     for _ in range(2):
         make(session, job, quiet())
         for sample in seen.pop():
-            assert sample["enlarged_4"].shape == sample["latents"].shape
-            assert "worn_4" not in sample and "worn_1" in sample and "enlarged_1" not in sample
-    assert made == [4]
+            assert sample["enlarged_4"].shape == sample["enlarged_1"].shape == sample["latents"].shape
+            assert "worn_4" not in sample and "worn_1" not in sample
+    assert made == [1, 4]
     detail = session.preset.detail
     latents = replace(detail, first=replace(detail.first, upsample="latents"))
     session.preset = replace(session.preset, detail=latents)
     make(session, replace(job, output=job.output.with_name("b.safetensors")), quiet())
-    assert made == [4] and all("worn_4" in sample and "enlarged_4" not in sample for sample in seen.pop())
+    assert made == [1, 4, 1]  # in a folder of its own
+    assert all({"worn_4", "enlarged_1"} <= set(sample) and "enlarged_4" not in sample for sample in seen.pop())
 
 
 def test_held_out_clips_are_shown_as_sampled(session, job):
