@@ -14,10 +14,11 @@ SCORES = 1 << 22  # attention scores computed together: 8 MiB of bf16, which a c
 
 
 def rope_axis(positions: torch.Tensor, dim: int, theta: float = 10000.0) -> torch.Tensor:
-    """Rotations (..., dim/2) complex64 of one axis; positions may be fractional. Angles are computed in fp64."""
+    """Rotations (..., dim/2, 2) of one axis as cosine and sine, fp32; positions may be fractional. Angles are computed
+    in fp64."""
     frequencies = theta ** (-torch.arange(0, dim, 2, dtype=torch.float64) / dim)
     angles = positions.double()[..., None] * frequencies
-    return torch.polar(torch.ones_like(angles), angles).to(torch.complex64)
+    return torch.stack((angles.cos(), angles.sin()), dim=-1).float()
 
 
 def rope_dims(head_dim: int) -> tuple[int, int, int]:
@@ -29,7 +30,7 @@ def rope_dims(head_dim: int) -> tuple[int, int, int]:
 def rope(
     t: torch.Tensor, h: torch.Tensor, w: torch.Tensor, head_dim: int, device: torch.device | None = None
 ) -> torch.Tensor:
-    """Rotations (n, T*H*W, 1, head_dim/2) complex64, on `device`, of boxes at t (n, T), h (n, H), w (n, W)."""
+    """Rotations (n, T*H*W, 1, head_dim/2, 2), on `device`, of boxes at t (n, T), h (n, H), w (n, W)."""
     n, shape = len(t), (t.shape[1], h.shape[1], w.shape[1])
     dt, dh, dw = rope_dims(head_dim)
     parts = (
@@ -37,14 +38,18 @@ def rope(
         rope_axis(h, dh)[:, None, :, None],
         rope_axis(w, dw)[:, None, None, :],
     )
-    full = torch.cat([p.to(device).expand(n, *shape, p.shape[-1]) for p in parts], dim=-1)
-    return full.reshape(n, -1, 1, head_dim // 2)
+    # a tensor of its own: a view's base has sizes that compiled blocks would be bound to
+    return torch.cat([p.to(device).expand(n, *shape, -1, 2).reshape(n, -1, 1, p.shape[-2], 2) for p in parts], dim=-2)
 
 
 def rotate(x: torch.Tensor, rotation: torch.Tensor) -> torch.Tensor:
     """Applies rotations to x (n, L, heads, head_dim), whose channels are interleaved (real, imaginary) pairs."""
-    pairs = torch.view_as_complex(x.float().unflatten(-1, (-1, 2)))
-    return torch.view_as_real(pairs * rotation).flatten(-2).to(x.dtype)
+    pairs = x.float().unflatten(-1, (-1, 2))
+    if torch.compiler.is_compiling():  # which makes no kernels of complex numbers
+        (a, b), (cos, sin) = pairs.unbind(-1), rotation.unbind(-1)
+        return torch.stack((a * cos - b * sin, a * sin + b * cos), dim=-1).flatten(-2).to(x.dtype)
+    turned = torch.view_as_complex(pairs) * torch.view_as_complex(rotation)
+    return torch.view_as_real(turned).flatten(-2).to(x.dtype)
 
 
 def check_backend(name: str, device: torch.device, dtype: torch.dtype) -> None:

@@ -70,13 +70,14 @@ def run_batch(
             raise UsageError(f"{target} would hold latents; let --output end in {suffix}")
     check_resources(resolved, folder, run_dir, videos=max(1, sum(not target.exists() for target in targets)))
     from .artefacts import run_hash
+    from .model import Kernels
     from .session import Session
     from .store import lock, run_directory
 
     session = Session(
         request.preset,
         request.model_path,
-        request.attention_backend,
+        Kernels(request.attention_backend, request.compiled),
         request.loras,
         request.strict,
         request.weight_dtype,

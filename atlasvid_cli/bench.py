@@ -35,7 +35,7 @@ from .console import Console
 from .cost import GIB, rows
 from .errors import ResourceError
 from .machine import available_ram, compute_device, copy_rate, decode_dtype, gemm_rate
-from .measure import BACKEND, Timing, random_model
+from .measure import KERNELS, Timing, random_model
 from .plan import Plan, Request, make_plan
 from .session import Session
 from .weights import load_text, load_transformer
@@ -113,7 +113,7 @@ def _load(plan: Plan, has_weights: bool, folder: Path, seconds: float, repeats: 
     if has_weights:
         # one session keeps one stage's adapter at a time: with two, no arm loads while it is timed
         # and they share a cache that each run begins without
-        proxy, detail = (Session(request.preset, request.model_path, BACKEND, cache=folder / "run") for _ in range(2))
+        proxy, detail = (Session(request.preset, request.model_path, KERNELS, cache=folder / "run") for _ in range(2))
         model, text, vae = load_transformer(proxy.folder, dtype=proxy.dtype), load_text(proxy.folder), proxy.vae()
         return Bench(proxy, detail, text, model, vae, folder, rate, seconds, repeats)
     model = random_model(plan.preset.transformer, plan.preset.geometry.patch)

@@ -27,6 +27,7 @@ def render(
     lora: opt.Loras = None,
     strict: opt.Strict = False,
     attention_backend: opt.Backend = None,
+    compile_blocks: opt.Compile = False,
     offload: opt.OffloadMode = "auto",
     weight_dtype: opt.WeightDtype = "auto",
     chunk: opt.Chunk = None,
@@ -59,6 +60,7 @@ def render(
         offload=offload,
         weight_dtype=weight_dtype,
         attention_backend=attention_backend,
+        compiled=compile_blocks,
         strict=strict,
     )
     console = Console(as_json)
@@ -84,6 +86,7 @@ def proxy(
     lora: opt.Loras = None,
     strict: opt.Strict = False,
     attention_backend: opt.Backend = None,
+    compile_blocks: opt.Compile = False,
     offload: opt.OffloadMode = "auto",
     weight_dtype: opt.WeightDtype = "auto",
     output: opt.Output = None,
@@ -111,6 +114,7 @@ def proxy(
         offload=offload,
         weight_dtype=weight_dtype,
         attention_backend=attention_backend,
+        compiled=compile_blocks,
         strict=strict,
         proxy_only=True,
     )
@@ -137,6 +141,7 @@ def refine(
     lora: opt.Loras = None,
     strict: opt.Strict = False,
     attention_backend: opt.Backend = None,
+    compile_blocks: opt.Compile = False,
     offload: opt.OffloadMode = "auto",
     weight_dtype: opt.WeightDtype = "auto",
     chunk: opt.Chunk = None,
@@ -156,6 +161,7 @@ def refine(
     console = Console(as_json)
     from . import above, artefacts, pipeline
     from .cost import check_resources
+    from .model import Kernels
     from .plan import Request, make_plan
     from .session import Session
     from .store import lock, run_directory
@@ -174,6 +180,7 @@ def refine(
         offload=parse_offload(offload),
         weight_dtype=weight_dtype,
         attention_backend=attention_backend,
+        compiled=compile_blocks,
         loras=tuple(map(parse_lora, lora or ())),
         strict=strict,
         preset=preset or known["preset"],
@@ -193,7 +200,8 @@ def refine(
     if show_plan(plan, console, dry_run):
         return
     check_resources(plan, target.parent, run_dir)
-    session = Session(request.preset, model_path, attention_backend, request.loras, strict, weight_dtype)
+    kernels = Kernels(attention_backend, compile_blocks)
+    session = Session(request.preset, model_path, kernels, request.loras, strict, weight_dtype)
     folder = run_dir or above.refine_run(session, plan, latents, target.parent / "runs")
     if plan.is_region:
         artefacts.check_base(plan, folder)

@@ -13,6 +13,8 @@ from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
+from .errors import UsageError, one_line
+
 if TYPE_CHECKING:
     import torch
 
@@ -60,6 +62,19 @@ def compute_device() -> Device:
         return Device("cpu", "cpu", "bfloat16", 2, "no CUDA GPU; this CPU multiplies bfloat16 faster than float32")
     why = "no CUDA GPU; bfloat16 is slower than float32 on CPUs without AMX or AVX512-BF16"
     return Device("cpu", "cpu", "float32", 4, why)
+
+
+def check_compiler(device: "torch.device") -> None:
+    """Raises UsageError where torch.compile makes no kernels, as a little one shows."""
+    import torch
+
+    try:
+        torch.compile(lambda x: x + 1, dynamic=True)(torch.ones(8, device=device))
+    except Exception as error:  # compilers fail in ways of their own
+        why = one_line(str(error).partition("\n")[0])
+        raise UsageError(
+            f"blocks cannot be compiled here ({why}); install a C++ compiler, on a GPU also Triton, or leave --compile out"
+        ) from None
 
 
 def decode_dtype(wanted: str) -> "torch.dtype":

@@ -24,7 +24,7 @@ from .decode import decode_stream
 from .enlarge import enlarge
 from .flops import detail_flops, full_flops, linear_flops
 from .machine import compute_device, conv_rate, synchronize
-from .model import detail_forward, proxy_context, text_context
+from .model import Kernels, detail_forward, proxy_context, text_context
 from .plan import Plan, Stage
 from .presets import Transformer
 from .shapes import Grid
@@ -38,7 +38,7 @@ SAMPLE_SECONDS = 40.0  # a longer sample is no better
 STOCK_CONV_RATE = 0.15  # of a channels-last conv2d's rate, which stock conv3d reaches in decoding (docs/LOG.md)
 
 
-BACKEND = "native"  # the attention backend of both arms, whatever ours would choose
+KERNELS = Kernels("native")  # of both arms, whatever ours would choose
 
 
 @dataclass(frozen=True)
@@ -247,9 +247,9 @@ def detail_sample(model: Any, plan: Plan, stage: Stage, rate: float, seconds: fl
         context = None
         if detail.proxy_attention:
             figures = stage.ratio, stage.time_ratio, detail.margin, detail.proxy_window
-            context = proxy_context(model, guide, low, text, *figures, backend=BACKEND)
+            context = proxy_context(model, guide, low, text, *figures, kernels=KERNELS)
         arguments = (model, tokens, part, 500.0, text, context, detail.layouts, plan.chunk)
-        one = timed(lambda: detail_forward(*arguments, backend=BACKEND), repeats)
+        one = timed(lambda: detail_forward(*arguments, kernels=KERNELS), repeats)
     done, whole = cost(part, low, layers), plan.flops(stage)
     return one.times(whole / done, done / whole)
 

@@ -8,6 +8,7 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
+from functools import cache, partial
 from itertools import chain
 from typing import Any
 
@@ -24,6 +25,36 @@ from .windows import Windows, aligned_proxy, block_layout
 
 KeyValue = tuple[torch.Tensor, torch.Tensor]
 PART = 1 << 13  # tokens embedded or projected, or taken through the proxy stream, at a time
+
+
+@dataclass(frozen=True)
+class Kernels:
+    """How blocks compute: the attention backend, a name of diffusers' dispatcher (None: PyTorch's own), and whether
+    what surrounds attention is compiled. One graph, of any size, serves all blocks and window shapes."""
+
+    attention: str | None = None
+    compiled: bool = False
+
+    def run(self, model: WanTransformer3DModel, *arguments: Any) -> tuple[torch.Tensor, ...]:
+        """`block_forward`; in training with diffusers' `enable_gradient_checkpointing` it is computed again
+        backwards."""
+        forward = block_of(self)
+        if model.gradient_checkpointing and torch.is_grad_enabled():
+            return checkpoint(forward, *arguments, use_reentrant=False)
+        return forward(*arguments)
+
+
+EAGER = Kernels()
+
+
+@cache
+def block_of(kernels: Kernels) -> Callable[..., tuple[torch.Tensor, ...]]:
+    """`block_forward` with these kernels."""
+    attention = partial(attend, backend=kernels.attention)
+    if not kernels.compiled:
+        return partial(block_forward, attend=attention)
+    # attention stays as it is: its kernels are those of many packages, chosen by size
+    return partial(torch.compile(block_forward, dynamic=True), attend=torch.compiler.disable(attention))
 
 
 @dataclass(frozen=True)
@@ -93,12 +124,12 @@ def block_forward(
     text: KeyValue,
     text_bias: torch.Tensor,
     proxy: KeyValue | None = None,
-    backend: str | None = None,
+    attend: Callable[..., torch.Tensor] = attend,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """A Wan block on x (n, L, D): each window attends to itself and, in the same softmax, to `proxy` (n, K, heads, d).
 
-    `modulations` (n or 1, 6, D), `rotation` (n or 1, L, 1, d/2), `text` (n or 1, tokens, heads, d). Returns the block's
-    output and, for those who guide others, its own unrotated keys and its values (n, L, heads, d).
+    `modulations` (n or 1, 6, D), `rotation` (n or 1, L, 1, d/2, 2), `text` (n or 1, tokens, heads, d). Returns the
+    block's output and, for those who guide others, its own unrotated keys and its values (n, L, heads, d).
     """
     shift, scale, gate, ffn_shift, ffn_scale, ffn_gate = (block.scale_shift_table + modulations.float()).chunk(6, dim=1)
 
@@ -111,15 +142,15 @@ def block_forward(
     if proxy is not None:
         keys = torch.cat((keys, proxy[0].type_as(keys)), dim=1)
         values = torch.cat((values, proxy[1].type_as(values)), dim=1)
-    attended = attn.to_out[0](attend(q, keys, values, backend=backend).flatten(2))
+    attended = attn.to_out[0](attend(q, keys, values).flatten(2))
     x = torch.addcmul(x, attended.type_as(x), gate.type_as(x))
 
     attn = block.attn2
     q = _norm(attn.norm_q, attn.to_q(_affine(x, block.norm2))).unflatten(-1, (attn.heads, -1))
     if len(text[0]) == 1:  # one prompt for all windows: one long row of queries
-        attended = attend(q.flatten(0, 1)[None], *text, text_bias, backend).view_as(q)
+        attended = attend(q.flatten(0, 1)[None], *text, text_bias).view_as(q)
     else:
-        attended = attend(q, *text, text_bias, backend)
+        attended = attend(q, *text, text_bias)
     x = x + attn.to_out[0](attended.flatten(2))
 
     out = block.ffn(_modulated(x, block.norm3, ffn_scale, ffn_shift))
@@ -145,13 +176,6 @@ def _affine(x: torch.Tensor, norm: torch.nn.Module) -> torch.Tensor:
 def _norm(norm: torch.nn.RMSNorm, x: torch.Tensor) -> torch.Tensor:
     """`norm` of x in x's dtype, in which alone it is one kernel: under autocast the weight's is another."""
     return torch.nn.functional.rms_norm(x, norm.normalized_shape, norm.weight.type_as(x), norm.eps)
-
-
-def _run_block(model: WanTransformer3DModel, *arguments: Any, **named: Any) -> tuple[torch.Tensor, ...]:
-    """`block_forward`; in training with diffusers' `enable_gradient_checkpointing` it is computed again backwards."""
-    if model.gradient_checkpointing and torch.is_grad_enabled():
-        return checkpoint(block_forward, *arguments, use_reentrant=False, **named)
-    return block_forward(*arguments, **named)
 
 
 def patchify(latents: torch.Tensor, patch: int) -> torch.Tensor:
@@ -197,7 +221,7 @@ def clip_forward(
     timestep: torch.Tensor,
     text: TextContext,
     time_ratio: int = 1,
-    backend: str | None = None,
+    kernels: Kernels = EAGER,
 ) -> torch.Tensor:
     """Stage 1 (DESIGN §3): velocity (n, L, P) of whole clips `tokens` (n, L, P) under full attention.
 
@@ -209,7 +233,7 @@ def clip_forward(
     temb, modulations = modulation(model, timestep)
     x = embed(model, tokens)
     for block, keys_values in zip(on_device(model.blocks, device), text.keys_values, strict=True):
-        x, _, _ = _run_block(model, block, x, modulations, rotation, keys_values, text.bias, backend=backend)
+        x, _, _ = kernels.run(model, block, x, modulations, rotation, keys_values, text.bias, None)
     return predict(model, x, temb).to(tokens)
 
 
@@ -225,7 +249,7 @@ def proxy_context(
     centre: bool = False,
     scaled_positions: bool = True,
     timestep: float = 0.0,
-    backend: str | None = None,
+    kernels: Kernels = EAGER,
     states: torch.device | None = None,
 ) -> ProxyContext:
     """The proxy stream: clean proxy `tokens` (L, P) through all blocks, keeping each block's keys and values.
@@ -260,9 +284,7 @@ def proxy_context(
             groups = block_layout(i, window_cycle([window]), grid)
             chunks = chain.from_iterable(g.split(max(1, PART // math.prod(g.shape))) for g in groups)
             for index, part, rotation in transfers.ahead(chunks, fetch):
-                made = _run_block(
-                    model, block, part, modulations, rotation, text.keys_values[i], text.bias, backend=backend
-                )
+                made = kernels.run(model, block, part, modulations, rotation, text.keys_values[i], text.bias, None)
                 transfers.put(index, *zip((out, keys, values), made, strict=True))
         kept.append((rotate(keys[None], detail_rotation[None])[0], values))
         x = out
@@ -280,7 +302,7 @@ def detail_forward(
     chunk: int,
     phase: int = 0,
     origin: Shape = (0, 0, 0),
-    backend: str | None = None,
+    kernels: Kernels = EAGER,
     states: torch.device | None = None,
     on_block: Callable[[], None] | None = None,
 ) -> torch.Tensor:
@@ -308,8 +330,8 @@ def detail_forward(
         with transfers.begun():
             chunks = chain.from_iterable(group.split(chunk) for group in block_layout(i, layouts, grid, phase))
             for index, part, rotation, guide in transfers.ahead(chunks, fetch):
-                made, _, _ = _run_block(
-                    model, block, part, modulations, rotation, text.keys_values[i], text.bias, guide, backend=backend
+                made, _, _ = kernels.run(
+                    model, block, part, modulations, rotation, text.keys_values[i], text.bias, guide
                 )
                 transfers.put(index, (out, made))
         hidden = out

@@ -40,6 +40,9 @@ Backend = Annotated[
     str | None,
     typer.Option("--attention-backend", help="flash, _flash_3_hub, sage, xformers ... [default: PyTorch's]."),
 ]
+Compile = Annotated[
+    bool, typer.Option("--compile", help="Compile the blocks first (torch.compile): for large models on a GPU.")
+]
 OffloadMode = Annotated[
     Literal["auto", "none", "block", "host"],
     typer.Option("--offload", help="What leaves GPU memory: none, block (weights), host (all), or what has to (auto)."),

@@ -166,7 +166,7 @@ def _sample_proxy(
             resume,
             lambda step, tensors: tensor_file.save_state(state, step, tensors, key),
             advance,
-            backend=session.backend,
+            kernels=session.kernels,
         )
 
 
@@ -291,7 +291,7 @@ def _refine_level(
             resume,
             lambda step, tensors: tensor_file.save_state(state, step, tensors, metadata["key"]),
             advance,
-            session.backend,
+            session.kernels,
             torch.device("cpu") if offload_of(plan) == "host" else None,
             enlarged,
         )

@@ -55,6 +55,7 @@ class Request:
     offload: Offload | None = None
     weight_dtype: WeightDtype = "auto"
     attention_backend: str | None = None
+    compiled: bool = False
     loras: tuple[Lora, ...] = ()
     strict: bool = False
     clip: "Clip | None" = None

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from diffusers import UniPCMultistepScheduler, WanTransformer3DModel
 
-from .model import TextContext, clip_forward, patchify, unpatchify
+from .model import EAGER, Kernels, TextContext, clip_forward, patchify, unpatchify
 from .plan import Stage
 from .schedule import noise
 
@@ -38,7 +38,7 @@ def sample_proxy(
     save: SaveState | None = None,
     on_step: Callable[[], None] | None = None,
     latents: torch.Tensor | None = None,
-    backend: str | None = None,
+    kernels: Kernels = EAGER,
 ) -> torch.Tensor:
     """Latents (channels, T, H, W) fp32 of the proxy. `expert_at` gives who works at a timestep in 0..1000.
 
@@ -59,7 +59,7 @@ def sample_proxy(
         if i < done:
             continue
         # no name here holds an expert: the first is let go when the second is loaded
-        velocity = _guided(expert_at(float(timestep)), patchify(latents, patch)[None], stage, timestep[None], backend)
+        velocity = _guided(expert_at(float(timestep)), patchify(latents, patch)[None], stage, timestep[None], kernels)
         velocity = unpatchify(velocity[0], grid, patch)
         latents = scheduler.step(velocity[None], timestep, latents[None], return_dict=False)[0][0]
         if save:
@@ -71,13 +71,13 @@ def sample_proxy(
 
 @torch.no_grad()
 def _guided(
-    expert: Expert, tokens: torch.Tensor, stage: Stage, timestep: torch.Tensor, backend: str | None
+    expert: Expert, tokens: torch.Tensor, stage: Stage, timestep: torch.Tensor, kernels: Kernels
 ) -> torch.Tensor:
     forward = partial(clip_forward, expert.model, tokens, stage.grid, timestep)
     time_ratio = stage.time_ratio if stage.scaled_time else 1
-    velocity = forward(expert.prompt, time_ratio, backend)
+    velocity = forward(expert.prompt, time_ratio, kernels)
     if expert.guidance_scale > 1:
-        base = forward(expert.negative, time_ratio, backend)
+        base = forward(expert.negative, time_ratio, kernels)
         velocity = base + expert.guidance_scale * (velocity - base)
     return velocity
 

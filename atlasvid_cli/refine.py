@@ -6,7 +6,7 @@ from dataclasses import dataclass
 import torch
 from diffusers import WanTransformer3DModel
 
-from .model import ProxyContext, TextContext, detail_forward, patchify, proxy_context, unpatchify
+from .model import EAGER, Kernels, ProxyContext, TextContext, detail_forward, patchify, proxy_context, unpatchify
 from .plan import Stage
 from .presets import Detail, Shape
 from .proxy import SaveState
@@ -51,7 +51,7 @@ def sample_detail(
     resume: tuple[int, dict[str, torch.Tensor]] | None = None,
     save: SaveState | None = None,
     on_block: Callable[[], None] | None = None,
-    backend: str | None = None,
+    kernels: Kernels = EAGER,
     states: torch.device | None = None,
     enlarged: torch.Tensor | None = None,
 ) -> torch.Tensor:
@@ -74,7 +74,7 @@ def sample_detail(
         _, t, h, w = below.shape
         tokens, below_grid = patchify(below, patch), Grid(t, h // patch, w // patch)
         figures = stage.ratio, stage.time_ratio, detail.margin, detail.proxy_window, detail.proxy_centre
-        rest = detail.scaled_positions, timestep, backend, states
+        rest = detail.scaled_positions, timestep, kernels, states
         return [proxy_context(proxy_model, tokens, below_grid, text, *figures, *rest) for _, text in texts[:count]]
 
     with torch.no_grad():
@@ -131,7 +131,7 @@ def sample_detail(
                     chunk,
                     i,
                     origin,
-                    backend,
+                    kernels,
                     states,
                     on_block,
                 )

@@ -13,8 +13,9 @@ from .console import Console
 from .embeddings import Embedding, EmbeddingCache, cache_folder
 from .errors import ResourceError, UsageError
 from .lora import check_lora, merge_lora
-from .machine import available_vram, compute_device, decode_dtype
+from .machine import available_vram, check_compiler, compute_device, decode_dtype
 from .memory import Offload, WeightDtype, fits_gpu
+from .model import EAGER, Kernels
 from .offload import check_weight_dtype, narrow, place
 from .parse import Lora
 from .presets import Preset, load_preset
@@ -40,14 +41,14 @@ class Session:
         self,
         preset: str | Preset,
         model_path: str | None = None,
-        backend: str | None = None,
+        kernels: Kernels = EAGER,
         loras: tuple[Lora, ...] = (),
         strict: bool = False,
         weight_dtype: WeightDtype = "auto",
         cache: Path | None = None,
     ):
         self.preset = load_preset(preset) if isinstance(preset, str) else preset
-        self.backend, self.loras, self.strict, self.weight_dtype = backend, loras, strict, weight_dtype
+        self.kernels, self.loras, self.strict, self.weight_dtype = kernels, loras, strict, weight_dtype
         check_weight_dtype(weight_dtype)
         for lora in loras:
             check_lora(lora.path)
@@ -59,8 +60,10 @@ class Session:
         check_config(self.folder, self.preset)
         self.device = torch.device(compute_device().kind)
         self.dtype = getattr(torch, compute_device().dtype)
-        if backend:
-            check_backend(backend, self.device, self.dtype)
+        if kernels.attention:
+            check_backend(kernels.attention, self.device, self.dtype)
+        if kernels.compiled:
+            check_compiler(self.device)
         self._parts: dict[str, Any] = {}
         self._hashes: dict[str, str] = {}
         self._warned: set[str] = set()
@@ -72,9 +75,11 @@ class Session:
     @property
     def arithmetic(self) -> dict[str, str]:
         """How values are computed, beside what they are computed from: the same job elsewhere differs by rounding."""
-        backend = self.backend or default_backend(self.device, self.dtype)
+        attention = self.kernels.attention or default_backend(self.device, self.dtype)
+        attention += "+compiled" if self.kernels.compiled else ""
         dtype = str(self.dtype).removeprefix("torch.")
-        return {"dtype": dtype if self.weight_dtype == "auto" else f"{dtype}+{self.weight_dtype}", "attention": backend}
+        kept = dtype if self.weight_dtype == "auto" else f"{dtype}+{self.weight_dtype}"
+        return {"dtype": kept, "attention": attention}
 
     def model_hash(self, stage: str) -> str:
         """Identity of the preset's weights of a stage, which its latents are bound to."""

@@ -85,8 +85,8 @@ def test_a_detail_sample_scales_by_the_flops_it_did(monkeypatch, ticks):
     model = measure.random_model(preset.transformer, 2)
     seen = []
 
-    def forward(model, tokens, grid, *rest, backend):
-        assert backend == measure.BACKEND
+    def forward(model, tokens, grid, *rest, kernels):
+        assert kernels == measure.KERNELS
         seen.append((grid, len(model.blocks)))
         assert len(tokens) == grid.tokens
         ticks(4.0)

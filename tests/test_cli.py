@@ -20,13 +20,13 @@ from atlasvid_cli.world import render, sample_scene
 
 RENDER = ["--res", "256x192", "--seconds", "0.5"]
 OPTIONS = {
-    "render": "--attention-backend --lora --offload --weight-dtype --strict"
+    "render": "--attention-backend --compile --lora --offload --weight-dtype --strict"
     " --chunk --codec --debug --dry-run --flow-shift --fps --from-video --guidance-scale --json --model-path"
     " --negative-prompt --output --preset --prompt-file --res --run-dir --seconds --seed --shard --steps",
-    "proxy": "--attention-backend --lora --offload --weight-dtype --strict"
+    "proxy": "--attention-backend --compile --lora --offload --weight-dtype --strict"
     " --debug --dry-run --flow-shift --fps --from-video --guidance-scale --json --model-path --negative-prompt --output"
     " --preset --prompt-file --res --seconds --seed --shard --steps",
-    "refine": "--attention-backend --lora --offload --weight-dtype --strict"
+    "refine": "--attention-backend --compile --lora --offload --weight-dtype --strict"
     " --chunk --codec --debug --dry-run --fps --frames --json --model-path --output --preset --region --res"
     " --run-dir --seed --steps",
     "decode": "--codec --debug --json --model-path --output --preset",

@@ -2,12 +2,16 @@
 
 import copy
 from fractions import Fraction
+from functools import partial
 
 import pytest
 import torch
 from diffusers import WanTransformer3DModel
 
 from atlasvid_cli.model import (
+    EAGER,
+    Kernels,
+    block_of,
     clip_forward,
     detail_forward,
     patchify,
@@ -115,6 +119,29 @@ def test_any_chunk_size_gives_the_same(transformer, latents, text, chunk):
     expected = detail_forward(transformer, tokens, GRID, 500, text, proxy, LAYOUTS, 64)
     out = detail_forward(transformer, tokens, GRID, 500, text, proxy, LAYOUTS, chunk)
     torch.testing.assert_close(out, expected, atol=1e-5, rtol=0)
+
+
+def test_compiled_blocks_give_the_same_and_serve_windows_of_any_shape(transformer, text, monkeypatch):
+    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend="aot_eager"))  # needs no C++ compiler
+    block_of.cache_clear()
+    graphs, counts = torch._dynamo.utils.counters["stats"], []
+    layouts, below, ratio = window_cycle([(2, 5, 5), (4, 3, 6)]), Grid(2, 3, 3), Fraction(3)
+    generator = torch.Generator().manual_seed(0)
+    proxy = torch.randn(below.tokens, 16, generator=generator)
+    for grid in (Grid(4, 7, 9), Grid(5, 9, 8)):
+        tokens = torch.randn(grid.tokens, 16, generator=generator)
+        with torch.no_grad():
+            expected, out = (
+                detail_forward(transformer, tokens, grid, 500, text, context, layouts, 3, kernels=kernels)
+                for kernels in (EAGER, Kernels(compiled=True))
+                for context in [
+                    proxy_context(transformer, proxy, below, text, ratio, 4, (0, 1, 1), (13, 9, 9), kernels=kernels)
+                ]
+            )
+        torch.testing.assert_close(out, expected, atol=1e-5, rtol=0)
+        counts.append(graphs["unique_graphs"])
+    block_of.cache_clear()
+    assert 0 < counts[0] == counts[1]
 
 
 def test_window_order_does_not_matter(transformer, latents, text, monkeypatch):

@@ -12,7 +12,7 @@ from safetensors.torch import save_file
 from atlasvid_cli import artefacts, machine, pipeline, session
 from atlasvid_cli.console import Console
 from atlasvid_cli.errors import InputError, UsageError
-from atlasvid_cli.model import detail_forward, text_context
+from atlasvid_cli.model import Kernels, detail_forward, text_context
 from atlasvid_cli.offload import stored
 from atlasvid_cli.parse import Lora
 from atlasvid_cli.plan import Request, make_plan
@@ -40,16 +40,23 @@ def test_a_cpu_computes_in_bfloat16_where_it_has_it_and_the_vae_bears_it(stock_p
 
 
 def test_how_values_are_computed_is_part_of_what_a_job_is(random_preset, monkeypatch):
-    """Of a finished job, one in another dtype or by another attention is another job."""
+    """Of a finished job, one in another dtype, by another attention or with compiled blocks is another job."""
+    monkeypatch.setattr(session, "check_compiler", lambda device: None)
     plan = make_plan(Request(str(random_preset), 256, 192, Fraction(1)))
     seen = set()
-    for dtype, backend in ((torch.float32, None), (torch.bfloat16, None), (torch.bfloat16, "native")):
-        ours = Session(str(random_preset), backend=backend)
+    native = Kernels("native"), Kernels("native", compiled=True)
+    for dtype, kernels in ((torch.float32, Kernels()), *((torch.bfloat16, k) for k in (Kernels(), *native))):
+        ours = Session(str(random_preset), kernels=kernels)
         monkeypatch.setattr(ours, "dtype", dtype)
         proxy = artefacts.stage_metadata(ours, plan, plan.proxy, "proxy", "a", "")
         seen.add((artefacts.job_hash(ours, plan, "a", ""), proxy["key"], proxy["dtype"], proxy["attention"]))
-    assert all(len(set(values)) == 3 for values in list(zip(*seen, strict=True))[:2])
-    assert {s[2:] for s in seen} == {("float32", "native"), ("bfloat16", "products"), ("bfloat16", "native")}
+    assert all(len(set(values)) == 4 for values in list(zip(*seen, strict=True))[:2])
+    assert {s[2:] for s in seen} == {
+        ("float32", "native"),
+        ("bfloat16", "products"),
+        ("bfloat16", "native"),
+        ("bfloat16", "native+compiled"),
+    }
 
 
 @pytest.mark.parametrize("kept", ["int8", "fp8"])
@@ -179,11 +186,14 @@ def _small_lora(path, model):
     return path
 
 
-def test_what_cannot_run_is_refused_before_weights_load(stock_preset, tmp_path):
+def test_what_cannot_run_is_refused_before_weights_load(stock_preset, tmp_path, monkeypatch):
     with pytest.raises(UsageError, match="no attention backend"):
-        Session(str(stock_preset), backend="warp")
+        Session(str(stock_preset), kernels=Kernels("warp"))
     with pytest.raises(UsageError, match="--attention-backend"):
-        Session(str(stock_preset), backend="flash")
+        Session(str(stock_preset), kernels=Kernels("flash"))
+    monkeypatch.setattr(torch, "compile", lambda *_, **__: 1 / 0)
+    with pytest.raises(UsageError, match="leave --compile out"):
+        Session(str(stock_preset), kernels=Kernels(compiled=True))
     broken = tmp_path / "a.safetensors"
     broken.write_bytes(b"no")
     with pytest.raises(InputError, match="safetensors"):
