@@ -73,7 +73,8 @@ def check_compiler(device: "torch.device") -> None:
     except Exception as error:  # compilers fail in ways of their own
         why = one_line(str(error).partition("\n")[0])
         raise UsageError(
-            f"blocks cannot be compiled here ({why}); install a C++ compiler, on a GPU also Triton, or leave --compile out"
+            f"blocks cannot be compiled here ({why}); install a C++ compiler, on a GPU also Triton, or leave --compile"
+            " out"
         ) from None
 
 
