@@ -67,10 +67,16 @@ class TextContext:
     keys_values: list[KeyValue]
     bias: torch.Tensor
 
+    def of_windows(self, block: int, windows: int, count: int) -> tuple[KeyValue, torch.Tensor]:
+        """A block's keys and values, and the bias, for the windows of `count` samples in turn."""
+        keys, values = (_of_windows(x, windows, count) for x in self.keys_values[block])
+        return (keys, values), _of_windows(self.bias, windows, count)
+
 
 @dataclass(frozen=True)
 class ProxyContext:
-    """What the detail stream needs of its proxy: keys (rotated at detail coordinates) and values (tokens, heads, d).
+    """What the detail stream needs of its proxy: keys (rotated at detail coordinates) and values (tokens, heads, d), of
+    several proxies one after another.
 
     They may live in host memory: only what a chunk of windows is aligned with goes to the device.
     """
@@ -83,8 +89,19 @@ class ProxyContext:
 
     def aligned(self, block: int, windows: Windows, transfers: Transfers) -> KeyValue:
         keys, values = self.keys_values[block]
-        index = aligned_proxy(windows, self.grid, self.ratio, self.time_ratio, self.margin).to(keys.device)
+        index = aligned_proxy(windows, self.grid, self.ratio, self.time_ratio, self.margin)
+        index = _in_each(index, self.grid.tokens, len(keys) // self.grid.tokens).to(keys.device)
         return transfers.rows(keys, index), transfers.rows(values, index)
+
+
+def _in_each(index: torch.Tensor, size: int, count: int) -> torch.Tensor:
+    """Rows (n, l) of a sample of `size` rows -> those rows of each of `count` samples in turn, (count * n, l)."""
+    return (index + size * torch.arange(count)[:, None, None]).flatten(0, 1)
+
+
+def _of_windows(x: torch.Tensor, windows: int, count: int) -> torch.Tensor:
+    """What `count` samples have each, (count, ...), or share, (1, ...), for all windows of each sample in turn."""
+    return x if len(x) == 1 else x.repeat_interleave(windows // count, 0)
 
 
 def text_context(model: WanTransformer3DModel, embeddings: list[torch.Tensor], length: int) -> TextContext:
@@ -252,7 +269,8 @@ def proxy_context(
     kernels: Kernels = EAGER,
     states: torch.device | None = None,
 ) -> ProxyContext:
-    """The proxy stream: clean proxy `tokens` (L, P) through all blocks, keeping each block's keys and values.
+    """The proxy stream: clean proxy `tokens` (L, P) through all blocks, keeping each block's keys and values; or those
+    of several proxies (m, L, P), each with its own prompt.
 
     It attends to itself, in windows no larger than its training grid, and to the text, at timestep 0. For the detail's
     queries its keys are rotated at detail coordinates: a proxy token sits at the middle of what it covers, in time at
@@ -262,13 +280,14 @@ def proxy_context(
     head_dim, device = model.config.attention_head_dim, compute_device(model)
     states = states or device
     _, modulations = modulation(model, torch.tensor([timestep]))
-    x = embed_parts(model, tokens, states)
+    count = tokens[..., 0].numel() // grid.tokens
+    x = embed_parts(model, tokens.flatten(0, -2), states)
     t = torch.arange(grid.t, dtype=torch.float64) * time_ratio
     if centre:
         t[1:] -= (time_ratio - 1) / 2
     scale = float(ratio) if scaled_positions else 1.0
     h, w = (scale * (torch.arange(size, dtype=torch.float64) + 0.5) - 0.5 for size in (grid.h, grid.w))
-    detail_rotation = rope(t[None], h[None], w[None], head_dim, states)[0]
+    detail_rotation = rope(t[None], h[None], w[None], head_dim, states)
     transfers = Transfers(states, device)
     kept: list[KeyValue] = []
     for i, block in enumerate(on_device(model.blocks, device)):
@@ -276,17 +295,18 @@ def proxy_context(
         keys, values = (torch.empty_like(x).unflatten(-1, (model.config.num_attention_heads, -1)) for _ in range(2))
 
         def fetch(windows: Windows, x: torch.Tensor = x) -> tuple[torch.Tensor, ...]:
-            index = windows.indices(grid).to(states)
-            wt, wh, ww = windows.axes()
+            index = _in_each(windows.indices(grid), grid.tokens, count).to(states)
+            wt, wh, ww = (at.repeat(count, 1) for at in windows.axes())
             return index, transfers.rows(x, index), rope(wt * time_ratio, wh, ww, head_dim, device)
 
         with transfers.begun():
             groups = block_layout(i, window_cycle([window]), grid)
-            chunks = chain.from_iterable(g.split(max(1, PART // math.prod(g.shape))) for g in groups)
+            chunks = chain.from_iterable(g.split(max(1, PART // (count * math.prod(g.shape)))) for g in groups)
             for index, part, rotation in transfers.ahead(chunks, fetch):
-                made = kernels.run(model, block, part, modulations, rotation, text.keys_values[i], text.bias, None)
+                keys_values, bias = text.of_windows(i, len(index), count)
+                made = kernels.run(model, block, part, modulations, rotation, keys_values, bias, None)
                 transfers.put(index, *zip((out, keys, values), made, strict=True))
-        kept.append((rotate(keys[None], detail_rotation[None])[0], values))
+        kept.append((rotate(keys.unflatten(0, (count, -1)), detail_rotation).flatten(0, 1), values))
         x = out
     return ProxyContext(grid, ratio, time_ratio, margin, kept)
 
@@ -295,7 +315,7 @@ def detail_forward(
     model: WanTransformer3DModel,
     tokens: torch.Tensor,
     grid: Grid,
-    timestep: float,
+    timestep: float | torch.Tensor,
     text: TextContext,
     proxy: ProxyContext | None,
     layouts: Sequence[Layout],
@@ -308,6 +328,7 @@ def detail_forward(
 ) -> torch.Tensor:
     """Velocity (L, P) of the detail `tokens` (L, P), on their device: a block is a map over windows.
 
+    Of several samples (m, L, P) it takes the m timesteps, prompts and proxies, and `chunk` windows of all together.
     `phase` is where the blocks' cycle of `layouts` begins, `origin` places the grid in the whole video when it is
     only a region of it, `states` is where the hidden state lives (by default where the model computes).
 
@@ -316,29 +337,33 @@ def detail_forward(
     """
     head_dim, device = model.config.attention_head_dim, compute_device(model)
     states = states or device
-    temb, modulations = modulation(model, torch.tensor([timestep]))
-    hidden = embed_parts(model, tokens, states)
+    temb, modulations = modulation(model, torch.as_tensor(timestep).reshape(-1))
+    count = tokens[..., 0].numel() // grid.tokens
+    hidden = embed_parts(model, tokens.flatten(0, -2), states)
     transfers = Transfers(states, device)
     for i, block in enumerate(on_device(model.blocks, device)):
         out = torch.empty_like(hidden) if torch.is_grad_enabled() else hidden
 
         def fetch(windows: Windows, i: int = i, hidden: torch.Tensor = hidden) -> tuple[Any, ...]:
-            index, placed = windows.indices(grid).to(states), windows.moved(origin)
+            index, placed = _in_each(windows.indices(grid), grid.tokens, count).to(states), windows.moved(origin)
             guide = proxy.aligned(i, placed, transfers) if proxy else None
-            return index, transfers.rows(hidden, index), rope(*placed.axes(), head_dim, device), guide
+            t, h, w = (at.repeat(count, 1) for at in placed.axes())
+            return index, transfers.rows(hidden, index), rope(t, h, w, head_dim, device), guide
 
         with transfers.begun():
-            chunks = chain.from_iterable(group.split(chunk) for group in block_layout(i, layouts, grid, phase))
+            groups = block_layout(i, layouts, grid, phase)
+            chunks = chain.from_iterable(group.split(max(1, chunk // count)) for group in groups)
             for index, part, rotation, guide in transfers.ahead(chunks, fetch):
-                made, _, _ = kernels.run(
-                    model, block, part, modulations, rotation, text.keys_values[i], text.bias, guide
-                )
+                keys_values, bias = text.of_windows(i, len(index), count)
+                modulated = _of_windows(modulations, len(index), count)
+                made, _, _ = kernels.run(model, block, part, modulated, rotation, keys_values, bias, guide)
                 transfers.put(index, (out, made))
         hidden = out
         if on_block:
             on_block()
-    velocity = torch.empty_like(tokens)
-    for first in range(0, len(tokens), PART):
-        part = hidden[first : first + PART]
-        velocity[first : first + PART] = predict(model, part[None].to(device), temb)[0].to(tokens)
-    return velocity
+    velocity, hidden = tokens.new_empty(count, grid.tokens, tokens.shape[-1]), hidden.unflatten(0, (count, -1))
+    together = max(1, PART // count)
+    for first in range(0, grid.tokens, together):
+        part = hidden[:, first : first + together].to(device)
+        velocity[:, first : first + together] = predict(model, part, temb).to(tokens)
+    return velocity.view_as(tokens)

@@ -57,7 +57,7 @@ def clip_loss(
     shift: float,
 ) -> torch.Tensor:
     """Flow-matching loss of stage 1 on latents of one shape: predict noise - latents."""
-    clean = torch.stack([patchify(s, PATCH) for s in samples])
+    clean = _patchified(torch.stack(samples))
     noise = torch.randn(clean.shape, generator=generator)
     sigma = torch.tensor([draw_sigma(generator, shift) for _ in samples])
     noisy = torch.lerp(clean, noise, sigma.view(-1, 1, 1))
@@ -69,59 +69,66 @@ def clip_loss(
 def detail_loss(
     model: WanTransformer3DModel,
     proxy_model: WanTransformer3DModel,
-    sample: dict,
-    prompt: torch.Tensor,
+    samples: Sequence[dict],
+    prompts: list[torch.Tensor],
     rng: random.Random,
     generator: torch.Generator,
     detail: Detail,
     proxy_time_ratio: int,
 ) -> torch.Tensor:
-    """Loss of stage 2 on one crop with its aligned proxy, as the first detail level meets them or as an upper one does:
-    either where the sample has both proxies.
+    """Loss of stage 2 on crops of one kind (`by_kind`) with their aligned proxies, as the first detail level meets them
+    or as an upper one does: either where they have both proxies.
 
     The level's path is straight from where its sampling starts, the proxy made as large and noised to the level's
     strength, to the truth (as from degraded videos in FlashVideo, arXiv 2502.05179): what upsampling adds, such as an
     object that is in two places at once, is there to be taken away. At strength 1 that is plain flow matching.
     """
     levels = ((detail.first, proxy_time_ratio), (detail.upper, 1))
-    level, time_ratio = rng.choice([(level, r) for level, r in levels if f"proxy_{r}" in sample])
-    latents, ratio = sample["latents"].float(), Fraction(sample["ratio"])
-    worn = f"worn_{time_ratio}"
-    proxy = sample[worn if worn in sample and rng.random() < WORN else f"proxy_{time_ratio}"].float()
+    level, time_ratio = rng.choice([(level, r) for level, r in levels if f"proxy_{r}" in samples[0]])
+    names = f"proxy_{time_ratio}", f"worn_{time_ratio}", f"enlarged_{time_ratio}"
+    latents, ratio = torch.stack([s["latents"].float() for s in samples]), Fraction(samples[0]["ratio"])
+    proxies = torch.stack([s[names[names[1] in s and rng.random() < WORN]].float() for s in samples])
     noise = torch.randn(latents.shape, generator=generator)
-    proxy = torch.lerp(proxy, torch.randn(proxy.shape, generator=generator), rng.random() * PROXY_NOISE)
+    strengths = torch.tensor([rng.random() * PROXY_NOISE for _ in samples]).view(-1, 1, 1, 1, 1)
+    proxies = torch.lerp(proxies, torch.randn(proxies.shape, generator=generator), strengths)
     keep_proxy = rng.random() >= PROXY_DROP
     strength, context, start = 1.0, None, noise
     if keep_proxy or proxy_model is not model:  # an adapter of the proxy stream alone has nothing to learn without
         strength = level.strength
-        enlarged = sample.get(f"enlarged_{time_ratio}") if level.upsample == "pixels" else None
-        low = upsample(proxy, ratio, time_ratio, _box(latents)) if enlarged is None else enlarged.float()
+        if level.upsample == "pixels" and names[2] in samples[0]:
+            low = torch.stack([s[names[2]].float() for s in samples])
+        else:
+            low = torch.stack([upsample(p, ratio, time_ratio, _box(latents[0])) for p in proxies])
         start = torch.lerp(low, noise, strength)
         context = proxy_context(
             proxy_model,
-            patchify(proxy, PATCH),
-            grid_of(proxy),
-            text_context(proxy_model, [prompt], TEXT_LENGTH),
+            _patchified(proxies),
+            grid_of(proxies[0]),
+            text_context(proxy_model, prompts, TEXT_LENGTH),
             ratio,
             time_ratio,
             detail.margin,
             detail.proxy_window,
             detail.proxy_centre,
         )
-    sigma = draw_sigma(generator, detail.flow_shift, strength)
-    clean, start = patchify(latents, PATCH), patchify(start, PATCH)
+    sigma = torch.tensor([draw_sigma(generator, detail.flow_shift, strength) for _ in samples])
+    clean, begun = _patchified(latents), _patchified(start)
     out = detail_forward(
         model,
-        torch.lerp(clean, start, sigma / strength),
-        grid_of(latents),
-        int(sigma * 1000),
-        text_context(model, [prompt], TEXT_LENGTH),
+        torch.lerp(clean, begun, (sigma / strength).view(-1, 1, 1)),
+        grid_of(latents[0]),
+        (sigma * 1000).floor(),
+        text_context(model, prompts, TEXT_LENGTH),
         context,
         detail.layouts,
-        chunk=64,
+        chunk=64 * len(samples),
         phase=rng.randrange(len(detail.layouts)),
     )
-    return (out - (start - clean) / strength).square().mean()
+    return (out - (begun - clean) / strength).square().mean()
+
+
+def _patchified(latents: torch.Tensor) -> torch.Tensor:
+    return torch.stack([patchify(each, PATCH) for each in latents])
 
 
 def _box(latents: torch.Tensor) -> tuple[range, range, range]:
@@ -149,21 +156,33 @@ def draw_batch(groups: list[list[dict]], rng: random.Random, tokens: int) -> tup
     return picked, [s["latents"][:, :length].float() for s in picked]
 
 
-def draw_crops(data: list[dict], rng: random.Random, time_ratio: int) -> list[dict]:
-    """Crops of stage 2 of one length, together at most half as long as the longest or just one, and their proxies.
+def by_kind(data: list[dict]) -> list[list[dict]]:
+    """Crops of stage 2 in groups of one shape and ratio that have the same proxies, so that they can share a batch."""
+    groups: dict[str, list[dict]] = {}
+    for sample in data:
+        used = sorted(name for name in sample if name.split("_")[0] in ("latents", "proxy", "worn", "enlarged"))
+        groups.setdefault(f"{sample['ratio']} {[(name, *sample[name].shape) for name in used]}", []).append(sample)
+    return [groups[kind] for kind in sorted(groups)]
+
+
+def draw_crops(groups: list[list[dict]], rng: random.Random, time_ratio: int, tokens: int = 0) -> list[dict]:
+    """Crops of one kind, drawn by how many are of it, and of one length, with proxies as long: of about `tokens` tokens
+    in all, or as many as the largest one has.
 
     Every length that the proxy can have is as likely, a still too: several stills show more than a clip of their cost.
     """
-    longest = max(s["latents"].shape[1] for s in data)
-    length = rng.choice(range(1, longest + 1, time_ratio))
-    long_enough = [s for s in data if s["latents"].shape[1] >= length]
+    grids = [grid_of(group[0]["latents"]) for group in groups]
+    length = rng.choice(range(1, max(grid.t for grid in grids) + 1, time_ratio))
+    long_enough = [(group, grid) for group, grid in zip(groups, grids, strict=True) if grid.t >= length]
+    group, grid = rng.choices(long_enough, [len(group) for group, _ in long_enough])[0]
     sparse = (length - 1) // time_ratio + 1
     lengths = {"latents": length, "enlarged_1": length, f"enlarged_{time_ratio}": length} | {
         f"{kind}_{r}": n for kind in ("proxy", "worn") for r, n in ((1, length), (time_ratio, sparse))
     }
+    together = max(tokens, *(grid.tokens for grid in grids), 0) // (length * grid.h * grid.w)
     return [
         picked | {name: picked[name][:, :n] for name, n in lengths.items() if name in picked}
-        for picked in rng.choices(long_enough, k=max(1, round(longest / length / 2)))
+        for picked in rng.choices(group, k=max(1, together))
     ]
 
 
@@ -227,18 +246,22 @@ def train_detail(
     on_step: Callable[[int], None] = lambda done: None,
     training: Training = MUON,
     show: Callable[[int], None] = lambda step: None,
+    tokens: int = 0,
 ) -> None:
-    """Stage 2 training of `proxy_model`, which is `model` itself where the adapter acts on both streams."""
+    """Stage 2 training of `proxy_model`, which is `model` itself where the adapter acts on both streams.
 
-    def loss_of(sample: dict, prompt: torch.Tensor, rng: random.Random, generator: torch.Generator) -> torch.Tensor:
-        return detail_loss(model, proxy_model, sample, prompt, rng, generator, detail, time_ratio)
+    A step sees `accumulate` batches of about `tokens` tokens, or of as many as the largest crop holds.
+    """
+    groups = by_kind(data)
 
     def loss_at(step: int, rng: random.Random, generator: torch.Generator) -> torch.Tensor:
-        crops = draw_crops(data, rng, time_ratio)
-        return torch.stack([loss_of(s, pick_prompt(s, embed, rng), rng, generator) for s in crops]).mean()
+        crops = draw_crops(groups, rng, time_ratio, tokens)
+        prompts = [pick_prompt(s, embed, rng) for s in crops]
+        return detail_loss(model, proxy_model, crops, prompts, rng, generator, detail, time_ratio)
 
     def held_out_loss(sample: dict, rng: random.Random, generator: torch.Generator) -> torch.Tensor:
-        return loss_of(sample, embed(sample["caption"]), rng, generator)
+        prompts = [embed(sample["caption"])]
+        return detail_loss(model, proxy_model, [sample], prompts, rng, generator, detail, time_ratio)
 
     validate = validation(held_out, held_out_loss)
     run(proxy_model, folder, steps, lr, seed, loss_at, accumulate, validate, on_step, training, show)

@@ -112,6 +112,24 @@ def test_one_window_without_proxy_equals_diffusers(transformer, latents, text, p
     torch.testing.assert_close(unpatchify(out, GRID, 2), expected, atol=1e-5, rtol=0)
 
 
+@pytest.mark.parametrize("chunk", [1, 5, 64])
+def test_several_samples_together_are_what_they_are_alone(transformer, prompt, chunk):
+    """Each with its own timestep, prompt and proxy."""
+    generator, below = torch.Generator().manual_seed(0), Grid(2, 2, 3)
+    tokens, proxies = (torch.randn(3, g.tokens, 16, generator=generator) for g in (GRID, below))
+    prompts, times = [prompt, prompt[:2], prompt.flip(0)], torch.tensor([700, 31, 400])
+    more = Fraction(3), 4, (0, 1, 1), (1, 2, 2)
+
+    def velocity(i):
+        text = text_context(transformer, prompts[i], 512)
+        proxy = proxy_context(transformer, proxies[i], below, text, *more)
+        return detail_forward(transformer, tokens[i], GRID, times[i], text, proxy, LAYOUTS, chunk)
+
+    together = velocity(slice(None))
+    for i in range(3):
+        torch.testing.assert_close(together[i], velocity(slice(i, i + 1))[0], atol=1e-5, rtol=0)
+
+
 @pytest.mark.parametrize("chunk", [1, 2, 5, 64])
 def test_any_chunk_size_gives_the_same(transformer, latents, text, chunk):
     proxy = proxy_of(transformer, text)

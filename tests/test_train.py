@@ -64,12 +64,13 @@ def test_training_learns(tmp_path):
 
 def test_crops_of_a_draw_have_one_length_and_proxies_as_long():
     still = {"latents": torch.zeros(4, 1, 8, 8), "proxy_1": torch.zeros(4, 1, 2, 2), "proxy_4": torch.zeros(4, 1, 2, 2)}
-    data = [still | {"caption": "still"} for _ in range(4)] + details()
+    data = [still | {"caption": "still", "ratio": "4"} for _ in range(4)] + details()
     seen = {}
     for seed in range(40):
-        drawn = train.draw_crops(data, random.Random(seed), 4)
+        drawn = train.draw_crops(train.by_kind(data), random.Random(seed), 4)
         (length,) = {s["latents"].shape[1] for s in drawn}
-        assert len(drawn) == {1: 2, 5: 1}[length]
+        assert len(drawn) == 5 // length and len({s["caption"] for s in drawn}) == 1
+        assert len(train.draw_crops(train.by_kind(data), random.Random(seed), 4, tokens=160)) == 10 // length
         assert all(s["proxy_1"].shape[1] == length and s["proxy_4"].shape[1] == (length + 3) // 4 for s in drawn)
         seen.setdefault(length, set()).update(s["caption"] for s in drawn)
     assert seen == {1: {"still", "x"}, 5: {"x"}}  # a clip's first latent frame is a still
@@ -83,13 +84,15 @@ def test_detail_learns_the_way_from_the_upsampled_proxy_to_the_truth(monkeypatch
 
     def pointing_at_the_truth(_, x, grid, timestep, text, proxy, *rest, **named):
         seen.append((x, timestep / 1000, proxy))
-        return (x - clean) / (timestep / 1000)
+        return (x - clean) / (timestep / 1000).view(-1, 1, 1)
 
     monkeypatch.setattr(train, "detail_forward", pointing_at_the_truth)
     monkeypatch.setattr(train, "PROXY_NOISE", 0.0)
     bare, rng, generator = model(), random.Random(seed), torch.Generator().manual_seed(seed)
-    assert train.detail_loss(bare, bare, sample, embed("x"), rng, generator, DETAIL, 4) < 1e-8
-    [(x, sigma, proxy)] = seen
+    assert train.detail_loss(bare, bare, [sample] * 2, [embed("x")] * 2, rng, generator, DETAIL, 4) < 1e-8
+    [(both, sigmas, proxy)] = seen
+    assert not both[0].equal(both[1]), "each has its own noise"
+    x, sigma = both[1], sigmas[1].item()
     if proxy is None:  # dropped, then there is nothing to start from but noise
         noise = (x - (1 - sigma) * clean) / sigma
     else:
@@ -115,7 +118,7 @@ def test_a_level_that_starts_from_pixels_learns_the_way_from_there(monkeypatch):
     bare = model()
     for kind in ("latents", "pixels"):
         detail = replace(DETAIL, first=replace(DETAIL.first, upsample=kind, strength=0.5))
-        train.detail_loss(bare, bare, sample, embed("x"), random.Random(0), torch.Generator(), detail, 4)
+        train.detail_loss(bare, bare, [sample], [embed("x")], random.Random(0), torch.Generator(), detail, 4)
     assert abs(seen[0]) < 0.3 and 1.2 < seen[1] < 1.8  # half of 3, and noise
 
 
@@ -130,7 +133,7 @@ def test_a_sample_trains_the_levels_that_it_has_a_proxy_for(monkeypatch, time_ra
     )
     bare = model()
     for seed in range(8):
-        train.detail_loss(bare, bare, sample, embed("x"), random.Random(seed), torch.Generator(), DETAIL, 4)
+        train.detail_loss(bare, bare, [sample], [embed("x")], random.Random(seed), torch.Generator(), DETAIL, 4)
     assert seen == {time_ratio}
 
 

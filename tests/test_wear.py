@@ -102,5 +102,5 @@ def test_half_of_the_draws_of_stage_2_see_the_worn_proxy(monkeypatch):
 
     bare = model()
     for seed in range(60):
-        train.detail_loss(bare, bare, sample, embed("x"), random.Random(seed), torch.Generator(), DETAIL, 4)
+        train.detail_loss(bare, bare, [sample], [embed("x")], random.Random(seed), torch.Generator(), DETAIL, 4)
     assert 0.3 < sum(seen) / len(seen) < 0.7
