@@ -43,7 +43,7 @@ def folder_of(work: Path, vae_hash: str) -> Path:
     recipe = {
         "grids": [FRAME_GRIDS, PROXY_GRIDS],
         "frames": [CLIP_FRAMES, PROXY_FRAMES],
-        "draws": [HASTE, CLOSE_UPS],
+        "draws": [HASTE, CLOSE_UPS, world.SHAPE_SHARES, world.GROUND_SHARES, "near"],
         "crops": [DETAIL_TOKENS, DETAIL_RATIOS],
     }
     return work / f"data-{vae_hash}-{artefact_hash(recipe)[:8]}"
@@ -51,15 +51,15 @@ def folder_of(work: Path, vae_hash: str) -> Path:
 
 def whole_frame(
     rng: random.Random, grid: tuple[int, int], frames: int, fps: int, haste: float = 1.0
-) -> tuple[torch.Tensor, str]:
-    """A clip of a whole scene, (3, frames, H, W), with its caption; an object that would leave starts further back."""
+) -> tuple[world.Scene, torch.Tensor, str]:
+    """A scene, the times of its frames and its caption; an object that would leave starts further back."""
     h, w = grid
     seconds = (frames - 1) / fps
     horizon = max(seconds, rng.uniform(4.0, 12.0) / haste)
     scene = world.sample_scene(rng, w / h, horizon, haste=haste)
     start = rng.uniform(0.0, horizon - seconds)
     times = start + torch.arange(frames) / fps
-    return world.render(scene, times, h * TOKEN, w * TOKEN), world.caption(scene, rng)
+    return scene, times, world.caption(scene, rng)
 
 
 def close_up(rng: random.Random, pixels: int, seconds: float, lowest: float) -> tuple[world.Scene, tuple, float]:
@@ -106,40 +106,49 @@ def seen_whole(
 
 def sample(
     kind: str, rng: random.Random, grid: tuple[int, int], ratio: Fraction
-) -> tuple[dict[str, torch.Tensor], dict]:
-    """Pixels of one training sample by name, and its caption; of a crop also its ratio and, in tokens of the whole
-    frame's proxy, where it lies (`at`: y, x). Crops are square, whatever the grid."""
+) -> tuple[dict[str, torch.Tensor], torch.Tensor, dict]:
+    """Pixels of one training sample by name, where its object is (`near`), and its caption; of a crop also its ratio
+    and, in tokens of the whole frame's proxy, where it lies (`at`: y, x). Crops are square, whatever the grid."""
     if kind == "proxy":
-        pixels, text = whole_frame(rng, grid, PROXY_FRAMES, FPS // 4)
-        return {"latents": pixels}, {"caption": text}
+        scene, times, text = whole_frame(rng, grid, PROXY_FRAMES, FPS // 4)
+        return {"latents": _seen(scene, times, grid)}, near(scene, times, grid), {"caption": text}
     if kind in ("image", "clip"):
-        frames = 1 if kind == "image" else CLIP_FRAMES
+        frames, window = 1 if kind == "image" else CLIP_FRAMES, None
         if rng.random() >= CLOSE_UPS:
-            pixels, text = whole_frame(rng, grid, frames, FPS, haste=HASTE ** rng.random())
-            return {"latents": pixels}, {"caption": text}
-        h, w = grid
-        scene, window, start = close_up(rng, h * TOKEN, (frames - 1) / FPS, h * TOKEN * 1.3)
-        times = start + torch.arange(frames) / FPS
-        pixels = world.render(scene, times, h * TOKEN, w * TOKEN, window)
-        return {"latents": pixels}, {"caption": world.caption(scene, rng)}
-    size, frames = DETAIL_TOKENS * TOKEN, 1 if kind.endswith("_still") else CLIP_FRAMES
+            scene, times, text = whole_frame(rng, grid, frames, FPS, haste=HASTE ** rng.random())
+        else:
+            scene, window, start = close_up(rng, grid[0] * TOKEN, (frames - 1) / FPS, grid[0] * TOKEN * 1.3)
+            times, text = start + torch.arange(frames) / FPS, world.caption(scene, rng)
+        return {"latents": _seen(scene, times, grid, window)}, near(scene, times, grid, window), {"caption": text}
+    crop, frames = (DETAIL_TOKENS, DETAIL_TOKENS), 1 if kind.endswith("_still") else CLIP_FRAMES
     if kind.startswith("first"):
-        h, w = grid
         scene, (y, x), start = seen_whole(rng, grid, ratio, (frames - 1) / FPS)
         times = start + torch.arange(frames) / FPS
-        window = (x / h, y / h, DETAIL_TOKENS / float(ratio) / h)
-        pixels_by_name = {
-            "latents": world.render(scene, times, size, size, window),
-            "whole_4": world.render(scene, times[::4], h * TOKEN, w * TOKEN),
-        }
-        return pixels_by_name, {"caption": world.caption(scene, rng), "ratio": str(ratio), "at": [y, x]}
-    scene, window, start = close_up(rng, size, 9.0, size)
-    times, small = start + torch.arange(frames) / FPS, int(size / ratio)
-    pixels_by_name = {
-        "latents": world.render(scene, times, size, size, window),
+        window = (x / grid[0], y / grid[0], DETAIL_TOKENS / float(ratio) / grid[0])
+        pixels = {"latents": _seen(scene, times, crop, window), "whole_4": _seen(scene, times[::4], grid)}
+        info = {"caption": world.caption(scene, rng), "ratio": str(ratio), "at": [y, x]}
+        return pixels, near(scene, times, crop, window), info
+    scene, window, start = close_up(rng, DETAIL_TOKENS * TOKEN, 9.0, DETAIL_TOKENS * TOKEN)
+    times, small = start + torch.arange(frames) / FPS, int(DETAIL_TOKENS * TOKEN / ratio)
+    pixels = {
+        "latents": _seen(scene, times, crop, window),
         "proxy_1": world.render(scene, times, small, small, window),
     }
-    return pixels_by_name, {"caption": world.caption(scene, rng), "ratio": str(ratio)}
+    return pixels, near(scene, times, crop, window), {"caption": world.caption(scene, rng), "ratio": str(ratio)}
+
+
+def _seen(
+    scene: world.Scene, times: torch.Tensor, grid: tuple[int, int], window: tuple[float, float, float] | None = None
+) -> torch.Tensor:
+    return world.render(scene, times, grid[0] * TOKEN, grid[1] * TOKEN, window)
+
+
+def near(
+    scene: world.Scene, times: torch.Tensor, grid: tuple[int, int], window: tuple[float, float, float] | None = None
+) -> torch.Tensor:
+    """Which tokens the object touches in any frame of a latent one, (1, T, h, w) bool; times are 4k + 1."""
+    touched = world.near_object(scene, times, *grid, window)
+    return torch.cat((touched[:1], touched[1:].unflatten(0, (-1, 4)).any(1)))[None]
 
 
 def build(kind: str, count: int, folder: Path, vae: AutoencoderKLWan, seed: int = 0) -> None:
@@ -165,9 +174,12 @@ def build(kind: str, count: int, folder: Path, vae: AutoencoderKLWan, seed: int 
         together = ENCODED_TOGETHER[kind]
         for group in (numbers[i : i + together] for i in range(0, len(numbers), together)):
             made = [sample(kind, random.Random(f"{seed}/{kind}/{i}"), grid, ratio) for i in group]
-            infos += [info for _, info in made]
+            infos += [info for *_, info in made]
+            tensors |= {
+                f"{i - first}.near": where.to(torch.uint8) for i, (_, where, _) in zip(group, made, strict=True)
+            }
             for name in made[0][0]:
-                pixels = torch.stack([by_name[name] for by_name, _ in made])
+                pixels = torch.stack([by_name[name] for by_name, *_ in made])
                 with cpu_autocast():
                     latents = encode_clips(vae, pixels)
                 tensors |= {f"{i - first}.{name}": x.half().clone() for i, x in zip(group, latents, strict=True)}
@@ -178,8 +190,8 @@ def build(kind: str, count: int, folder: Path, vae: AutoencoderKLWan, seed: int 
 
 
 def load(kind: str, folder: Path) -> list[dict]:
-    """All samples of a kind: `caption`, latents fp16 by name, and what else `sample` told; `proxy_4` is cut from the
-    whole frame's."""
+    """All samples of a kind: `caption`, latents fp16 by name, `near` uint8, and what else `sample` told; `proxy_4` is
+    cut from the whole frame's."""
     result = []
     for path in sorted(folder.glob(f"{kind}-*.safetensors")):
         with safe_open(path, "pt") as file:

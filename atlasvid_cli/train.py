@@ -26,6 +26,7 @@ TEXT_LENGTH = 512
 PATCH = 2
 PROXY_DROP, TEXT_DROP = 0.05, 0.1  # DESIGN §4, so that guidance can act on either
 PROXY_NOISE = 0.25  # the largest sigma that the proxy is noised with, so that an imperfect one still guides
+OBJECT_WEIGHT = 2.0  # more that an error near the object counts, where a sample tells where that is
 WORN = 0.5  # how often the proxy is a worn one, where the sample has one (`wear`)
 LORA_TARGETS = ["to_q", "to_k", "to_v", "to_out.0", "ffn.net.0.proj", "ffn.net.2"]
 
@@ -55,15 +56,29 @@ def clip_loss(
     generator: torch.Generator,
     time_ratio: int,
     shift: float,
+    near: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """Flow-matching loss of stage 1 on latents of one shape: predict noise - latents."""
+    """Flow-matching loss of stage 1 on latents of one shape: predict noise - latents. `near`: see `_weighted`."""
     clean = _patchified(torch.stack(samples))
     noise = torch.randn(clean.shape, generator=generator)
     sigma = torch.tensor([draw_sigma(generator, shift) for _ in samples])
     noisy = torch.lerp(clean, noise, sigma.view(-1, 1, 1))
     text = text_context(model, prompts, TEXT_LENGTH)
     out = clip_forward(model, noisy, grid_of(samples[0]), (sigma * 1000).floor(), text, time_ratio)
-    return (out - (noise - clean)).square().mean()
+    return _weighted((out - (noise - clean)).square(), near)
+
+
+def _weighted(errors: torch.Tensor, near: torch.Tensor | None) -> torch.Tensor:
+    """The mean of errors (n, L, P) of tokens, those of the tokens `near` (n, 1, T, h, w) an object counting more."""
+    weights = torch.ones(errors.shape[:2]) if near is None else 1 + OBJECT_WEIGHT * near.flatten(1)
+    return (errors.mean(-1) * weights).sum() / weights.sum()
+
+
+def _near(samples: Sequence[dict], length: int) -> torch.Tensor | None:
+    """Of the first latent frames of samples, what their data tells (`dataset.near`), or None."""
+    if any("near" not in s for s in samples):
+        return None
+    return torch.stack([s["near"][:, :length].float() for s in samples])
 
 
 def detail_loss(
@@ -124,7 +139,7 @@ def detail_loss(
         chunk=64 * len(samples),
         phase=rng.randrange(len(detail.layouts)),
     )
-    return (out - (begun - clean) / strength).square().mean()
+    return _weighted((out - (begun - clean) / strength).square(), _near(samples, latents.shape[2]))
 
 
 def _patchified(latents: torch.Tensor) -> torch.Tensor:
@@ -219,12 +234,13 @@ def train_clips(
         still = rng.random() < stills[0] + (stills[1] - stills[0]) * step / steps
         picked, latents = draw_batch(stills_by_shape if still else clips_by_shape, rng, tokens)
         prompts = [pick_prompt(s, embed, rng) for s in picked]
-        return clip_loss(model, latents, prompts, generator, time_ratio, shift_of(latents[0].shape[1]))
+        length = latents[0].shape[1]
+        return clip_loss(model, latents, prompts, generator, time_ratio, shift_of(length), _near(picked, length))
 
     def held_out_loss(sample: dict, rng: random.Random, generator: torch.Generator) -> torch.Tensor:
-        latents = sample["latents"].float()
-        shift = shift_of(latents.shape[1])
-        return clip_loss(model, [latents], [embed(sample["caption"])], generator, time_ratio, shift)
+        latents, prompts = sample["latents"].float(), [embed(sample["caption"])]
+        length = latents.shape[1]
+        return clip_loss(model, [latents], prompts, generator, time_ratio, shift_of(length), _near([sample], length))
 
     validate = validation(held_out, held_out_loss)
     run(model, folder, steps, lr, seed, loss_at, accumulate, validate, on_step, training, show)

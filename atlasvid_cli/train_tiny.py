@@ -17,7 +17,7 @@ import torch
 from diffusers import AutoencoderKLWan, UniPCMultistepScheduler, WanPipeline, WanTransformer3DModel
 from transformers import AutoTokenizer, UMT5EncoderModel
 
-from . import dataset, train, train_text, train_vae
+from . import dataset, train, train_text, train_vae, world
 from .checkpoint import save_folder
 from .encode import encode_clips
 from .presets import load_preset
@@ -90,7 +90,8 @@ def finish_vae(vae: AutoencoderKLWan, folder: Path) -> None:
     samples = []
     for i in range(15):
         rng = random.Random(f"statistics/{i}")
-        pixels = [dataset.whole_frame(rng, (5, 8), 9, dataset.FPS)[0] for _ in range(4)]
+        scenes = [dataset.whole_frame(rng, (5, 8), 9, dataset.FPS)[:2] for _ in range(4)]
+        pixels = [world.render(scene, times, 5 * dataset.TOKEN, 8 * dataset.TOKEN) for scene, times in scenes]
         samples.append(encode_clips(vae, torch.stack(pixels)).transpose(0, 1).flatten(1))
     values = torch.cat(samples, dim=1)
     spread = values.var(dim=1).mean().sqrt().item()

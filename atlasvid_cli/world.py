@@ -31,8 +31,11 @@ DIRECTIONS: dict[str, tuple[float, float]] = {
 }
 GROUNDS = ("checkerboard", "stripes", "hills", "gradient")
 HELD_OUT_FRACTION = 0.1
+# how often each is drawn for training, by how hard it is to draw well (docs/LOG.md); held-out ones all alike
+SHAPE_SHARES, GROUND_SHARES = (2, 2, 3, 4, 4), (1, 1, 2, 1)
 SPEED = (0.045, 0.055)  # frame extents a second along the direction, where the object then stays in frame
 LONGEST = 12.0  # seconds
+REACH = 0.9  # cells from a cell's middle to what it may touch: half a diagonal and a little
 
 
 @dataclass(frozen=True)
@@ -63,14 +66,18 @@ def is_held_out(attributes: tuple[str, ...]) -> bool:
 
 def sample_attributes(rng: random.Random, held_out: bool = False) -> tuple[str, str, str, str, str]:
     """A random (colour, shape, direction, ground colour, ground) from the training or the held-out combinations."""
+
+    def draw(values: tuple[str, ...], shares: tuple[int, ...]) -> str:
+        return rng.choice(values) if held_out else rng.choices(values, shares)[0]
+
     while True:
         colour, ground_colour = rng.sample(sorted(COLOURS), 2)
         attributes = (
             colour,
-            rng.choice(SHAPES),
+            draw(SHAPES, SHAPE_SHARES),
             rng.choice(sorted(DIRECTIONS)),
             ground_colour,
-            rng.choice(GROUNDS),
+            draw(GROUNDS, GROUND_SHARES),
         )
         if is_held_out(attributes) == held_out:
             return attributes
@@ -159,6 +166,23 @@ def render(
         cover = (0.5 - distance / pixel).clamp_(0.0, 1.0)
         frames.append(torch.lerp(ground, colour.expand_as(ground), cover))
     return torch.stack(frames, dim=1).mul_(2.0).sub_(1.0)
+
+
+def near_object(
+    scene: Scene,
+    times: torch.Tensor,
+    rows: int,
+    columns: int,
+    window: tuple[float, float, float] | None = None,
+) -> torch.Tensor:
+    """Which of `rows` x `columns` cells of the frame, or of `window`, the object's outline or inside may touch at each
+    time, (T, rows, columns) bool."""
+    x0, y0, shown = window or (0.0, 0.0, 1.0)
+    cell = shown / rows
+    y, x = (first + (torch.arange(n) + 0.5) * cell for first, n in ((y0, rows), (x0, columns)))
+    moved = scene.speed * times.view(-1, 1, 1)
+    cx, cy = (at + d * moved for at, d in zip(scene.start, DIRECTIONS[scene.direction], strict=True))
+    return shape_distance(scene.shape, x - cx, y[:, None] - cy, scene.size) < REACH * cell
 
 
 def ground_tones(colour: str) -> tuple[torch.Tensor, torch.Tensor]:

@@ -6,7 +6,7 @@ from fractions import Fraction
 import pytest
 import torch
 
-from atlasvid_cli import dataset, train_vae
+from atlasvid_cli import dataset, train_vae, world
 from tests.test_train_vae import CONFIG
 
 
@@ -38,7 +38,7 @@ def test_shards_are_made_once_and_have_one_shape(vae, tmp_path, monkeypatch):
 
 def test_a_crop_of_an_upper_level_comes_with_its_own_proxy(monkeypatch):
     monkeypatch.setattr(dataset, "DETAIL_TOKENS", 4)
-    pixels, info = dataset.sample("upper", random.Random(0), (5, 8), Fraction(2))
+    pixels, _, info = dataset.sample("upper", random.Random(0), (5, 8), Fraction(2))
     assert info["ratio"] == "2"
     assert pixels["latents"].shape == (3, 33, 128, 128) and pixels["proxy_1"].shape == (3, 33, 64, 64)
     # the proxy is the same scene, smaller
@@ -50,7 +50,7 @@ def test_a_crop_of_an_upper_level_comes_with_its_own_proxy(monkeypatch):
 def test_a_crop_of_the_first_level_is_a_part_of_the_whole_frames_proxy(ratio):
     touched = 0
     for seed in range(12):
-        pixels, info = dataset.sample("first_still", random.Random(seed), (7, 12), ratio)
+        pixels, _, info = dataset.sample("first_still", random.Random(seed), (7, 12), ratio)
         (y, x), side = info["at"], int(dataset.DETAIL_TOKENS / ratio)
         assert pixels["whole_4"].shape == (3, 1, 224, 384) and 0 <= y <= 7 - side and 0 <= x <= 12 - side
         part = pixels["whole_4"][:, :, 32 * y : 32 * (y + side), 32 * x : 32 * (x + side)]
@@ -71,3 +71,20 @@ def test_the_proxy_of_a_crop_is_cut_from_the_whole_frames_latents(vae, tmp_path,
         assert sample["whole_4"].shape[1:] == (1, 6, 10) and sample["latents"].shape[1:] == (1, 8, 8)
         assert torch.equal(sample["proxy_4"], sample["whole_4"][..., 2 * y : 2 * y + 4, 2 * x : 2 * x + 4])
         assert "proxy_1" not in sample
+
+
+def test_a_latent_frame_is_near_where_any_of_its_frames_is():
+    scene = world.sample_scene(random.Random(0), 1.6, 4.0, ("red", "ball", "right", "blue", "hills"), haste=4.0)
+    times, grid = torch.arange(9) / 4, (5, 8)
+    found = dataset.near(scene, times, grid)
+    frames = world.near_object(scene, times, *grid)
+    assert found.shape == (1, 3, 5, 8) and torch.equal(found[0, 0], frames[0])
+    assert torch.equal(found[0, 2], frames[5:].any(0)) and not torch.equal(found[0, 2], frames[8])
+
+
+@pytest.mark.parametrize("kind", ["proxy", "clip", "first", "upper"])
+def test_a_sample_tells_where_its_object_is(kind):
+    for seed in range(4):
+        pixels, near, _ = dataset.sample(kind, random.Random(seed), (5, 8), Fraction(3))
+        _, frames, height, width = pixels["latents"].shape
+        assert near.shape == (1, frames // 4 + 1, height // 32, width // 32) and near.dtype == torch.bool

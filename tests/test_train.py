@@ -76,6 +76,24 @@ def test_crops_of_a_draw_have_one_length_and_proxies_as_long():
     assert seen == {1: {"still", "x"}, 5: {"x"}}  # a clip's first latent frame is a still
 
 
+def test_errors_near_the_object_count_more_where_the_data_tells_where_it_is(monkeypatch):
+    [sample] = details()
+    near = torch.zeros(1, 5, 4, 4, dtype=torch.uint8)
+    near[:, :, :2] = 1
+    bare, losses = model(), []
+    wrong = torch.cat((torch.ones(8), torch.zeros(8))).repeat(5)[None, :, None]  # upper half of each latent frame
+
+    def forward(_, x, grid, timestep, *rest, **named):
+        truth = train._patchified(sample["latents"][None])
+        return (x - truth) / (timestep / 1000).view(-1, 1, 1) + wrong
+
+    monkeypatch.setattr(train, "detail_forward", forward)
+    for told in ({}, {"near": near}, {"near": 1 - near}):
+        rng, generator = random.Random(0), torch.Generator().manual_seed(0)
+        losses.append(train.detail_loss(bare, bare, [sample | told], [embed("x")], rng, generator, DETAIL, 4).item())
+    assert losses == pytest.approx([0.5, 0.75, 0.25], rel=1e-3)
+
+
 @pytest.mark.parametrize("seed", range(6))
 def test_detail_learns_the_way_from_the_upsampled_proxy_to_the_truth(monkeypatch, seed):
     """What the model is shown lies on that way, and a model that points at the truth makes no error."""

@@ -1,4 +1,5 @@
 import random
+from dataclasses import replace
 
 import pytest
 import torch
@@ -56,3 +57,24 @@ def test_captions_name_the_attributes():
     scene = world.sample_scene(rng, 1.6, 4.0)
     words = world.caption(scene).split()
     assert all(a in words for a in scene.attributes)
+
+
+@pytest.mark.parametrize("window", [None, (0.3, 0.1, 0.5)])
+@pytest.mark.parametrize("shape", world.SHAPES)
+def test_what_changes_with_the_objects_colour_is_near_it(shape, window):
+    scene = world.sample_scene(random.Random(5), 1.6, 4.0, ("red", shape, "left", "green", "hills"))
+    times, side = torch.tensor([0.0, 2.0]), 16
+    red, blue = (world.render(replace(scene, colour=c), times, 10 * side, 16 * side, window) for c in ("red", "blue"))
+    touched = F.max_pool2d((red - blue).abs().amax(0), side) > 0
+    near = world.near_object(scene, times, 10, 16, window)
+    assert touched.any() and not (touched & ~near).any()
+    assert (near & ~F.max_pool2d(touched.float(), 5, 1, 2).bool()).sum() == 0, "nor what is far from it"
+
+
+def test_what_is_hard_is_drawn_more_often_for_training_alone():
+    rng = random.Random(6)
+    shares = {}
+    for held_out in (False, True):
+        drawn = [world.sample_attributes(rng, held_out) for _ in range(600)]
+        shares[held_out] = sum(a[1] == "star" for a in drawn) / sum(a[1] == "ball" for a in drawn)
+    assert shares[False] > 1.5 > shares[True]
