@@ -56,12 +56,12 @@ def test_a_resumed_training_ends_with_the_same_weights(tmp_path, monkeypatch):
 
 
 def test_settled_latents_of_a_still_clip_are_nearly_still():
-    still = train_vae.batch(0, 0, 2, 32, 1).expand(-1, -1, 9, -1, -1)
+    still = train_vae.batch(0, 0, 8, 32, 1).expand(-1, -1, 9, -1, -1)
     vae = train_vae.build(CONFIG)
     settled, raw = train_vae.settled(vae, still), vae.encode(still).latent_dist.mean
     assert settled.shape == raw.shape
     moved, raw_moved = ((x - x[:, :, -1:]).square().mean() for x in (settled, raw))
-    assert moved < 0.1 * raw_moved
+    assert moved < 0.25 * raw_moved
 
 
 def test_a_teacher_draws_the_encoder_towards_settled_latents(tmp_path, monkeypatch):
