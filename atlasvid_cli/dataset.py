@@ -43,7 +43,8 @@ def folder_of(work: Path, vae_hash: str) -> Path:
     recipe = {
         "grids": [FRAME_GRIDS, PROXY_GRIDS],
         "frames": [CLIP_FRAMES, PROXY_FRAMES],
-        "draws": [HASTE, CLOSE_UPS, world.SHAPE_SHARES, world.GROUND_SHARES, "near"],
+        "draws": [HASTE, CLOSE_UPS, world.SHAPE_SHARES, world.GROUND_SHARES],
+        "told": ["near"],
         "crops": [DETAIL_TOKENS, DETAIL_RATIOS],
     }
     return work / f"data-{vae_hash}-{artefact_hash(recipe)[:8]}"

@@ -30,7 +30,7 @@ PART = 1 << 13  # tokens embedded or projected, or taken through the proxy strea
 @dataclass(frozen=True)
 class Kernels:
     """How blocks compute: the attention backend, a name of diffusers' dispatcher (None: PyTorch's own), and whether
-    what surrounds attention is compiled. One graph, of any size, serves all blocks and window shapes."""
+    what surrounds attention is compiled: one set of graphs serves all blocks and window shapes."""
 
     attention: str | None = None
     compiled: bool = False
@@ -38,7 +38,10 @@ class Kernels:
     def run(self, model: WanTransformer3DModel, *arguments: Any) -> tuple[torch.Tensor, ...]:
         """`block_forward`; in training with diffusers' `enable_gradient_checkpointing` it is computed again
         backwards."""
-        forward = block_of(self)
+        if self.compiled:
+            forward = _compiled_block(self.attention)
+        else:
+            forward = partial(block_forward, attend=partial(attend, backend=self.attention))
         if model.gradient_checkpointing and torch.is_grad_enabled():
             return checkpoint(forward, *arguments, use_reentrant=False)
         return forward(*arguments)
@@ -48,13 +51,10 @@ EAGER = Kernels()
 
 
 @cache
-def block_of(kernels: Kernels) -> Callable[..., tuple[torch.Tensor, ...]]:
-    """`block_forward` with these kernels."""
-    attention = partial(attend, backend=kernels.attention)
-    if not kernels.compiled:
-        return partial(block_forward, attend=attention)
+def _compiled_block(backend: str | None) -> Callable[..., tuple[torch.Tensor, ...]]:
     # attention stays as it is: its kernels are those of many packages, chosen by size
-    return partial(torch.compile(block_forward, dynamic=True), attend=torch.compiler.disable(attention))
+    attention = torch.compiler.disable(partial(attend, backend=backend))
+    return partial(torch.compile(block_forward, dynamic=True), attend=attention)
 
 
 @dataclass(frozen=True)
@@ -67,10 +67,10 @@ class TextContext:
     keys_values: list[KeyValue]
     bias: torch.Tensor
 
-    def of_windows(self, block: int, windows: int, count: int) -> tuple[KeyValue, torch.Tensor]:
-        """A block's keys and values, and the bias, for the windows of `count` samples in turn."""
-        keys, values = (_of_windows(x, windows, count) for x in self.keys_values[block])
-        return (keys, values), _of_windows(self.bias, windows, count)
+    def of_windows(self, block: int, total: int, count: int) -> tuple[KeyValue, torch.Tensor]:
+        """A block's keys and values, and the bias, for `total` windows, those of `count` samples in turn."""
+        keys, values = (_of_windows(x, total, count) for x in self.keys_values[block])
+        return (keys, values), _of_windows(self.bias, total, count)
 
 
 @dataclass(frozen=True)
@@ -99,9 +99,9 @@ def _in_each(index: torch.Tensor, size: int, count: int) -> torch.Tensor:
     return (index + size * torch.arange(count)[:, None, None]).flatten(0, 1)
 
 
-def _of_windows(x: torch.Tensor, windows: int, count: int) -> torch.Tensor:
-    """What `count` samples have each, (count, ...), or share, (1, ...), for all windows of each sample in turn."""
-    return x if len(x) == 1 else x.repeat_interleave(windows // count, 0)
+def _of_windows(x: torch.Tensor, total: int, count: int) -> torch.Tensor:
+    """What `count` samples have each, (count, ...), or share, (1, ...), for `total` windows, those of each in turn."""
+    return x if len(x) == 1 else x.repeat_interleave(total // count, 0)
 
 
 def text_context(model: WanTransformer3DModel, embeddings: list[torch.Tensor], length: int) -> TextContext:
@@ -140,8 +140,8 @@ def block_forward(
     rotation: torch.Tensor,
     text: KeyValue,
     text_bias: torch.Tensor,
-    proxy: KeyValue | None = None,
-    attend: Callable[..., torch.Tensor] = attend,
+    proxy: KeyValue | None,
+    attend: Callable[..., torch.Tensor],
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """A Wan block on x (n, L, D): each window attends to itself and, in the same softmax, to `proxy` (n, K, heads, d).
 
@@ -328,7 +328,8 @@ def detail_forward(
 ) -> torch.Tensor:
     """Velocity (L, P) of the detail `tokens` (L, P), on their device: a block is a map over windows.
 
-    Of several samples (m, L, P) it takes the m timesteps, prompts and proxies, and `chunk` windows of all together.
+    Of several samples (m, L, P) it takes the m timesteps, prompts and proxies; about `chunk` windows, of all together,
+    are computed at a time, and at least one of each.
     `phase` is where the blocks' cycle of `layouts` begins, `origin` places the grid in the whole video when it is
     only a region of it, `states` is where the hidden state lives (by default where the model computes).
 

@@ -41,7 +41,7 @@ Backend = Annotated[
     typer.Option("--attention-backend", help="flash, _flash_3_hub, sage, xformers ... [default: PyTorch's]."),
 ]
 Compile = Annotated[
-    bool, typer.Option("--compile", help="Compile the blocks first (torch.compile): for large models on a GPU.")
+    bool, typer.Option("--compile", help="Compile the blocks first (torch.compile): some 20 s, for long runs.")
 ]
 OffloadMode = Annotated[
     Literal["auto", "none", "block", "host"],

@@ -313,8 +313,8 @@ def _enlarged(
 def _save_latents(path: Path, latents: torch.Tensor, metadata: dict[str, str]) -> None:
     if not tensor_file.is_finite(latents):
         raise RenderError(
-            f"the {metadata['kind']} came out with values that are not finite; leave out --lora, or give another"
-            " --attention-backend or --weight-dtype"
+            f"the {metadata['kind']} came out with values that are not finite; leave out --lora or --compile, or give"
+            " another --attention-backend or --weight-dtype"
         )
     tensor_file.save_tensors(path, {"latents": latents}, metadata)
 

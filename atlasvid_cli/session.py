@@ -62,6 +62,8 @@ class Session:
         self.dtype = getattr(torch, compute_device().dtype)
         if kernels.attention:
             check_backend(kernels.attention, self.device, self.dtype)
+        if kernels.compiled and weight_dtype == "fp8":
+            raise UsageError("--compile has no gain with --weight-dtype fp8, whose casts split its graphs; take int8")
         if kernels.compiled:
             check_compiler(self.device)
         self._parts: dict[str, Any] = {}

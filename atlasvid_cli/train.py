@@ -26,7 +26,7 @@ TEXT_LENGTH = 512
 PATCH = 2
 PROXY_DROP, TEXT_DROP = 0.05, 0.1  # DESIGN §4, so that guidance can act on either
 PROXY_NOISE = 0.25  # the largest sigma that the proxy is noised with, so that an imperfect one still guides
-OBJECT_WEIGHT = 2.0  # more that an error near the object counts, where a sample tells where that is
+OBJECT_WEIGHT = 2.0  # added to the weight of tokens near the object, where a sample tells which those are
 WORN = 0.5  # how often the proxy is a worn one, where the sample has one (`wear`)
 LORA_TARGETS = ["to_q", "to_k", "to_v", "to_out.0", "ffn.net.0.proj", "ffn.net.2"]
 
@@ -59,17 +59,18 @@ def clip_loss(
     near: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """Flow-matching loss of stage 1 on latents of one shape: predict noise - latents. `near`: see `_weighted`."""
-    clean = _patchified(torch.stack(samples))
+    clean = patchified(torch.stack(samples))
     noise = torch.randn(clean.shape, generator=generator)
     sigma = torch.tensor([draw_sigma(generator, shift) for _ in samples])
     noisy = torch.lerp(clean, noise, sigma.view(-1, 1, 1))
     text = text_context(model, prompts, TEXT_LENGTH)
-    out = clip_forward(model, noisy, grid_of(samples[0]), (sigma * 1000).floor(), text, time_ratio)
+    out = clip_forward(model, noisy, grid_of(samples[0]), (sigma * 1000).round(), text, time_ratio)
     return _weighted((out - (noise - clean)).square(), near)
 
 
 def _weighted(errors: torch.Tensor, near: torch.Tensor | None) -> torch.Tensor:
-    """The mean of errors (n, L, P) of tokens, those of the tokens `near` (n, 1, T, h, w) an object counting more."""
+    """The mean of errors (n, L, P), those of tokens `near` (n, 1, T, h, w) the object counting more: in what is logged
+    and validated too."""
     weights = torch.ones(errors.shape[:2]) if near is None else 1 + OBJECT_WEIGHT * near.flatten(1)
     return (errors.mean(-1) * weights).sum() / weights.sum()
 
@@ -100,9 +101,9 @@ def detail_loss(
     """
     levels = ((detail.first, proxy_time_ratio), (detail.upper, 1))
     level, time_ratio = rng.choice([(level, r) for level, r in levels if f"proxy_{r}" in samples[0]])
-    names = f"proxy_{time_ratio}", f"worn_{time_ratio}", f"enlarged_{time_ratio}"
+    true, worn, enlarged = (f"{name}_{time_ratio}" for name in ("proxy", "worn", "enlarged"))
     latents, ratio = torch.stack([s["latents"].float() for s in samples]), Fraction(samples[0]["ratio"])
-    proxies = torch.stack([s[names[names[1] in s and rng.random() < WORN]].float() for s in samples])
+    proxies = torch.stack([s[worn if worn in s and rng.random() < WORN else true].float() for s in samples])
     noise = torch.randn(latents.shape, generator=generator)
     strengths = torch.tensor([rng.random() * PROXY_NOISE for _ in samples]).view(-1, 1, 1, 1, 1)
     proxies = torch.lerp(proxies, torch.randn(proxies.shape, generator=generator), strengths)
@@ -110,14 +111,14 @@ def detail_loss(
     strength, context, start = 1.0, None, noise
     if keep_proxy or proxy_model is not model:  # an adapter of the proxy stream alone has nothing to learn without
         strength = level.strength
-        if level.upsample == "pixels" and names[2] in samples[0]:
-            low = torch.stack([s[names[2]].float() for s in samples])
+        if level.upsample == "pixels" and enlarged in samples[0]:
+            low = torch.stack([s[enlarged].float() for s in samples])
         else:
             low = torch.stack([upsample(p, ratio, time_ratio, _box(latents[0])) for p in proxies])
         start = torch.lerp(low, noise, strength)
         context = proxy_context(
             proxy_model,
-            _patchified(proxies),
+            patchified(proxies),
             grid_of(proxies[0]),
             text_context(proxy_model, prompts, TEXT_LENGTH),
             ratio,
@@ -127,12 +128,12 @@ def detail_loss(
             detail.proxy_centre,
         )
     sigma = torch.tensor([draw_sigma(generator, detail.flow_shift, strength) for _ in samples])
-    clean, begun = _patchified(latents), _patchified(start)
+    clean, begun = patchified(latents), patchified(start)
     out = detail_forward(
         model,
         torch.lerp(clean, begun, (sigma / strength).view(-1, 1, 1)),
         grid_of(latents[0]),
-        (sigma * 1000).floor(),
+        (sigma * 1000).round(),
         text_context(model, prompts, TEXT_LENGTH),
         context,
         detail.layouts,
@@ -142,7 +143,8 @@ def detail_loss(
     return _weighted((out - (begun - clean) / strength).square(), _near(samples, latents.shape[2]))
 
 
-def _patchified(latents: torch.Tensor) -> torch.Tensor:
+def patchified(latents: torch.Tensor) -> torch.Tensor:
+    """Latents (n, C, T, H, W) -> tokens (n, L, P)."""
     return torch.stack([patchify(each, PATCH) for each in latents])
 
 
@@ -180,9 +182,9 @@ def by_kind(data: list[dict]) -> list[list[dict]]:
     return [groups[kind] for kind in sorted(groups)]
 
 
-def draw_crops(groups: list[list[dict]], rng: random.Random, time_ratio: int, tokens: int = 0) -> list[dict]:
-    """Crops of one kind, drawn by how many are of it, and of one length, with proxies as long: of about `tokens` tokens
-    in all, or as many as the largest one has.
+def draw_crops(groups: list[list[dict]], rng: random.Random, time_ratio: int) -> list[dict]:
+    """Crops of one kind, drawn by how many are of it, and of one length, with proxies as long: as many as hold half the
+    tokens of the largest one, and at least one.
 
     Every length that the proxy can have is as likely, a still too: several stills show more than a clip of their cost.
     """
@@ -194,10 +196,10 @@ def draw_crops(groups: list[list[dict]], rng: random.Random, time_ratio: int, to
     lengths = {"latents": length, "enlarged_1": length, f"enlarged_{time_ratio}": length} | {
         f"{kind}_{r}": n for kind in ("proxy", "worn") for r, n in ((1, length), (time_ratio, sparse))
     }
-    together = max(tokens, *(grid.tokens for grid in grids), 0) // (length * grid.h * grid.w)
+    together = max(1, max(grid.tokens for grid in grids) // (2 * length * grid.h * grid.w))
     return [
         picked | {name: picked[name][:, :n] for name, n in lengths.items() if name in picked}
-        for picked in rng.choices(group, k=max(1, together))
+        for picked in rng.sample(group, min(len(group), together))
     ]
 
 
@@ -262,16 +264,12 @@ def train_detail(
     on_step: Callable[[int], None] = lambda done: None,
     training: Training = MUON,
     show: Callable[[int], None] = lambda step: None,
-    tokens: int = 0,
 ) -> None:
-    """Stage 2 training of `proxy_model`, which is `model` itself where the adapter acts on both streams.
-
-    A step sees `accumulate` batches of about `tokens` tokens, or of as many as the largest crop holds.
-    """
+    """Stage 2 training of `proxy_model`, which is `model` itself where the adapter acts on both streams."""
     groups = by_kind(data)
 
     def loss_at(step: int, rng: random.Random, generator: torch.Generator) -> torch.Tensor:
-        crops = draw_crops(groups, rng, time_ratio, tokens)
+        crops = draw_crops(groups, rng, time_ratio)
         prompts = [pick_prompt(s, embed, rng) for s in crops]
         return detail_loss(model, proxy_model, crops, prompts, rng, generator, detail, time_ratio)
 

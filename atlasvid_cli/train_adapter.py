@@ -89,7 +89,7 @@ def make(session: Session, job: Job, console: Console) -> Path:
             "windows": [preset.detail.layouts, preset.detail.margin, preset.detail.proxy_window],
             "centre": preset.detail.proxy_centre,
             "job": [job.stage, job.steps, lr, job.rank, job.seed],
-            "training": [preset.training.optimizer, preset.training.ema],
+            "training": [preset.training.optimizer, preset.training.ema, train.OBJECT_WEIGHT],
             "samples": corpus.figures(session, job.stage),
             "data": [[group[0].get("clip"), group[0]["caption"]] for group in groups],
         }

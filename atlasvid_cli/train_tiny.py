@@ -145,7 +145,7 @@ def make(work: Path, out: Path) -> None:
         model = WanTransformer3DModel(**TRANSFORMER_CONFIG)
         images, clips = (dataset.load(kind, latents) for kind in ("image", "clip"))
         for i, (steps, lr, stills) in enumerate(BASE_CYCLES):
-            run = work / f"base-{model_hash(out, 'vae')}" / str(i)
+            run = work / f"base-{latents.name}" / str(i)
             train.train_clips(
                 model,
                 run,

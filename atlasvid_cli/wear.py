@@ -17,9 +17,9 @@ from diffusers import AutoencoderKLWan, WanTransformer3DModel
 from .dataset import own_part
 from .enlarge import enlarge
 from .machine import cpu_autocast
-from .model import clip_forward, patchify, text_context, unpatchify
+from .model import clip_forward, text_context, unpatchify
 from .schedule import shift_sigma, sigmas
-from .train import PATCH, TEXT_LENGTH, WORN, Embed, by_shape, grid_of
+from .train import PATCH, TEXT_LENGTH, WORN, Embed, by_shape, grid_of, patchified
 from .vae_cost import space_factor, time_factor
 
 STEPS = 4
@@ -68,10 +68,7 @@ def wear(
     """Latents (n, C, T, H, W), each noised to its own sigma of `strengths` (0..1] and denoised by Euler steps under the
     flow `shift`; a `guidance_scale` above 1 guides away from `negative`."""
     grid = grid_of(latents[0])
-    clean, noise = (
-        torch.stack([patchify(each, PATCH) for each in x])
-        for x in (latents, torch.randn(latents.shape, generator=generator))
-    )
+    clean, noise = (patchified(x) for x in (latents, torch.randn(latents.shape, generator=generator)))
     schedule = torch.tensor([sigmas(STEPS, strength, shift) for strength in strengths])[..., None, None]
     x = torch.lerp(clean, noise, schedule[:, 0])
     text = text_context(model, prompts, TEXT_LENGTH)

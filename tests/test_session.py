@@ -194,6 +194,8 @@ def test_what_cannot_run_is_refused_before_weights_load(stock_preset, tmp_path, 
     monkeypatch.setattr(torch, "compile", lambda *_, **__: 1 / 0)
     with pytest.raises(UsageError, match="leave --compile out"):
         Session(str(stock_preset), kernels=Kernels(compiled=True))
+    with pytest.raises(UsageError, match="take int8"):
+        Session(str(stock_preset), kernels=Kernels(compiled=True), weight_dtype="fp8")
     broken = tmp_path / "a.safetensors"
     broken.write_bytes(b"no")
     with pytest.raises(InputError, match="safetensors"):
