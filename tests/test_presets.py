@@ -53,7 +53,7 @@ def test_an_interval_of_guidance_may_begin_at_zero(changed):
         ('streams = "both"', 'streams = "all"', "choose one of both, proxy"),
         ("margin = [0, 1, 1]", "margin = [0, 1]", "list of 3 values"),
         ("margin = [0, 1, 1]", "margin = [0, 1, -1]", "margin must be 0 or above 0"),
-        ("strength = 0.6", "strength = 1.5", "strength must be 1 or less"),
+        ("strength = 0.45", "strength = 1.5", "strength must be 1 or less"),
         ("max_ratio = 4 ", "max_ratio = 1 #", "max_ratio must be above 1"),
         ("flow_shift = 3.0", "flow_shift = inf", "flow_shift must be finite"),
         ("[detail.first] ", "[training]\nema = 1.5\n[detail.first]\n#", "ema must be 1 or less"),
