@@ -117,7 +117,6 @@ def random_preset(tmp_path_factory: pytest.TempPathFactory) -> Path:
         ("dim_mult = [1, 2, 2]", "dim_mult = [1, 1, 1]"),
         ("base_tokens = 84", "base_tokens = 6"),
         ("steps = 20", "steps = 3"),
-        ("steps = 3\n", "steps = 3\n"),
         ("[[7, 8, 8], [13, 6, 6]]", "[[2, 3, 3], [3, 2, 2]]"),
     ):
         assert old in text, old
