@@ -70,7 +70,7 @@ def run_batch(
             raise UsageError(f"{target} would hold latents; let --output end in {suffix}")
     check_resources(resolved, folder, run_dir, videos=max(1, sum(not target.exists() for target in targets)))
     from .artefacts import run_hash
-    from .model import Kernels
+    from .block import Kernels
     from .session import Session
     from .store import lock, run_directory
 

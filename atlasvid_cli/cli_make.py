@@ -160,8 +160,8 @@ def refine(
     span = parse_frames(frames) if frames else None
     console = Console(as_json)
     from . import above, artefacts, pipeline
+    from .block import Kernels
     from .cost import check_resources
-    from .model import Kernels
     from .plan import Request, make_plan
     from .session import Session
     from .store import lock, run_directory

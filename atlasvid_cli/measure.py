@@ -18,13 +18,14 @@ from diffusers import WanTransformer3DModel
 from diffusers.models.attention_dispatch import dispatch_attention_fn
 from diffusers.models.transformers import transformer_wan
 
+from .block import Kernels
 from .console import Console
 from .cost import EFFICIENCY, vae_tile
 from .decode import decode_stream
 from .enlarge import enlarge
 from .flops import detail_flops, full_flops, linear_flops
 from .machine import compute_device, conv_rate, synchronize
-from .model import Kernels, detail_forward, proxy_context, text_context
+from .model import detail_forward, proxy_context, text_context
 from .plan import Plan, Stage
 from .presets import Transformer
 from .shapes import Grid

@@ -1,4 +1,4 @@
-"""One forward of a Wan block over diffusers' own parameters, and the two streams that are built from it (DESIGN §4).
+"""The two streams that are built from Wan's blocks (DESIGN §4).
 
 Shapes: n windows (or clips), L tokens a window, D channels. `WanTransformer3DModel` holds the weights; nothing here
 owns a parameter. Parity with its `forward` is a test.
@@ -8,53 +8,20 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
-from functools import cache, partial
 from itertools import chain
 from typing import Any
 
 import torch
 from diffusers import WanTransformer3DModel
-from diffusers.models.transformers.transformer_wan import WanTransformerBlock
-from torch.utils.checkpoint import checkpoint
 
-from .attention import attend, rope, rotate
+from .attention import rope, rotate
+from .block import EAGER, Kernels, KeyValue, norm_of
 from .offload import Transfers, compute_device, on_device
 from .presets import Layout, Shape, window_cycle
 from .shapes import Grid
 from .windows import Windows, aligned_proxy, block_layout
 
-KeyValue = tuple[torch.Tensor, torch.Tensor]
 PART = 1 << 13  # tokens embedded or projected, or taken through the proxy stream, at a time
-
-
-@dataclass(frozen=True)
-class Kernels:
-    """How blocks compute: the attention backend, a name of diffusers' dispatcher (None: PyTorch's own), and whether
-    what surrounds attention is compiled: one set of graphs serves all blocks and window shapes."""
-
-    attention: str | None = None
-    compiled: bool = False
-
-    def run(self, model: WanTransformer3DModel, *arguments: Any) -> tuple[torch.Tensor, ...]:
-        """`block_forward`; in training with diffusers' `enable_gradient_checkpointing` it is computed again
-        backwards."""
-        if self.compiled:
-            forward = _compiled_block(self.attention)
-        else:
-            forward = partial(block_forward, attend=partial(attend, backend=self.attention))
-        if model.gradient_checkpointing and torch.is_grad_enabled():
-            return checkpoint(forward, *arguments, use_reentrant=False)
-        return forward(*arguments)
-
-
-EAGER = Kernels()
-
-
-@cache
-def _compiled_block(backend: str | None) -> Callable[..., tuple[torch.Tensor, ...]]:
-    # attention stays as it is: its kernels are those of many packages, chosen by size
-    attention = torch.compiler.disable(partial(attend, backend=backend))
-    return partial(torch.compile(block_forward, dynamic=True), attend=attention)
 
 
 @dataclass(frozen=True)
@@ -119,7 +86,7 @@ def text_context(model: WanTransformer3DModel, embeddings: list[torch.Tensor], l
     keys_values = []
     for block in on_device(model.blocks, compute_device(model)):
         attn = block.attn2
-        keys = _norm(attn.norm_k, attn.to_k(hidden)).unflatten(-1, (attn.heads, -1))
+        keys = norm_of(attn.norm_k, attn.to_k(hidden)).unflatten(-1, (attn.heads, -1))
         keys_values.append((keys, attn.to_v(hidden).unflatten(-1, (attn.heads, -1))))
     return TextContext(keys_values, bias.to(hidden.dtype))
 
@@ -131,68 +98,6 @@ def modulation(model: WanTransformer3DModel, timestep: torch.Tensor) -> tuple[to
     temb = embedder.time_embedder(frequencies.to(embedder.time_embedder.linear_1.weight.dtype))
     temb = temb.to(embedder.time_proj.weight.dtype)
     return temb, embedder.time_proj(embedder.act_fn(temb)).unflatten(1, (6, -1))
-
-
-def block_forward(
-    block: WanTransformerBlock,
-    x: torch.Tensor,
-    modulations: torch.Tensor,
-    rotation: torch.Tensor,
-    text: KeyValue,
-    text_bias: torch.Tensor,
-    proxy: KeyValue | None,
-    attend: Callable[..., torch.Tensor],
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """A Wan block on x (n, L, D): each window attends to itself and, in the same softmax, to `proxy` (n, K, heads, d).
-
-    `modulations` (n or 1, 6, D), `rotation` (n or 1, L, 1, d/2, 2), `text` (n or 1, tokens, heads, d). Returns the
-    block's output and, for those who guide others, its own unrotated keys and its values (n, L, heads, d).
-    """
-    shift, scale, gate, ffn_shift, ffn_scale, ffn_gate = (block.scale_shift_table + modulations.float()).chunk(6, dim=1)
-
-    attn = block.attn1
-    normed = _modulated(x, block.norm1, scale, shift)
-    q = rotate(_norm(attn.norm_q, attn.to_q(normed)).unflatten(-1, (attn.heads, -1)), rotation)
-    k = _norm(attn.norm_k, attn.to_k(normed)).unflatten(-1, (attn.heads, -1))
-    v = attn.to_v(normed).unflatten(-1, (attn.heads, -1))
-    keys, values = rotate(k, rotation), v
-    if proxy is not None:
-        keys = torch.cat((keys, proxy[0].type_as(keys)), dim=1)
-        values = torch.cat((values, proxy[1].type_as(values)), dim=1)
-    attended = attn.to_out[0](attend(q, keys, values).flatten(2))
-    x = torch.addcmul(x, attended.type_as(x), gate.type_as(x))
-
-    attn = block.attn2
-    q = _norm(attn.norm_q, attn.to_q(_affine(x, block.norm2))).unflatten(-1, (attn.heads, -1))
-    if len(text[0]) == 1:  # one prompt for all windows: one long row of queries
-        attended = attend(q.flatten(0, 1)[None], *text, text_bias).view_as(q)
-    else:
-        attended = attend(q, *text, text_bias)
-    x = x + attn.to_out[0](attended.flatten(2))
-
-    out = block.ffn(_modulated(x, block.norm3, ffn_scale, ffn_shift))
-    return torch.addcmul(x, out.type_as(x), ffn_gate.type_as(x)), k, v
-
-
-def _modulated(x: torch.Tensor, norm: torch.nn.LayerNorm, scale: torch.Tensor, shift: torch.Tensor) -> torch.Tensor:
-    """`norm` of x (n, L, D) times 1 + `scale` plus `shift` (n or 1, 1, D), in one kernel where all of x shares them."""
-    if len(scale) > 1:
-        return torch.addcmul(shift, norm(x.float()), 1 + scale).type_as(x)
-    weight, bias = (1 + scale).flatten().type_as(x), shift.flatten().type_as(x)
-    return torch.nn.functional.layer_norm(x, norm.normalized_shape, weight, bias, norm.eps)
-
-
-def _affine(x: torch.Tensor, norm: torch.nn.Module) -> torch.Tensor:
-    """`norm` of x in x's dtype, in which alone it is one kernel; it is none where the model has no such norm."""
-    if not isinstance(norm, torch.nn.LayerNorm):
-        return norm(x)
-    weight, bias = norm.weight.type_as(x), norm.bias.type_as(x)
-    return torch.nn.functional.layer_norm(x, norm.normalized_shape, weight, bias, norm.eps)
-
-
-def _norm(norm: torch.nn.RMSNorm, x: torch.Tensor) -> torch.Tensor:
-    """`norm` of x in x's dtype, in which alone it is one kernel: under autocast the weight's is another."""
-    return torch.nn.functional.rms_norm(x, norm.normalized_shape, norm.weight.type_as(x), norm.eps)
 
 
 def patchify(latents: torch.Tensor, patch: int) -> torch.Tensor:

@@ -8,7 +8,8 @@ from typing import Any
 import torch
 from diffusers import UniPCMultistepScheduler, WanTransformer3DModel
 
-from .model import EAGER, Kernels, TextContext, clip_forward, patchify, unpatchify
+from .block import EAGER, Kernels
+from .model import TextContext, clip_forward, patchify, unpatchify
 from .plan import Stage
 from .schedule import noise
 

@@ -6,7 +6,8 @@ from dataclasses import dataclass
 import torch
 from diffusers import WanTransformer3DModel
 
-from .model import EAGER, Kernels, ProxyContext, TextContext, detail_forward, patchify, proxy_context, unpatchify
+from .block import EAGER, Kernels
+from .model import ProxyContext, TextContext, detail_forward, patchify, proxy_context, unpatchify
 from .plan import Stage
 from .presets import Detail, Shape
 from .proxy import SaveState

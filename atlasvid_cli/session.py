@@ -9,13 +9,13 @@ from typing import Any
 import torch
 
 from .attention import check_backend, default_backend
+from .block import EAGER, Kernels
 from .console import Console
 from .embeddings import Embedding, EmbeddingCache, cache_folder
 from .errors import ResourceError, UsageError
 from .lora import check_lora, merge_lora
 from .machine import available_vram, check_compiler, compute_device, decode_dtype
 from .memory import Offload, WeightDtype, fits_gpu
-from .model import EAGER, Kernels
 from .offload import check_weight_dtype, narrow, place
 from .parse import Lora
 from .presets import Preset, load_preset

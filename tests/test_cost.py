@@ -7,7 +7,7 @@ import pytest
 import torch
 from transformers import UMT5EncoderModel
 
-from atlasvid_cli import cost, model
+from atlasvid_cli import block, cost
 from atlasvid_cli.cost import VIDEO_BYTES, check_resources, rows
 from atlasvid_cli.errors import ResourceError
 from atlasvid_cli.machine import Device
@@ -166,7 +166,7 @@ def test_a_fast_gpu_still_takes_a_while_for_each_chunk_of_windows(random_preset,
         monkeypatch.setattr(cost, rate, lambda *dtype: 1e18)
     plan = make_plan(Request(str(random_preset), 512, 384, Fraction(2), chunk=2))
     stage, calls = plan.levels[-1], []
-    monkeypatch.setattr(model, "block_forward", lambda block, x, *rest, **named: calls.append(1) or (x, x, x))
+    monkeypatch.setattr(block, "block_forward", lambda block, x, *rest, **named: calls.append(1) or (x, x, x))
     weights = load_transformer(random_preset.with_suffix(""))
     text = TextContext([(torch.empty(0),) * 2] * 2, torch.empty(0))
     tokens = torch.zeros(stage.grid.tokens, 16)

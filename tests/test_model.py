@@ -8,10 +8,9 @@ import pytest
 import torch
 from diffusers import WanTransformer3DModel
 
-from atlasvid_cli import model as model_module
+from atlasvid_cli import block
+from atlasvid_cli.block import EAGER, Kernels
 from atlasvid_cli.model import (
-    EAGER,
-    Kernels,
     clip_forward,
     detail_forward,
     patchify,
@@ -141,8 +140,7 @@ def test_any_chunk_size_gives_the_same(transformer, latents, text, chunk):
 
 def test_compiled_blocks_give_the_same_and_serve_windows_of_any_shape(transformer, text, monkeypatch):
     monkeypatch.setattr(torch, "compile", partial(torch.compile, backend="aot_eager"))  # needs no C++ compiler
-    fresh = cache(model_module._compiled_block.__wrapped__)
-    monkeypatch.setattr(model_module, "_compiled_block", fresh)
+    monkeypatch.setattr(block, "_compiled_block", cache(block._compiled_block.__wrapped__))
     torch._dynamo.reset()
     counters, counts = torch._dynamo.utils.counters, []
     counters.clear()

@@ -10,9 +10,10 @@ import torch
 from safetensors.torch import save_file
 
 from atlasvid_cli import artefacts, machine, pipeline, session
+from atlasvid_cli.block import Kernels
 from atlasvid_cli.console import Console
 from atlasvid_cli.errors import InputError, UsageError
-from atlasvid_cli.model import Kernels, detail_forward, text_context
+from atlasvid_cli.model import detail_forward, text_context
 from atlasvid_cli.offload import stored
 from atlasvid_cli.parse import Lora
 from atlasvid_cli.plan import Request, make_plan
