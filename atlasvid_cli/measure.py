@@ -37,8 +37,6 @@ KEY_BYTES = 1 << 30  # keys and values of an attention sample; heads beyond are 
 WIDEST_BYTES = 1 << 29  # the widest activation of a sample of the linear layers, or of native's decoder
 SAMPLE_SECONDS = 40.0  # a longer sample is no better
 STOCK_CONV_RATE = 0.15  # of a channels-last conv2d's rate, which stock conv3d reaches in decoding (docs/LOG.md)
-
-
 KERNELS = Kernels("native")  # of both arms, whatever ours would choose
 
 
