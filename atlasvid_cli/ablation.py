@@ -21,10 +21,10 @@ import torch.nn.functional as F
 from diffusers import WanPipeline
 
 from . import pipeline, store, world
-from .artefacts import job_hash, read_latents
+from .artefacts import job_hash, proxy_metadata, read_latents
 from .bench import native_render_seconds
 from .console import Console
-from .cost import EFFICIENCY, GIB, offload_of, vae_tile
+from .cost import EFFICIENCY, GIB, check_resources, offload_of, vae_tile
 from .decode import decode_stream
 from .encode import encode_stream
 from .machine import gemm_rate, peak_rss, reset_peak
@@ -110,6 +110,7 @@ def run(request: Request, count: int, seeds: int, budget: float, folder: Path, c
     and looked at again. Where one of native's would take more than `budget` seconds, only its time is told, projected.
     """
     plan = check(request, "--ablation")
+    check_resources(plan, folder.absolute(), videos=count * seeds)
     rows: list[dict[str, Any]] = []
     with store.results(folder):
         for arm in arms(request, console):
@@ -243,7 +244,8 @@ def look(arm: Arm, plan: Plan, prompt: str, attributes: Attributes, folder: Path
     # the same for all arms that sample it alike
     proxy = folder / ("proxy" if plan.proxy.scaled_time else "proxy-unscaled") / seed
     job = job_hash(arm.session, plan, prompt, "")
-    proxy_job = f"{arm.session.hash('proxy')} {store.artefact_hash(plan.key(plan.proxy))} {prompt}"
+    # the preview is the VAE's work
+    proxy_job = f"{proxy_metadata(arm.session, plan, prompt, '')['key']} {arm.session.vae_hash}"
     sample = partial(pipeline.make_proxy, arm.session, plan, prompt, "", proxy, console)
     proxy_seconds, _ = _timed(proxy, proxy / "proxy.mp4", proxy_job, lambda: None, sample)
     work = folder / _folder_name(arm.name) / seed

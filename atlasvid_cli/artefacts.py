@@ -145,7 +145,7 @@ def stage_metadata(
     proxy's size that of what the video shows of it, in even numbers, so that its preview plays everywhere."""
     weights = session.hash(kind)
     fields = {**plan.key(stage), "prompt": prompt, "negative": negative, "model": weights, "below": below}
-    fields |= session.arithmetic
+    fields |= session.arithmetic | ({"start": session.vae_hash} if stage.in_pixels else {})
     geometry, grid, last = session.preset.geometry, stage.grid, stage is plan.levels[-1]
     pixels = geometry.token_pixels
     width, height = plan.request.width if last else grid.w * pixels, plan.request.height if last else grid.h * pixels
@@ -193,10 +193,23 @@ def is_current(path: Path, metadata: dict[str, str]) -> bool:
 
 
 def keep_others(path: Path) -> None:
-    """UsageError where latents that are not `is_current` are of another job: hours of work, that no run takes over."""
+    """UsageError where latents that are not `is_current` are of another job, hours of work that no run takes over, or
+    something that no run has made."""
     with suppress(InputError):  # missing, or damaged: made anew
+        metadata, _ = tensor_file.read_header(path)
+        if metadata.get("format") != FORMAT:
+            raise UsageError(f"{path} is not of a run; give another --run-dir, or move it away")
         describe(path)
         raise UsageError(f"{path} is of another job; give another --run-dir, or move it away")
+
+
+def keep_videos(path: Path) -> None:
+    """UsageError where there is a file that is no video of ours: in a folder of the user's, a preview takes no name."""
+    with suppress(AtlasError):  # missing, or no video: probe's own sentence would name no remedy
+        if "key" in probe(path)["metadata"]:
+            return
+    if path.exists():
+        raise UsageError(f"{path} is not of a run; give another --run-dir, or move it away")
 
 
 def keep_foreign(target: Path, key: str) -> None:

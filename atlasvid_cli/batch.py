@@ -1,4 +1,4 @@
-"""Making one or many items through one session, and the guards that keep what is already on disk."""
+"""From flags to one or many items through one session, and the guards that keep what is already on disk."""
 
 import dataclasses
 import re
@@ -6,8 +6,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from .errors import AtlasError, InputError, UsageError, explain
-from .parse import MAX_SECONDS
+from .errors import AtlasError, InputError, UsageError, explain, stop_signals
+from .parse import MAX_SECONDS, check_finite, parse_lora, parse_offload, parse_resolution, parse_seconds
 from .prompts import Item, slug
 
 if TYPE_CHECKING:
@@ -27,6 +27,22 @@ def target_of(output: Path | None, default: Path, suffix: str) -> Path:
     if output.is_dir():
         return (output / named.name).absolute()
     return (output if output.suffix else output.with_name(output.name + suffix)).absolute()
+
+
+def make_request(
+    res: str, seconds: str | None, preset: str, loras: list[str] | None = None, offload: str = "auto", **fields: Any
+) -> "Request":
+    """The request that flags make; `fields` are those of its fields that need no parsing. Raises UsageError."""
+    width, height = parse_resolution(res)
+    length = parse_seconds(seconds or "4")
+    check_finite("--guidance-scale", fields.get("guidance_scale"), 1)
+    check_finite("--flow-shift", fields.get("flow_shift"), zero=False)
+    from .plan import Request
+    from .video import suffix_for
+
+    suffix_for(fields.get("codec", "h264"))  # an unknown codec is said before anything else
+    given = {"loras": tuple(map(parse_lora, loras or ())), "offload": parse_offload(offload)}
+    return Request(preset, width, height, length, **given, **fields)
 
 
 Maker = Callable[["Session", "Plan", Item, str, Path, Path, "Console"], dict[str, Any]]
@@ -49,8 +65,8 @@ def run_batch(
     from .video import CODECS, check_target, suffix_for
 
     resolved = make_plan(request)
-    if show_plan(resolved, console, dry_run):
-        return
+    if dry_run:
+        return show_plan(resolved, console)
     is_video = suffix == ".mp4"
     suffix = suffix_for(request.codec) if is_video else suffix
     base = (output or Path()).absolute()
@@ -82,6 +98,7 @@ def run_batch(
         request.strict,
         request.weight_dtype,
     )
+    session.check_adapters()
     standard = session.preset.negative_prompt
     negatives = [standard if item.negative_prompt is None else item.negative_prompt for item in items]
     session.expect([*(item.prompt for item in items), *negatives])
@@ -96,7 +113,7 @@ def run_batch(
             with lock(run_directory(run.parent, run.name)):
                 event |= {"status": "ok", **make(session, plan, item, negative, run, target, console)}
         except Exception as error:  # whatever one item does, the others get their turn
-            if not many:
+            if not many or stop_signals:
                 raise
             failed += 1
             error_text, _ = explain(error)
@@ -175,8 +192,8 @@ def with_clip(
     return dataclasses.replace(request, clip=clip, seconds=length)
 
 
-def check_writable(target: Path) -> None:
-    """An output that cannot be written is said before hours of work."""
+def check_writable(target: Path, option: str = "--output") -> None:
+    """Raises ResourceError for a file that cannot be written, before hours of work; `option` says where it goes."""
     from .errors import ResourceError
     from .store import temporary
 
@@ -186,7 +203,7 @@ def check_writable(target: Path) -> None:
         probe.touch()
         probe.unlink()
     except OSError as error:
-        raise ResourceError(f"{target.parent} cannot be written ({error.strerror}); choose another --output") from None
+        raise ResourceError(f"{target.parent} cannot be written ({error.strerror}); choose another {option}") from None
 
 
 def short(flops: float) -> str:
@@ -198,10 +215,8 @@ def short(flops: float) -> str:
     return f"{flops:.3g} {unit}" if flops < 1000 else f"{flops:,.0f} {unit}"
 
 
-def show_plan(plan: "Plan", console: "Console", only: bool) -> bool:
-    """With `only` (--dry-run) prints the plan as a table and returns True."""
-    if not only:
-        return False
+def show_plan(plan: "Plan", console: "Console") -> None:
+    """Prints the plan as a table, and with --json as an object."""
     from .console import duration
     from .cost import rows as costs_of
 
@@ -225,5 +240,5 @@ def show_plan(plan: "Plan", console: "Console", only: bool) -> bool:
     summary = plan.summary
     title = f"{summary['size']} x {summary['seconds']:g} s, {summary['frames']} frames, preset {summary['preset']}"
     console.table(f"{title}: about {duration(total)}", shown)
-    console.emit({**plan.to_json(), "rows": rows}, re.sub(r"\s+", " ", title)) if console.json_lines else None
-    return True
+    if console.json_lines:
+        console.emit({**plan.to_json(), "rows": rows}, re.sub(r"\s+", " ", title))

@@ -1,19 +1,19 @@
-"""Training checkpoints: safetensors and JSON only, written to a temporary file, synced, then renamed."""
+"""Training checkpoints: safetensors and JSON only."""
 
 import json
-import os
 from pathlib import Path
 
 import torch
 from diffusers import AutoencoderKLWan, WanTransformer3DModel
 from diffusers.training_utils import EMAModel
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import nn
 from transformers import UMT5EncoderModel
 
 from .errors import InputError, one_line
 from .optim import Optimizer
+from .tensor_file import save_tensors
 
 
 def save_folder(part: AutoencoderKLWan | WanTransformer3DModel | UMT5EncoderModel, path: Path) -> None:
@@ -45,12 +45,7 @@ def save_checkpoint(
                     scalars[f"{i}.{index}.{key}"] = value
         groups.append([{k: v for k, v in g.items() if isinstance(v, int | float)} for g in state["param_groups"]])
     path = folder / "checkpoint.safetensors"
-    temporary = path.with_suffix(".tmp")
-    tensors = {k: v.detach().clone().contiguous() for k, v in tensors.items()}
-    save_file(tensors, temporary, {"step": str(step), "scalars": json.dumps(scalars), "groups": json.dumps(groups)})
-    with temporary.open("rb") as file:
-        os.fsync(file.fileno())
-    temporary.replace(path)
+    save_tensors(path, tensors, {"step": str(step), "scalars": json.dumps(scalars), "groups": json.dumps(groups)})
 
 
 def load_checkpoint(folder: Path, model: nn.Module, optimizer: Optimizer, average: EMAModel | None = None) -> int:

@@ -15,7 +15,7 @@ from . import __version__
 from .cli_make import decode, proxy, refine, render
 from .cli_tell import bench, doctor, info, plan, presets
 from .cli_train import train
-from .errors import ExitCode, explain, one_line
+from .errors import ExitCode, explain, one_line, stop_signals
 
 INTERRUPTED = "interrupted: run the same command again to go on from what is saved"
 
@@ -48,10 +48,11 @@ for command in (render, proxy, refine, decode, plan, bench, train, presets, info
 
 def main() -> NoReturn:
     """Runs the command that sys.argv names."""
-    debug, interrupted = "--debug" in sys.argv, []
+    debug = "--debug" in sys.argv
+    stop_signals.clear()
 
     def interrupt(number: int, frame: FrameType | None) -> None:
-        interrupted.append(number)
+        stop_signals.append(number)
         raise KeyboardInterrupt
 
     signal.signal(signal.SIGTERM, interrupt)
@@ -71,7 +72,7 @@ def main() -> NoReturn:
     except (KeyboardInterrupt, typer.Abort):
         _fail(INTERRUPTED, ExitCode.INTERRUPTED, debug)
     except Exception as error:
-        if interrupted:  # extensions turn it into errors of their own
+        if stop_signals:
             _fail(INTERRUPTED, ExitCode.INTERRUPTED, debug)
         # typer brings its own Click, whose usage errors are only known by what they carry
         if type(error).__name__ == "NoArgsIsHelpError":

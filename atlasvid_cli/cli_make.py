@@ -6,9 +6,9 @@ from typing import Annotated
 import typer
 
 from . import options as opt
-from .batch import check_writable, proxy_one, render_one, run_batch, show_plan, target_of, with_clip
+from .batch import check_writable, make_request, proxy_one, render_one, run_batch, show_plan, target_of, with_clip
 from .errors import UsageError
-from .parse import make_request, parse_frames, parse_lora, parse_offload, parse_region, parse_resolution
+from .parse import parse_frames, parse_lora, parse_offload, parse_region, parse_resolution
 from .prompts import items_of
 
 
@@ -197,11 +197,12 @@ def refine(
     plan = above.plan_from_proxy(latents, request)
     if span and span[1] > plan.frames:
         raise UsageError(f"--frames {frames} ends after the video's {plan.frames} frames; end it there")
-    if show_plan(plan, console, dry_run):
-        return
+    if dry_run:
+        return show_plan(plan, console)
     check_resources(plan, target.parent, run_dir)
     kernels = Kernels(attention_backend, compile_blocks)
     session = Session(request.preset, model_path, kernels, request.loras, strict, weight_dtype)
+    session.check_adapters()
     folder = run_dir or above.refine_run(session, plan, latents, target.parent / "runs")
     if plan.is_region:
         artefacts.check_base(plan, folder)

@@ -6,9 +6,9 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from . import options as opt
-from .batch import check_writable, show_plan
+from .batch import check_writable, make_request, show_plan
 from .errors import UsageError
-from .parse import check_finite, make_request
+from .parse import check_finite
 
 if TYPE_CHECKING:
     from .console import Console
@@ -44,15 +44,9 @@ def plan(
         offload=offload,
         weight_dtype=weight_dtype,
     )
-    from .cost import rows
     from .plan import make_plan
 
-    resolved = make_plan(request)
-    console = Console(as_json)
-    if as_json:
-        console.emit({**resolved.to_json(), "rows": rows(resolved)}, "")
-    else:
-        show_plan(resolved, console, True)
+    show_plan(make_plan(request), Console(as_json))
 
 
 def bench(

@@ -30,7 +30,7 @@ def train(
 ) -> None:
     """Train an adapter for a stage on captioned clips, or the embedded model itself; the same command resumes.
 
-    On several GPUs: accelerate launch -m atlasvid_cli train ...
+    An adapter on several GPUs: accelerate launch -m atlasvid_cli train ...
     """
     from .console import Console
 
@@ -52,12 +52,16 @@ def train_part(
     if what == "tiny":
         if given:
             raise UsageError(f"train tiny has a recipe of its own; leave --{next(iter(given))} out")
+        if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+            raise UsageError("train tiny is one process's work; run it without accelerate launch")
         from . import train_tiny
+        from .store import lock
 
         output = output or work / "tiny"
         for folder in (work, output):
-            check_writable(folder.absolute() / "log.jsonl")
-        train_tiny.make(work, output)
+            check_writable(folder.absolute() / "log.jsonl", "--work" if folder is work else "--output")
+        with lock(work):
+            train_tiny.make(work, output)
         return output
     if "data" not in given:
         raise UsageError(f"train {what} needs clips: give --data, a folder of clip.mp4 + clip.txt")
@@ -70,5 +74,5 @@ def train_part(
     session = Session(preset, given.pop("model-path", None))
     target = (output or Path(f"{what}_lora.safetensors")).absolute()
     check_writable(target)
-    check_writable(work.absolute() / "log.jsonl")
+    check_writable(work.absolute() / "log.jsonl", "--work")
     return train_adapter.make(session, train_adapter.Job(what, output=target, work=work, **given), console)

@@ -129,12 +129,13 @@ def load_samples(session: Session, stage: str, data: Path, work: Path, console: 
 def figures(session: Session, stage: str) -> dict[str, Any]:
     """All that decides the samples of a clip, beside the clip."""
     preset = session.preset
+    proxy_size = [proxy_latents(preset), preset.proxy.base_tokens, str(preset.detail.max_ratio)]
     return {
         "vae": model_hash(session.folder, "vae"),
         "stage": stage,
         "fps": [preset.fps, preset.proxy.time_ratio],
         "geometry": [preset.geometry.temporal, preset.geometry.spatial, preset.geometry.patch],
-        "size": [proxy_latents(preset), preset.proxy.base_tokens] if stage == "proxy" else detail_size(preset),
+        "size": proxy_size if stage == "proxy" else detail_size(preset),
         "ratios": [] if stage == "proxy" else detail_ratios(preset),
     }
 

@@ -45,6 +45,7 @@ def folder_of(work: Path, vae_hash: str) -> Path:
         "frames": [CLIP_FRAMES, PROXY_FRAMES],
         "draws": [HASTE, CLOSE_UPS, world.SHAPE_SHARES, world.GROUND_SHARES],
         "told": ["near"],
+        "shard": SHARD,
         "crops": [DETAIL_TOKENS, DETAIL_RATIOS],
     }
     return work / f"data-{vae_hash}-{artefact_hash(recipe)[:8]}"
@@ -152,26 +153,28 @@ def near(
     return torch.cat((touched[:1], touched[1:].unflatten(0, (-1, 4)).any(1)))[None]
 
 
-def build(kind: str, count: int, folder: Path, vae: AutoencoderKLWan, seed: int = 0) -> None:
-    """Writes `count` samples as `folder/kind-NNNN.safetensors` shards; shards that exist are kept.
+def build(kind: str, count: int, folder: Path, vae: AutoencoderKLWan, seed: int = 0) -> list[dict]:
+    """The first `count` samples of a kind: `caption`, latents fp16 by name, `near` uint8, and what else `sample` told;
+    `proxy_4` is cut from the whole frame's.
 
-    The samples of a shard have one shape, so that they are encoded together. Shards are made side by side, a thread
-    each, in bf16 where the CPU has it.
+    They and what fills their last shard lie in `folder/kind-NNNN.safetensors`; shards that exist are kept. The samples
+    of a shard have one shape, so that they are encoded together. Shards are made side by side, a thread each, in bf16
+    where the CPU has it.
     """
     folder.mkdir(parents=True, exist_ok=True)
     threads = torch.get_num_threads()
 
-    def build_shard(number: int) -> None:
+    def build_shard(number: int) -> Path:
         path = folder / f"{kind}-{number:04d}.safetensors"
         if path.exists():
-            return
+            return path
         first, of_shard = number * SHARD, random.Random(f"{seed}/{kind}/shard {number}")
         grids = PROXY_GRIDS if kind == "proxy" or kind.startswith("first") else FRAME_GRIDS
         grid = of_shard.choices([g for g, _ in grids], [n for _, n in grids])[0]
         ratio = of_shard.choice(DETAIL_RATIOS)
         tensors: dict[str, torch.Tensor] = {}
         infos: list[dict] = []
-        numbers = range(first, min(first + SHARD, count))
+        numbers = range(first, first + SHARD)
         together = ENCODED_TOGETHER[kind]
         for group in (numbers[i : i + together] for i in range(0, len(numbers), together)):
             made = [sample(kind, random.Random(f"{seed}/{kind}/{i}"), grid, ratio) for i in group]
@@ -185,23 +188,19 @@ def build(kind: str, count: int, folder: Path, vae: AutoencoderKLWan, seed: int 
                     latents = encode_clips(vae, pixels)
                 tensors |= {f"{i - first}.{name}": x.half().clone() for i, x in zip(group, latents, strict=True)}
         save_tensors(path, tensors, {"samples": json.dumps(infos)})
+        return path
 
     with ThreadPoolExecutor(threads, initializer=torch.set_num_threads, initargs=(1,)) as pool:
-        list(pool.map(build_shard, range(math.ceil(count / SHARD))))
-
-
-def load(kind: str, folder: Path) -> list[dict]:
-    """All samples of a kind: `caption`, latents fp16 by name, `near` uint8, and what else `sample` told; `proxy_4` is
-    cut from the whole frame's."""
-    result = []
-    for path in sorted(folder.glob(f"{kind}-*.safetensors")):
+        shards = list(pool.map(build_shard, range(math.ceil(count / SHARD))))
+    result: list[dict] = []
+    for path in shards:
         with safe_open(path, "pt") as file:
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
             result += split(tensors, json.loads(file.metadata()["samples"]))
     for each in result:
         if "whole_4" in each:
             each["proxy_4"] = own_part(each, each["whole_4"])
-    return result
+    return result[:count]
 
 
 def own_part(sample: dict, whole: torch.Tensor) -> torch.Tensor:

@@ -21,7 +21,6 @@ BACKENDS = {
     "_flash_3_hub": "kernels",
     "sage_hub": "kernels",
 }
-ENCODERS = {"h264": "libx264", "hevc10": "libx265", "av1": "libsvtav1", "prores": "prores_ks", "ffv1": "ffv1"}
 VERDICT_SIZE = (3840, 2160, Fraction(12))
 
 
@@ -30,6 +29,7 @@ def examine(folder: Path) -> dict:
     import av
 
     from .machine import available_ram, available_vram, compute_device
+    from .video import CODECS
 
     device = compute_device()
     disk = shutil.disk_usage(folder)
@@ -45,7 +45,7 @@ def examine(folder: Path) -> dict:
         "ram_available_bytes": available_ram(),
         "disk_free_bytes": disk.free,
         "attention_backends": ["native", *(name for name, package in BACKENDS.items() if _importable(package))],
-        "codecs": [name for name, encoder in ENCODERS.items() if encoder in av.codecs_available],
+        "codecs": [name for name, codec in CODECS.items() if codec.encoder in av.codecs_available],
         "presets": _verdicts(folder),
     }
 

@@ -36,31 +36,9 @@ def _describe_run(path: Path) -> dict:
 def _describe_video(path: Path) -> dict:
     if not path.is_file():
         raise InputError(f"{path} does not exist or is not a file: give a run directory, .safetensors file or video")
-    import av
+    from .video import probe
 
-    from .video import opened
-
-    with opened(path) as (container, stream):
-        context = stream.codec_context
-        duration = stream.duration * stream.time_base if stream.duration and stream.time_base else None
-        if duration is None and container.duration:
-            duration = container.duration / av.time_base
-        return {
-            "kind": "video",
-            "path": str(path),
-            "codec": context.name,
-            "width": context.width,
-            "height": context.height,
-            "pixel_format": context.pix_fmt,
-            "fps": str(stream.average_rate) if stream.average_rate else None,
-            "frames": stream.frames or None,
-            "duration_s": float(duration) if duration is not None else None,
-            "color_primaries": int(context.color_primaries),
-            "color_transfer": int(context.color_trc),
-            "color_matrix": int(context.colorspace),
-            "color_range": int(context.color_range),
-            "metadata": dict(container.metadata),
-        }
+    return {"kind": "video", "path": str(path), **probe(path)}
 
 
 def lines(facts: dict, prefix: str = "") -> list[str]:

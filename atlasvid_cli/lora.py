@@ -65,7 +65,7 @@ def merge_lora(model: WanTransformer3DModel, lora: Lora, strict: bool, warn: Cal
     """Adds `weight * alpha / rank * up @ down` to each layer that the file names; returns how many layers matched.
 
     Keys without a layer of theirs are named in a warning, or with `strict` in an InputError, as is a file of which
-    nothing matches, or one whose shapes are of another model.
+    nothing matches, or one whose shapes are of another model. A `model` on the meta device only checks.
     """
     layers = layers_by_name(model)
     changes: dict[str, dict[str, torch.Tensor]] = {}
@@ -112,6 +112,9 @@ def _split(key: str) -> tuple[str, str | None]:
 
 @torch.no_grad()
 def _apply(layer: Any, change: dict[str, torch.Tensor], lora: Lora, name: str) -> None:
+    device = layer.weight.device
+    change = {role: tensor if role == "alpha" else tensor.to(device) for role, tensor in change.items()}
+
     def add(parameter: torch.Tensor | None, delta: torch.Tensor) -> None:
         if parameter is None or delta.numel() != parameter.numel():
             raise InputError(f"{lora.path} does not fit layer {name}; give a LoRA that was made for this model")

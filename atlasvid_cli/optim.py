@@ -100,6 +100,12 @@ class Optimizer:
             part.load_state_dict(state)
 
 
+def check_optimizer(name: str) -> None:
+    """Raises UsageError for an optimizer whose package is not installed."""
+    if name == "prodigy":
+        _prodigy()
+
+
 def _prodigy() -> Any:
     try:
         from prodigyopt import Prodigy

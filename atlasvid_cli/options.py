@@ -64,7 +64,9 @@ PromptFile = Annotated[
 Shard = Annotated[str | None, typer.Option("--shard", help="i/n: every n-th prompt from the i-th on.")]
 BenchSteps = Annotated[
     int | None,
-    typer.Option("--steps", min=1, max=1000, help="Steps of native and of every level at equal steps [default: 20]."),
+    typer.Option(
+        "--steps", min=1, max=1000, help="Steps of native and of every level at equal steps [default: the preset's]."
+    ),
 ]
 BenchRes = Annotated[str | None, typer.Option("--res", help="Size in pixels [default: 960x540; 800x448 with --quick].")]
 BenchSeconds = Annotated[str | None, typer.Option("--seconds", help="Length in seconds [default: 2; 1 with --quick].")]

@@ -5,12 +5,9 @@ import re
 from dataclasses import dataclass
 from fractions import Fraction
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal
 
 from .errors import UsageError
-
-if TYPE_CHECKING:
-    from .plan import Request
 
 RESOLUTIONS = {
     "8k": (7680, 4320),
@@ -117,19 +114,3 @@ def check_finite(option: str, value: float | None, least: float = 0, zero: bool 
         bound = f"of at least {least:g}" if zero else f"above {least:g}"
         raise UsageError(f"{option} {value} cannot be used: give a finite number {bound}")
     return value
-
-
-def make_request(
-    res: str, seconds: str | None, preset: str, loras: list[str] | None = None, offload: str = "auto", **fields: Any
-) -> "Request":
-    """The request that flags make; `fields` are those of its fields that need no parsing. Raises UsageError."""
-    width, height = parse_resolution(res)
-    length = parse_seconds(seconds or "4")
-    check_finite("--guidance-scale", fields.get("guidance_scale"), 1)
-    check_finite("--flow-shift", fields.get("flow_shift"), zero=False)
-    from .plan import Request
-    from .video import suffix_for
-
-    suffix_for(fields.get("codec", "h264"))  # an unknown codec is said before anything else
-    given = {"loras": tuple(map(parse_lora, loras or ())), "offload": parse_offload(offload)}
-    return Request(preset, width, height, length, **given, **fields)

@@ -21,6 +21,7 @@ from .artefacts import (
     job_hash,
     keep_foreign,
     keep_others,
+    keep_videos,
     level_metadata,
     level_path,
     proxy_metadata,
@@ -106,6 +107,7 @@ def make_proxy(
             decode(session, path, preview, "h264", progress, "preview")
         return path
     keep_others(path)
+    keep_videos(preview)
     store.run_directory(run_dir.parent, run_dir.name)
     state = run_dir / "proxy.state.safetensors"
     if clip := plan.request.clip:
@@ -286,14 +288,14 @@ def _refine_level(
             number,
             below,
             list(zip(texts, proxy_texts, strict=True)),
-            plan.chunk,
-            region,
-            resume,
-            lambda step, tensors: tensor_file.save_state(state, step, tensors, metadata["key"]),
-            advance,
-            session.kernels,
-            torch.device("cpu") if offload_of(plan) == "host" else None,
-            enlarged,
+            chunk=plan.chunk,
+            region=region,
+            resume=resume,
+            save=lambda step, tensors: tensor_file.save_state(state, step, tensors, metadata["key"]),
+            on_block=advance,
+            kernels=session.kernels,
+            states=torch.device("cpu") if offload_of(plan) == "host" else None,
+            enlarged=enlarged,
         )
 
 

@@ -145,11 +145,11 @@ class Plan:
             stages = () if self.given_proxy else (self.proxy,)
             return {"stages": [self.key(s) for s in (*stages, *self.levels)]}
         if stage is self.proxy and (clip := self.request.clip):
-            shown = {"grid": _plain(stage.grid), "size": list(self.proxy_size), "fps": str(self.proxy_fps)}
+            shown = {"grid": _plain(stage.grid), "size": list(self.proxy_size), **self._played}
             return {"preset": self.preset.name, "seed": self.request.seed, "clip": clip.sha256, **shown}
         fields = {"preset": self.preset.name, "seed": self.request.seed, "stage": _plain(stage)}
         if stage is self.proxy:
-            fields |= {"shown": list(self.proxy_size)}  # by its preview
+            fields |= {"shown": list(self.proxy_size), **self._played}  # by its preview, and by what refine makes of it
         else:
             detail = self.preset.detail
             fields |= {n: _plain(getattr(detail, n)) for n in METHOD}
@@ -233,6 +233,10 @@ class Plan:
         """The grid of what guides a level."""
         index = self.levels.index(stage)
         return self.levels[index - 1].grid if index else self.proxy.grid
+
+    @property
+    def _played(self) -> dict[str, str]:
+        return {"fps": str(self.fps), "seconds": str(self.request.seconds)}
 
     @property
     def _sizes(self) -> tuple[Transformer, int]:

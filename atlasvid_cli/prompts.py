@@ -89,12 +89,12 @@ def read_prompts(source: str, negative_prompt: str | None, seed: int) -> list[It
     # Not splitlines: JSON strings may hold U+2028 and its like.
     lines = [(number, line) for number, line in enumerate(text.split("\n"), 1) if line.strip()]
     if not lines:
-        raise UsageError(f"prompt file {name} holds no prompts: write one prompt a line")
+        raise InputError(f"prompt file {name} holds no prompts: write one prompt a line")
     json_lines = text.lstrip().startswith("{")
     if not json_lines and _is_json(text):
-        raise UsageError(f"prompt file {name} is a JSON array; write one object a line (jq -c '.[]' does)")
+        raise InputError(f"prompt file {name} is a JSON array; write one object a line (jq -c '.[]' does)")
     if not json_lines and (objects := [number for number, line in lines if line.lstrip().startswith('{"')]):
-        raise UsageError(
+        raise InputError(
             f"{name} line {objects[0]} is a JSON object and line {lines[0][0]} is not: write all of them as objects, or"
             " none"
         )
@@ -106,7 +106,7 @@ def read_prompts(source: str, negative_prompt: str | None, seed: int) -> list[It
         place = f"{name} line {number}"
         fields = _fields(line, place) if json_lines else {"prompt": line}
         if not is_text(line):
-            raise UsageError(f"{place} holds characters that are no text; leave them out")
+            raise InputError(f"{place} holds characters that are no text; leave them out")
         prompt = fields["prompt"].strip()
         item = Item(
             id=str(fields.get("id", f"{index:0{digits}d}-{slug(prompt)}")),
@@ -116,9 +116,9 @@ def read_prompts(source: str, negative_prompt: str | None, seed: int) -> list[It
             output=fields.get("output"),
         )
         if (first := seen_ids.setdefault(item.id, number)) != number:
-            raise UsageError(f"{place}: id {item.id!r} is taken by line {first}: give each item its own id")
+            raise InputError(f"{place}: id {item.id!r} is taken by line {first}: give each item its own id")
         if item.output is not None and (first := seen_outputs.setdefault(item.output, number)) != number:
-            raise UsageError(f"{place}: output {item.output!r} is taken by line {first}: give each item its own output")
+            raise InputError(f"{place}: output {item.output!r} is taken by line {first}: give each item its own output")
         items.append(item)
     return items
 
@@ -141,27 +141,27 @@ def _fields(line: str, place: str) -> dict:
     try:
         parsed = json.loads(line)
     except (ValueError, RecursionError) as error:
-        raise UsageError(f"{place} is not JSON ({error}): write one object a line") from error
+        raise InputError(f"{place} is not JSON ({error}): write one object a line") from error
     if not isinstance(parsed, dict):
-        raise UsageError(f'{place} is not a JSON object: write {{"prompt": "..."}}')
+        raise InputError(f'{place} is not a JSON object: write {{"prompt": "..."}}')
     fields = {key: value for key, value in parsed.items() if value is not None}
     if unknown := sorted(set(fields) - set(KEYS)):
-        raise UsageError(f"{place}: unknown key {unknown[0]!r}: the keys are {', '.join(KEYS)}")
+        raise InputError(f"{place}: unknown key {unknown[0]!r}: the keys are {', '.join(KEYS)}")
     for key in ("prompt", "negative_prompt", "output"):
         if key in fields and not isinstance(fields[key], str):
-            raise UsageError(f"{place}: {key} must be a string")
+            raise InputError(f"{place}: {key} must be a string")
         if not is_text(fields.get(key, "")):
-            raise UsageError(f"{place}: {key} holds characters that are no text; leave them out")
+            raise InputError(f"{place}: {key} holds characters that are no text; leave them out")
     if not fields.get("prompt", "").strip():
-        raise UsageError(f"{place}: the prompt is empty: say what to show")
+        raise InputError(f"{place}: the prompt is empty: say what to show")
     seed = fields.get("seed", 0)
     if not isinstance(seed, int) or isinstance(seed, bool) or not 0 <= seed <= MAX_SEED:
-        raise UsageError(f"{place}: seed must be a whole number from 0 to {MAX_SEED}")
+        raise InputError(f"{place}: seed must be a whole number from 0 to {MAX_SEED}")
     # An id names files.
     if isinstance(fields.get("id"), bool):
-        raise UsageError(f"{place}: id must be a string or a number")
+        raise InputError(f"{place}: id must be a string or a number")
     if "id" in fields and not re.fullmatch(r"\w[\w.-]{0,99}", str(fields["id"])):
-        raise UsageError(f"{place}: id {fields['id']!r} must be 1 to 100 letters, digits, '.', '_' or '-'")
+        raise InputError(f"{place}: id {fields['id']!r} must be 1 to 100 letters, digits, '.', '_' or '-'")
     if fields.get("output") is not None and not fields["output"].strip():
-        raise UsageError(f"{place}: output must be a file name")
+        raise InputError(f"{place}: output must be a file name")
     return fields

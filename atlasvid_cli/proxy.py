@@ -12,6 +12,7 @@ from .block import EAGER, Kernels
 from .model import TextContext, clip_forward, patchify, unpatchify
 from .plan import Stage
 from .schedule import noise
+from .tensor_file import SaveState
 
 
 @dataclass(frozen=True)
@@ -24,7 +25,6 @@ class Expert:
     guidance_scale: float
 
 
-SaveState = Callable[[int, dict[str, torch.Tensor]], None]
 NOISE_STAGE = 0
 
 

@@ -16,6 +16,7 @@ import torch.nn.functional as F
 
 from . import dataset, pipeline, store, world
 from .console import Console
+from .cost import check_resources
 from .errors import UsageError
 from .metrics import adherence, detect, edge_width, seam_energy
 from .plan import Plan, Request, make_plan
@@ -108,7 +109,7 @@ def run(request: Request, count: int, folder: Path, console: Console) -> dict[st
     In how many each attribute came true, and all of them; in how many no object shows beside the one asked for; the
     seam statistic; the mean coherence in dB; the median edge width (DESIGN §9).
     """
-    plan = check(request)
+    check_resources(check(request), folder.absolute(), videos=count)
     session = Session(request.preset, request.model_path)
     seen = []
     with store.results(folder):

@@ -10,9 +10,9 @@ from .block import EAGER, Kernels
 from .model import ProxyContext, TextContext, detail_forward, patchify, proxy_context, unpatchify
 from .plan import Stage
 from .presets import Detail, Shape
-from .proxy import SaveState
 from .schedule import noise, sigmas, upsample
 from .shapes import Grid, proxy_grid
+from .tensor_file import SaveState
 
 
 @dataclass(frozen=True)
@@ -47,6 +47,7 @@ def sample_detail(
     level: int,
     below: torch.Tensor,
     texts: list[tuple[TextContext, TextContext]],
+    *,
     chunk: int,
     region: Region | None = None,
     resume: tuple[int, dict[str, torch.Tensor]] | None = None,

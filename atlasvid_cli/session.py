@@ -20,7 +20,16 @@ from .offload import check_weight_dtype, narrow, place
 from .parse import Lora
 from .presets import Preset, load_preset
 from .text import encode_prompts, left_out, unknown_words
-from .weights import check_config, load_text, load_transformer, load_vae, model_folder, model_hash
+from .weights import (
+    check_adapter,
+    check_config,
+    load_skeleton,
+    load_text,
+    load_transformer,
+    load_vae,
+    model_folder,
+    model_hash,
+)
 
 # What a stage costs without an adapter of its own, as stock weights have none.
 UNTRAINED = {
@@ -73,6 +82,16 @@ class Session:
         self._expected: list[str] = []
         encoder = model_hash(self.folder, "text_encoder")
         self._cache = EmbeddingCache((cache or cache_folder()) / f"text-{encoder}-{self.device.type}")
+
+    def check_adapters(self) -> None:
+        """Raises InputError for an adapter of another stage or base and for a LoRA of another model: the detail would
+        find it out after hours of the proxy."""
+        for stage in ("proxy", "detail"):
+            if adapter := self._adapter(stage):
+                check_adapter(self.folder, adapter, stage)
+        skeleton = load_skeleton(self.folder) if self.loras else None
+        for lora in self.loras:
+            merge_lora(skeleton, lora, self.strict, warn=lambda text: None)
 
     @property
     def arithmetic(self) -> dict[str, str]:

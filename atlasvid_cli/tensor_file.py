@@ -9,7 +9,7 @@ import json
 import math
 import os
 import stat
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any, NamedTuple
@@ -45,6 +45,10 @@ class TensorEntry(NamedTuple):
     shape: tuple[int, ...]
     begin: int
     end: int
+
+
+SaveState = Callable[[int, "dict[str, torch.Tensor]"], None]
+"""Keeps the tensors of a sampling after so many finished steps."""
 
 
 class StepState(NamedTuple):

@@ -18,6 +18,7 @@ from .console import Console
 from .embeddings import EmbeddingCache
 from .errors import InputError, UsageError
 from .loop import all_processes
+from .optim import check_optimizer
 from .session import Session
 from .train_samples import Sampler
 from .wear import add_enlarged, add_worn
@@ -67,6 +68,12 @@ def make(session: Session, job: Job, console: Console) -> Path:
             f"preset {preset.name} has proxy_attention = false, so that no detail adapter would be used as trained; set"
             " it true in a preset of your own, with windows and time_ratio as you want them"
         )
+    if (preset.geometry.patch, preset.transformer.text_length) != (train.PATCH, train.TEXT_LENGTH):
+        raise UsageError(
+            f"preset {preset.name} has another patch or text_length than Wan's {train.PATCH} and {train.TEXT_LENGTH},"
+            " which training takes for granted; train with a preset that has these"
+        )
+    check_optimizer(preset.training.optimizer)
     check_output(job.output)
     lr = LEARNING_RATES[preset.training.optimizer] if job.lr is None else job.lr
     with processes.main_process_first():  # the others find what it encoded
@@ -130,8 +137,8 @@ def make(session: Session, job: Job, console: Console) -> Path:
                 embed,
                 job.steps,
                 lr,
-                preset.proxy.time_ratio,
-                BATCH * preset.proxy.base_tokens * corpus.proxy_latents(preset),
+                time_ratio=preset.proxy.time_ratio,
+                tokens=BATCH * preset.proxy.base_tokens * corpus.proxy_latents(preset),
                 shift_of=lambda latents: preset.proxy.flow_shift,
                 seed=job.seed,
                 held_out=held_out,
@@ -149,13 +156,13 @@ def make(session: Session, job: Job, console: Console) -> Path:
                 job.steps,
                 lr,
                 preset.detail,
-                preset.proxy.time_ratio,
-                ACCUMULATED,
-                job.seed,
-                held_out,
-                advance,
-                preset.training,
-                sampler.show,
+                time_ratio=preset.proxy.time_ratio,
+                accumulate=ACCUMULATED,
+                seed=job.seed,
+                held_out=held_out,
+                on_step=advance,
+                training=preset.training,
+                show=sampler.show,
             )
         if processes.is_main_process:
             train.save_adapter(model, job.output, metadata | {"run": key})
@@ -242,9 +249,8 @@ def _samples(session: Session, job: Job, console: Console) -> list[list[dict]]:
         raise UsageError(f"--data world is drawn for preset tiny and not for {preset.name}; give a folder of clips")
     folder = dataset.folder_of(job.work, model_hash(session.folder, "vae"))
     vae = load_vae(session.folder).to(session.device)
-    for kind, count in WORLD_SAMPLES[job.stage].items():
-        dataset.build(kind, count, folder, vae)
-    return [[sample] for kind in WORLD_SAMPLES[job.stage] for sample in dataset.load(kind, folder)]
+    kinds = WORLD_SAMPLES[job.stage].items()
+    return [[sample] for kind, count in kinds for sample in dataset.build(kind, count, folder, vae)]
 
 
 def embedder(session: Session, prompts: list[str], work: Path, console: Console) -> train.Embed:

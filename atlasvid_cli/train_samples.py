@@ -70,7 +70,7 @@ class Sampler:
         below = sample[f"proxy_{time_ratio}"].float()
         enlarged = sample.get(f"enlarged_{time_ratio}")
         start = None if enlarged is None else enlarged.float()
-        return sample_detail(*streams, stage, detail, PATCH, SEED, 1, below, texts, detail.chunk, enlarged=start)
+        return sample_detail(*streams, stage, detail, PATCH, SEED, 1, below, texts, chunk=detail.chunk, enlarged=start)
 
     def _texts(self, model: WanTransformer3DModel, *prompts: str) -> list[TextContext]:
         length = self.session.preset.transformer.text_length

@@ -139,11 +139,9 @@ def make(work: Path, out: Path) -> None:
     latents = dataset.folder_of(work, model_hash(out, "vae"))
 
     if not (out / "transformer").exists():
-        for kind in ("image", "clip"):
-            dataset.build(kind, SAMPLES[kind], latents, vae)
+        images, clips = (dataset.build(kind, SAMPLES[kind], latents, vae) for kind in ("image", "clip"))
         torch.manual_seed(0)
         model = WanTransformer3DModel(**TRANSFORMER_CONFIG)
-        images, clips = (dataset.load(kind, latents) for kind in ("image", "clip"))
         for i, (steps, lr, stills) in enumerate(BASE_CYCLES):
             run = work / f"base-{latents.name}" / str(i)
             train.train_clips(
@@ -170,11 +168,10 @@ def make(work: Path, out: Path) -> None:
     scheduler.save_pretrained(out / "scheduler")
 
     if not (out / "proxy_lora.safetensors").exists():
-        dataset.build("proxy", SAMPLES["proxy"], latents, vae)
+        data = dataset.build("proxy", SAMPLES["proxy"], latents, vae)
         model = load_transformer(out)
         torch.manual_seed(1)
         model.add_adapter(train.lora_config(PROXY_RANK))
-        data = dataset.load("proxy", latents)
         train.train_clips(
             model,
             work / f"proxy-{base}-{PROXY_STEPS}",
@@ -193,8 +190,7 @@ def make(work: Path, out: Path) -> None:
     if not (out / "detail_lora.safetensors").exists():
         data = []
         for kind in ("first_still", "first", "upper_still", "upper"):
-            dataset.build(kind, SAMPLES[kind], latents, vae)
-            data += dataset.load(kind, latents)
+            data += dataset.build(kind, SAMPLES[kind], latents, vae)
         guidance = load_preset("tiny").proxy.guidance_scale
         for time_ratio, adapter, scale in ((1, None, 1.0), (4, "proxy_lora.safetensors", guidance)):
             stage1 = load_transformer(out, adapter, "proxy")

@@ -201,6 +201,12 @@ def load_transformer(
     return model
 
 
+def load_skeleton(folder: Path) -> WanTransformer3DModel:
+    """The transformer's layers on the meta device: shapes without weights."""
+    with torch.device("meta"):
+        return WanTransformer3DModel.from_config(_config(folder, "transformer"))
+
+
 def load_vae(folder: Path, dtype: torch.dtype = torch.float32) -> AutoencoderKLWan:
     return _load(AutoencoderKLWan, folder, "vae", dtype)
 

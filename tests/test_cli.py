@@ -108,6 +108,7 @@ def test_the_command_line_imports_nothing_heavy():
         (["render", "a \udcff ball"], 2, "UTF-8"),
         (["render", "x", "--negative-prompt", "a \0 ball"], 2, "UTF-8"),
         (["render", "--prompt-file", "absent.txt"], 3, "absent.txt"),
+        (["render", "--prompt-file", "/dev/null"], 3, "holds no prompts"),
         (["render", "x", "--model-path", "absent"], 3, "absent"),
         (["proxy", "--from-video", "absent.mp4"], 3, "absent.mp4"),
         (["render", "x", "--from-video", "absent.mp4"], 3, "absent.mp4"),
@@ -201,6 +202,31 @@ def test_a_batch_passes_over_a_failing_item(run, random_preset, tmp_path, monkey
     assert len(list((tmp_path / "out").glob("*.mp4"))) == 2
     _, out, _ = run(*arguments, "--shard", "2/2")
     assert [json.loads(line)["id"] for line in out.splitlines()] == ["0001-two"]
+
+
+def test_a_batch_stops_where_a_library_made_an_error_of_an_interruption(run, random_preset, tmp_path, monkeypatch):
+    from atlasvid_cli import pipeline
+
+    made = []
+
+    def stopped(*_):
+        made.append(1)
+        os.kill(os.getpid(), signal.SIGTERM)
+        try:
+            time.sleep(10)
+        except KeyboardInterrupt:
+            raise RuntimeError("an extension's own") from None
+
+    monkeypatch.setattr(pipeline, "render", stopped)
+    (tmp_path / "prompts.txt").write_text("a red ball\na blue star\n")
+    code, _, err = run("render", "--prompt-file", "prompts.txt", *RENDER, "--preset", random_preset)
+    assert (code, len(made)) == (130, 1) and "run the same command again" in err
+
+
+def test_tiny_is_trained_by_one_process(run, monkeypatch, tmp_path):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    code, _, err = run("train", "tiny")
+    assert code == 2 and "accelerate" in err and not list(tmp_path.iterdir())
 
 
 def test_bench_writes_one_json_object_and_a_page(run, random_preset, tmp_path, monkeypatch):

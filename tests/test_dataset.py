@@ -23,17 +23,23 @@ def test_shards_are_made_once_and_have_one_shape(vae, tmp_path, monkeypatch):
     assert len(shards) == 3
     before = shards[0].read_bytes()
     shards[1].unlink()
-    dataset.build("image", 8, tmp_path, vae)
+    samples = dataset.build("image", 8, tmp_path, vae)
     assert shards[0].read_bytes() == before and shards[1].exists()
-    samples = dataset.load("image", tmp_path)
     assert len(samples) == 8 and all(s["caption"] for s in samples)
     for first in range(0, 8, 3):
         assert len({tuple(s["latents"].shape) for s in samples[first : first + 3]}) == 1
-    again = tmp_path / "again"
-    dataset.build("image", 8, again, vae)
-    assert all(
-        torch.equal(a["latents"], b["latents"]) for a, b in zip(samples, dataset.load("image", again), strict=True)
-    )
+    again = dataset.build("image", 8, tmp_path / "again", vae)
+    assert all(torch.equal(a["latents"], b["latents"]) for a, b in zip(samples, again, strict=True))
+
+
+def test_a_count_gives_so_many_whatever_else_lies_in_the_folder(vae, tmp_path, monkeypatch):
+    monkeypatch.setattr(dataset, "SHARD", 3)
+    monkeypatch.setattr(dataset, "FRAME_GRIDS", (((2, 3), 1),))
+    alone = dataset.build("image", 5, tmp_path / "alone", vae)
+    few, many = (dataset.build("image", count, tmp_path / "shared", vae) for count in (2, 5))
+    assert len(few) == 2 and len(many) == 5
+    assert all(torch.equal(a["latents"], b["latents"]) for a, b in zip(alone, many, strict=True))
+    assert len(dataset.build("image", 2, tmp_path / "shared", vae)) == 2
 
 
 def test_a_crop_of_an_upper_level_comes_with_its_own_proxy(monkeypatch):
@@ -65,8 +71,7 @@ def test_the_proxy_of_a_crop_is_cut_from_the_whole_frames_latents(vae, tmp_path,
     monkeypatch.setattr(dataset, "DETAIL_TOKENS", 4)
     monkeypatch.setattr(dataset, "DETAIL_RATIOS", (Fraction(2),))
     monkeypatch.setattr(dataset, "PROXY_GRIDS", (((3, 5), 1),))
-    dataset.build("first_still", 3, tmp_path, vae)
-    for sample in dataset.load("first_still", tmp_path):
+    for sample in dataset.build("first_still", 3, tmp_path, vae):
         y, x = sample["at"]
         assert sample["whole_4"].shape[1:] == (1, 6, 10) and sample["latents"].shape[1:] == (1, 8, 8)
         assert torch.equal(sample["proxy_4"], sample["whole_4"][..., 2 * y : 2 * y + 4, 2 * x : 2 * x + 4])

@@ -8,6 +8,7 @@ from itertools import islice
 import pytest
 import torch
 from diffusers import WanPipeline
+from safetensors.torch import save_file
 
 from atlasvid_cli import above, artefacts, pipeline, tensor_file
 from atlasvid_cli.console import Console
@@ -16,7 +17,6 @@ from atlasvid_cli.errors import InputError, RenderError, UsageError
 from atlasvid_cli.footage import open_clip
 from atlasvid_cli.parse import Lora
 from atlasvid_cli.plan import Request, make_plan
-from atlasvid_cli.presets import load_preset
 from atlasvid_cli.session import Session
 from atlasvid_cli.video import probe, read_frames, write_video
 
@@ -182,6 +182,39 @@ def test_a_run_of_another_job_is_left_alone(session, request_, console, tmp_path
     assert digest(pipeline.refine(session, plan, proxy, tmp_path, console)) == before[1]
 
 
+@pytest.mark.parametrize("name", ["proxy.mp4", "proxy.safetensors", "detail.safetensors"])
+def test_a_file_of_the_users_is_left_alone(session, request_, console, tmp_path, name):
+    """With --run-dir a run may lie in any folder: what no run has made is not taken for what one has."""
+    mine = tmp_path / name
+    if name == "proxy.mp4":
+        frames = torch.rand(3, 3, 64, 64, generator=torch.Generator().manual_seed(0))
+        write_video(mine, iter([frames]), width=64, height=64, fps=Fraction(8), frame_count=3)
+    else:
+        save_file({"weight": torch.ones(3)}, mine)
+    before, plan = digest(mine), make_plan(request_)
+    with pytest.raises(UsageError, match="--run-dir"):
+        proxy = pipeline.make_proxy(session, plan, PROMPT, "", tmp_path, console)
+        pipeline.refine(session, plan, proxy, tmp_path, console)
+    assert digest(mine) == before
+    mine.unlink()
+    pipeline.refine(session, plan, pipeline.make_proxy(session, plan, PROMPT, "", tmp_path, console), tmp_path, console)
+
+
+def test_a_level_that_starts_from_pixels_is_bound_to_the_vae(session, request_, console, tmp_path, monkeypatch):
+    plan = make_plan(request_)
+    proxy = pipeline.make_proxy(session, plan, PROMPT, "", tmp_path, console)
+    known, (stage, *_) = artefacts.describe(proxy), plan.levels
+    starts = {u: replace(stage, upsample=u, strength=0.5) for u in ("latents", "pixels")}
+
+    def keys():
+        return {u: artefacts.level_metadata(session, plan, s, known)["key"] for u, s in starts.items()}
+
+    before = keys()
+    monkeypatch.setitem(session._hashes, "vae", "0" * 16)
+    after = keys()
+    assert after["latents"] == before["latents"] and after["pixels"] != before["pixels"]
+
+
 def test_a_video_that_another_process_made_meanwhile_is_kept(session, request_, console, tmp_path, monkeypatch):
     plan = make_plan(request_)
     run, video = tmp_path / "run", tmp_path / "a.mp4"
@@ -219,10 +252,6 @@ def test_prompts_are_encoded_before_a_model_is_loaded(random_preset, request_, c
 def test_unknown_words_are_named(session, console, capsys):
     session.embeddings(("a red zebra",), console)
     assert "'zebra'" in capsys.readouterr().err
-
-
-def test_every_shipped_preset_loads():
-    assert load_preset("tiny").detail.windows
 
 
 def test_a_result_is_refined_no_smaller_than_it_was_generated(session, request_, console, tmp_path):

@@ -3,6 +3,8 @@
 import dataclasses
 from fractions import Fraction
 
+import pytest
+
 from atlasvid_cli.plan import Request, make_plan
 from atlasvid_cli.presets import load_preset
 
@@ -25,6 +27,12 @@ def test_a_proxy_is_known_by_what_its_preview_shows():
     plan = make_plan(REQUEST)
     assert wider.proxy == plan.proxy and wider.proxy_size != plan.proxy_size
     assert wider.key(wider.proxy) != plan.key(plan.proxy)
+
+
+@pytest.mark.parametrize("change", [{"seconds": Fraction(39, 10)}, {"seconds": Fraction(2), "fps": 32}])
+def test_a_proxy_is_known_by_the_length_and_rate_that_refine_takes_over(change):
+    plan, other = make_plan(REQUEST), make_plan(dataclasses.replace(REQUEST, **change))
+    assert plan.proxy == other.proxy and plan.key(plan.proxy) != other.key(other.proxy)
 
 
 def test_forwards_are_counted_by_where_guidance_acts():

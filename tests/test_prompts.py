@@ -69,12 +69,12 @@ def test_stdin_is_read(monkeypatch: pytest.MonkeyPatch) -> None:
     ],
 )
 def test_bad_lines_are_named(tmp_path: Path, line: str, words: str) -> None:
-    with pytest.raises(UsageError, match=words):
+    with pytest.raises(InputError, match=words):
         read(tmp_path, '{"prompt": "p", "id": "a", "output": "o.mp4"}\n' + line)
 
 
 def test_files_without_prompts(tmp_path: Path) -> None:
-    with pytest.raises(UsageError, match="holds no prompts"):
+    with pytest.raises(InputError, match="holds no prompts"):
         read(tmp_path, " \n\n")
     with pytest.raises(InputError, match="not UTF-8"):
         read(tmp_path, b"\xff\xfea\0")
@@ -161,16 +161,16 @@ def test_numbers_are_finite() -> None:
 
 
 def test_a_file_is_of_text_or_of_objects_not_of_both(tmp_path: Path) -> None:
-    with pytest.raises(UsageError, match="line 2 is a JSON object and line 1 is not"):
+    with pytest.raises(InputError, match="line 2 is a JSON object and line 1 is not"):
         read(tmp_path, '# mine\n{"prompt": "a red ball"}\n')
     assert len(read(tmp_path, "a red ball\n{blue} star")) == 2
 
 
 def test_what_would_be_taken_for_prompts_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(UsageError, match="JSON array"):
+    with pytest.raises(InputError, match="JSON array"):
         read(tmp_path, '[{"prompt": "a red ball"},\n {"prompt": "a blue star"}]')
     assert read(tmp_path, "[closing scene] a red ball")[0].prompt == "[closing scene] a red ball"
-    with pytest.raises(UsageError, match="line 2"):
+    with pytest.raises(InputError, match="line 2"):
         read(tmp_path, "a red ball\na blue\0star")
 
 

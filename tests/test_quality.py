@@ -33,6 +33,14 @@ def test_true_renders_pass_and_have_no_seams():
     (_, attributes), *_ = quality.held_out_prompts(1)
     frames = list(quality.true_frames(plan, attributes))
     assert all(adherence(detect(frames, 4.0), attributes).values())
+    x, y = (np.arange(b) * a // b for a, b in zip((480, 272), plan.proxy_size, strict=True))
+    proxy = [frame[y][:, x] for frame in frames]
+    assert quality.seam_ratio([quality.assess(plan, frames, proxy, attributes)]) == pytest.approx(1)
+    _, columns = quality.window_borders(plan)
+    cut = [frame.copy() for frame in frames]
+    for frame in cut:
+        frame[:, columns] = 255 - frame[:, columns]
+    assert quality.seam_ratio([quality.assess(plan, cut, proxy, attributes)]) > 2
 
 
 def test_coherence_is_the_likeness_to_the_proxy():

@@ -27,7 +27,7 @@ def sample(transformer, prompt, below):
 
     def run(stage=STAGE, seed=5, chunk=8, detail=DETAIL, **more):
         texts = [(c, c) for c in contexts[: stage.passes]]
-        return sample_detail(transformer, transformer, stage, detail, 2, seed, 1, below, texts, chunk, **more)
+        return sample_detail(transformer, transformer, stage, detail, 2, seed, 1, below, texts, chunk=chunk, **more)
 
     return run
 
@@ -55,8 +55,8 @@ def test_a_resumed_run_ends_with_the_same_bytes(sample, stage):
 def test_guidance_with_the_same_prompt_twice_changes_nothing(transformer, prompt, below):
     context = text_context(transformer, [prompt], 512)
     guided = replace(STAGE, guidance_scale=4.0)
-    out = sample_detail(transformer, transformer, guided, DETAIL, 2, 5, 1, below, [(context, context)] * 2, 8)
-    plain = sample_detail(transformer, transformer, STAGE, DETAIL, 2, 5, 1, below, [(context, context)], 8)
+    out = sample_detail(transformer, transformer, guided, DETAIL, 2, 5, 1, below, [(context, context)] * 2, chunk=8)
+    plain = sample_detail(transformer, transformer, STAGE, DETAIL, 2, 5, 1, below, [(context, context)], chunk=8)
     torch.testing.assert_close(out, plain, atol=1e-5, rtol=0)
 
 
@@ -92,7 +92,7 @@ def test_without_shifts_what_is_beyond_a_window_border_is_never_seen(transformer
     changed[..., 6:] += 1.0
     stage = replace(STAGE, strength=0.7)
     figures, texts = (stage, tiles, 2, 5, 1), [(context, context)]
-    a, b = (sample_detail(transformer, transformer, *figures, x, texts, 8) for x in (low, changed))
+    a, b = (sample_detail(transformer, transformer, *figures, x, texts, chunk=8) for x in (low, changed))
     assert torch.equal(a[..., :12], b[..., :12]) and not torch.equal(a[..., 12:], b[..., 12:])
 
 

@@ -7,7 +7,7 @@ from importlib.metadata import PackageNotFoundError
 
 import pytest
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 
 from atlasvid_cli import artefacts, machine, pipeline, session
 from atlasvid_cli.block import Kernels
@@ -201,6 +201,28 @@ def test_what_cannot_run_is_refused_before_weights_load(stock_preset, tmp_path, 
     broken.write_bytes(b"no")
     with pytest.raises(InputError, match="safetensors"):
         Session(str(stock_preset), loras=(Lora(broken),))
+
+
+def test_what_a_later_stage_would_refuse_is_said_before_the_first(stock_preset, random_preset, tmp_path):
+    """An adapter of another base, a LoRA of another model, one of the second expert's alone."""
+    shutil.copytree(random_preset.parent, tmp_path, dirs_exist_ok=True)
+    preset = Session(str(tmp_path / random_preset.name))
+    preset.check_adapters()
+    adapter = preset.folder / preset.preset.detail.lora
+    tensors = load_file(adapter)
+    save_file(tensors, adapter, {"stage": "detail", "base": "0" * 16})
+    with pytest.raises(InputError, match="trained for base"):
+        preset.check_adapters()
+    name = "transformer.blocks.0.attn1.to_q"
+    path = tmp_path / "other.safetensors"
+    save_file({f"{name}.lora_A.weight": torch.zeros(2, 7), f"{name}.lora_B.weight": torch.zeros(9, 2)}, path)
+    with pytest.raises(InputError, match="does not fit"):
+        Session(str(stock_preset), loras=(Lora(path),)).check_adapters()
+    good = {f"{name}.lora_A.weight": torch.zeros(2, 24), f"{name}.lora_B.weight": torch.zeros(24, 2)}
+    save_file(good | {f"{name}.alpha": torch.tensor(1.0), "unknown": torch.zeros(1)}, path)
+    Session(str(stock_preset), loras=(Lora(path),)).check_adapters()
+    with pytest.raises(InputError, match="unknown"):
+        Session(str(stock_preset), loras=(Lora(path),), strict=True).check_adapters()
 
 
 def test_the_detail_of_two_experts_needs_the_second_alone(experts_preset, console, tmp_path, monkeypatch):

@@ -3,6 +3,7 @@
 import json
 import math
 import shutil
+import sys
 from dataclasses import replace
 from fractions import Fraction
 from pathlib import Path
@@ -227,6 +228,14 @@ def test_stage_2_starts_as_the_preset_does_from_pixels_made_once(session, job, m
     make(session, replace(job, output=job.output.with_name("b.safetensors")), quiet())
     assert made == [1, 4, 1]  # in a folder of its own
     assert all({"worn_4", "enlarged_1"} <= set(sample) and "enlarged_4" not in sample for sample in seen.pop())
+
+
+def test_an_optimizer_that_is_not_there_is_said_before_clips_are_read(session, job, monkeypatch):
+    monkeypatch.setitem(sys.modules, "prodigyopt", None)
+    session.preset = replace(session.preset, training=replace(session.preset.training, optimizer="prodigy"))
+    monkeypatch.setattr(train_adapter.corpus, "load_samples", lambda *_: pytest.fail("clips were read"))
+    with pytest.raises(UsageError, match="pip install prodigyopt"):
+        make(session, job, quiet())
 
 
 def test_held_out_clips_are_shown_as_sampled(session, job):
