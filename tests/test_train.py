@@ -163,7 +163,9 @@ def test_a_resumed_training_ends_with_the_same_weights(tmp_path, monkeypatch, ki
         torch.manual_seed(0)
         fresh = model()
         if kind == "clips":
-            train.train_clips(fresh, folder, clips(1), clips(), embed, 250, 5e-3, 4, tokens=18, stills=(0.9, 0.4))
+            train.train_clips(
+                fresh, folder, clips(1), clips(), embed, 250, 5e-3, time_ratio=4, tokens=18, stills=(0.9, 0.4)
+            )
         else:
             fresh.add_adapter(train.lora_config(2))
             train.train_detail(fresh, fresh, folder, details(), embed, 250, 5e-3, DETAIL, accumulate=1)
