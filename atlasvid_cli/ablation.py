@@ -11,25 +11,20 @@ import shutil
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from functools import cache, partial
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
-import torch.nn.functional as F
-from diffusers import WanPipeline
 
-from . import pipeline, store, world
-from .artefacts import job_hash, proxy_metadata, read_latents
+from . import pipeline, store
+from .ablation_arms import NATIVE, RECONSTRUCTED, Arm, arms
+from .artefacts import job_hash, proxy_metadata
 from .bench import native_render_seconds
 from .console import Console
-from .cost import EFFICIENCY, GIB, check_resources, offload_of, vae_tile
-from .decode import decode_stream
-from .encode import encode_stream
+from .cost import EFFICIENCY, GIB, check_resources
 from .machine import gemm_rate, peak_rss, reset_peak
 from .plan import Plan, Request, make_plan
-from .presets import Preset
 from .quality import (
     Assessment,
     Attributes,
@@ -40,60 +35,21 @@ from .quality import (
     looked_at,
     proxy_frames,
     seam_ratio,
-    true_scene,
 )
-from .session import Session
-from .video import write_video
-from .weights import load_scheduler, load_text, load_transformer
 
 SAMPLED_SECONDS = 60.0  # of native, where it is projected
 APART = 1000  # seeds of a prompt are this far apart, so that more prompts or seeds leave the others' as they are
-
-
-def _detail(**changes: Any) -> Callable[[Preset], Preset]:
-    return lambda preset: dataclasses.replace(preset, detail=dataclasses.replace(preset.detail, **changes))
-
-
-def _unscaled_time(preset: Preset) -> Preset:
-    return dataclasses.replace(preset, proxy=dataclasses.replace(preset.proxy, scaled_time=False))
-
-
-def _half_the_steps(preset: Preset) -> Preset:
-    levels = (preset.detail.first, preset.detail.upper)
-    first, upper = (dataclasses.replace(level, steps=-(-level.steps // 2)) for level in levels)
-    return _detail(first=first, upper=upper)(preset)
-
-
-def _tiles(preset: Preset) -> Preset:
-    return _detail(proxy_attention=False, shifted=False, windows=preset.detail.windows[:1])(preset)
-
-
-FULL = "the full method"
-# arms that sample detail, as changes of the preset, and whether its adapters were trained for that
-SAMPLED: dict[str, tuple[Callable[[Preset], Preset], bool]] = {
-    FULL: (lambda preset: preset, True),
-    "half the detail steps": (_half_the_steps, True),
-    "without proxy attention": (_detail(proxy_attention=False), False),
-    "without shifts": (_detail(shifted=False), False),
-    "without scaled positions": (_detail(scaled_positions=False), False),
-    "without scaled time": (_unscaled_time, False),
-    "proxy at the detail's timestep": (_detail(clean_proxy=False), False),
-    "no detail adapter": (_detail(lora=None), False),
-    "tiles, each alone": (_tiles, False),
-}
-RECONSTRUCTED, UPSAMPLED, NATIVE = "a true render through the VAE", "upsampled proxy", "native full attention"
-
-
-@dataclass(frozen=True)
-class Arm:
-    """How an arm makes the video of a prompt above the proxy in a run directory:
-    `make(plan, prompt, attributes, proxy, video)`. `warm` loads what it needs, which is not timed."""
-
-    name: str
-    session: Session
-    trained: bool
-    warm: Callable[[Plan], object]
-    make: Callable[[Plan, str, Attributes, Path, Path], object]
+COLUMNS = (
+    "adherence_percent",
+    "spread",
+    "missing_percent",
+    "repeated_percent",
+    "seam",
+    "coherence_db",
+    "edge_width_px",
+    "seconds",
+    "peak_gib",
+)
 
 
 @dataclass(frozen=True)
@@ -105,34 +61,49 @@ class Seen:
     peak_bytes: int
 
 
-def run(request: Request, count: int, seeds: int, budget: float, folder: Path, console: Console) -> dict[str, Any]:
-    """Makes `count` held-out prompts with `seeds` seeds each in every arm; videos in `folder` that are done are kept,
-    and looked at again. Where one of native's would take more than `budget` seconds, only its time is told, projected.
+def run(
+    request: Request,
+    count: int,
+    seeds: int,
+    budget: float,
+    folder: Path,
+    console: Console,
+    large: Request | None = None,
+) -> dict[str, Any]:
+    """Makes `count` held-out prompts with `seeds` seeds each in every arm, and the first of them once as `large` asks;
+    videos in `folder` that are done are kept, and looked at again. Where one of native's would take more than `budget`
+    seconds, only its time is told, projected.
     """
     plan = check(request, "--ablation")
-    check_resources(plan, folder.absolute(), videos=count * seeds)
-    rows: list[dict[str, Any]] = []
+    tables = [(request, count, seeds, folder)] + ([(large, 1, 1, folder / "large")] if large else [])
+    for wanted, prompts, repeats, _ in tables:
+        check_resources(make_plan(wanted), folder.absolute(), videos=prompts * repeats)
     with store.results(folder):
-        for arm in arms(request, console):
-            console.note(arm.name)
-            if (
-                arm.name == NATIVE
-                and _native_takes(plan) > budget
-                and not _all_made(arm, request, count, seeds, folder)
-            ):
-                video = folder / _folder_name(RECONSTRUCTED) / "0.mp4"
-                seconds = round(native_render_seconds(request, min(budget, SAMPLED_SECONDS), video), 1)
-                rows.append({**dict.fromkeys(rows[-1]), "arm": f"{NATIVE} (projected)", "seconds": seconds})
-                continue
-            by_seed: list[list[Seen]] = [[] for _ in range(seeds)]
-            for k, job, prompt, attributes in jobs(arm, request, count, seeds):
-                by_seed[k].append(look(arm, job, prompt, attributes, folder, console))
-            columns = summary(by_seed)
-            if arm.name in (NATIVE, RECONSTRUCTED):
-                columns["coherence_db"] = None  # they never saw that proxy
-            rows.append({"arm": arm.name + ("" if arm.trained else " (untrained)"), **columns})
+        rows, *at_large = ([_row(*table, arm, budget, console) for arm in arms(request, console)] for table in tables)
     facts = {name: plan.summary[name] for name in ("preset", "size", "seconds")}
-    return {**facts, "prompts": count, "seeds": seeds, "arms": rows}
+    facts |= {"prompts": count, "seeds": seeds, "arms": rows}
+    if large:
+        facts["large"] = {"size": f"{large.width}x{large.height}", "seconds": float(large.seconds), "arms": at_large[0]}
+    return facts
+
+
+def _row(
+    request: Request, count: int, seeds: int, folder: Path, arm: Arm, budget: float, console: Console
+) -> dict[str, Any]:
+    """An arm's line of a table."""
+    console.note(f"{arm.name}, {request.width}x{request.height}")
+    takes = _native_takes(make_plan(request)) if arm.name == NATIVE else 0.0
+    if takes > budget and not _all_made(arm, request, count, seeds, folder):
+        video = folder / _folder_name(RECONSTRUCTED) / "0.mp4"
+        seconds = round(native_render_seconds(request, min(budget, SAMPLED_SECONDS), video), 1)
+        return {"arm": f"{NATIVE} (projected)", **dict.fromkeys(COLUMNS), "seconds": seconds}
+    by_seed: list[list[Seen]] = [[] for _ in range(seeds)]
+    for k, job, prompt, attributes in jobs(arm, request, count, seeds):
+        by_seed[k].append(look(arm, job, prompt, attributes, folder, console))
+    columns = summary(by_seed)
+    if arm.name in (NATIVE, RECONSTRUCTED):
+        columns["coherence_db"] = None  # they never saw that proxy
+    return {"arm": arm.name + ("" if arm.trained else " (untrained)"), **columns}
 
 
 def jobs(arm: Arm, request: Request, count: int, seeds: int) -> Iterator[tuple[int, Plan, str, Attributes]]:
@@ -149,93 +120,6 @@ def _all_made(arm: Arm, request: Request, count: int, seeds: int, folder: Path) 
         _kept(video := made / f"{plan.request.seed}.mp4", video, job_hash(arm.session, plan, prompt, ""))
         for _, plan, prompt, _ in jobs(arm, request, count, seeds)
     )
-
-
-def arms(request: Request, console: Console) -> Iterator[Arm]:
-    """Every arm; of those that sample, all that the preset does not come to anyway."""
-    base = Session(request.preset, request.model_path)
-    yield Arm(RECONSTRUCTED, base, True, lambda plan: base.vae(), partial(reconstruct, base))
-    yield Arm(UPSAMPLED, base, True, lambda plan: base.vae(), partial(upsample, base))
-    for name, (change, trained) in SAMPLED.items():
-        if name == FULL or change(base.preset) != base.preset:
-            yield _sampled(name, Session(change(base.preset), request.model_path), trained, console)
-    yield _native(base)
-
-
-def _sampled(name: str, session: Session, trained: bool, console: Console) -> Arm:
-    def warm(plan: Plan) -> None:
-        session.detail_models(offload_of(plan), console)
-        session.vae()
-
-    def make(plan: Plan, prompt: str, attributes: Attributes, proxy: Path, video: Path) -> None:
-        latents = pipeline.refine(session, plan, proxy / "proxy.safetensors", video.with_suffix(""), console)
-        pipeline.decode(session, latents, video, plan.request.codec, console)
-
-    return Arm(name, session, trained, warm, make)
-
-
-def _native(session: Session) -> Arm:
-    """diffusers' WanPipeline with the base weights under full attention at the asked size, with the proxy's steps."""
-
-    @cache
-    def load() -> WanPipeline:
-        text, model = load_text(session.folder), load_transformer(session.folder, dtype=session.dtype)
-        scheduler = load_scheduler(session.folder, session.preset.proxy.flow_shift)
-        pipe = WanPipeline(*text, session.vae(), scheduler, model).to(session.device)
-        pipe.set_progress_bar_config(disable=True)
-        return pipe
-
-    def make(plan: Plan, prompt: str, attributes: Attributes, proxy: Path, video: Path) -> None:
-        grid, geometry = plan.native_grid, session.preset.geometry
-        frames = load()(
-            prompt,
-            "",
-            height=grid.h * geometry.token_pixels,
-            width=grid.w * geometry.token_pixels,
-            num_frames=(grid.t - 1) * geometry.temporal + 1,
-            num_inference_steps=plan.proxy.steps,
-            guidance_scale=plan.proxy.guidance_scale,
-            generator=torch.Generator().manual_seed(plan.request.seed),
-            output_type="pt",
-        ).frames[0]
-        write_video(video, iter(frames.float().cpu().split(1)), **_shape(plan))
-
-    return Arm(NATIVE, session, True, lambda plan: load(), make)
-
-
-def reconstruct(session: Session, plan: Plan, prompt: str, attributes: Attributes, proxy: Path, video: Path) -> None:
-    """A true render encoded and decoded again: what the VAE costs, and so the best that any arm can reach."""
-    scene, grid, geometry = true_scene(plan, attributes), plan.target, session.preset.geometry
-    width, height = grid.w * geometry.token_pixels, grid.h * geometry.token_pixels
-    window = (0.0, 0.0, height / (plan.request.height * plan.scale))
-    times = torch.arange((grid.t - 1) * geometry.temporal + 1) / plan.fps
-    latents = encode_stream(session.vae(), (world.render(scene, t[None], height, width, window)[:, 0] for t in times))
-    tile = vae_tile(session.preset, *latents.shape[2:])
-    frames = decode_stream(session.vae(), latents, tile, video.parent)
-    sizes = plan.request.height * plan.scale, plan.request.width * plan.scale
-    cropped = (chunk[..., : sizes[0], : sizes[1]] for chunk in frames)
-    write_video(video, (F.avg_pool2d(chunk, plan.scale) for chunk in cropped), **_shape(plan))
-
-
-def upsample(session: Session, plan: Plan, prompt: str, attributes: Attributes, proxy: Path, video: Path) -> None:
-    """The proxy made as large as the video by bicubic interpolation, each of its frames shown until the next."""
-    latents, _ = read_latents(proxy / "proxy.safetensors", session, "vae")
-    width, height = plan.proxy_size
-    size = plan.request.height, plan.request.width
-
-    def frames() -> Iterator[torch.Tensor]:
-        tile = vae_tile(session.preset, *latents.shape[2:])
-        for chunk in decode_stream(session.vae(), latents, tile, video.parent):
-            large = F.interpolate(chunk[..., :height, :width], size=size, mode="bicubic").clamp(0, 1)
-            yield large.repeat_interleave(plan.proxy.time_ratio, dim=0)
-
-    write_video(video, frames(), **_shape(plan))
-
-
-def _shape(plan: Plan) -> dict[str, Any]:
-    request = plan.request
-    size = {"width": request.width, "height": request.height, "fps": plan.fps, "frame_count": plan.frames}
-    return {**size, "codec": request.codec}
 
 
 def look(arm: Arm, plan: Plan, prompt: str, attributes: Attributes, folder: Path, console: Console) -> Seen:
@@ -303,27 +187,28 @@ def summary(by_seed: list[list[Seen]]) -> dict[str, Any]:
     assessments = [seen.assessment for seen in everything]
     adherence = [100 * float(np.mean([list(s.assessment.right.values()) for s in row])) for row in by_seed]
     widths = [a.edge_width for a in assessments if a.edge_width is not None]
-    return {
-        "adherence_percent": round(float(np.mean(adherence)), 1),
-        "spread": round(float(np.std(adherence, ddof=1)), 1) if len(adherence) > 1 else None,
-        "missing_percent": round(100 * float(np.mean([a.repetition < 0 for a in assessments]))),
-        "repeated_percent": round(100 * float(np.mean([a.repetition > 0 for a in assessments]))),
-        "seam": round(seam_ratio(assessments), 2),
-        "coherence_db": round(float(np.mean([a.coherence for a in assessments])), 1),
-        "edge_width_px": round(float(np.median(widths)), 1) if widths else None,
-        "seconds": round(float(np.median([s.seconds for s in everything])), 1),
-        "peak_gib": round(max(s.peak_bytes for s in everything) / GIB, 2),
-    }
+    values = (
+        round(float(np.mean(adherence)), 1),
+        round(float(np.std(adherence, ddof=1)), 1) if len(adherence) > 1 else None,
+        round(100 * float(np.mean([a.repetition < 0 for a in assessments]))),
+        round(100 * float(np.mean([a.repetition > 0 for a in assessments]))),
+        round(seam_ratio(assessments), 2),
+        round(float(np.mean([a.coherence for a in assessments])), 1),
+        round(float(np.median(widths)), 1) if widths else None,
+        round(float(np.median([s.seconds for s in everything])), 1),
+        round(max(s.peak_bytes for s in everything) / GIB, 2),
+    )
+    return dict(zip(COLUMNS, values, strict=True))
 
 
-def row(arm: dict[str, Any]) -> dict[str, str]:
-    """An arm's columns as a terminal of 80 has room for them."""
+def row(arm: dict[str, Any], large: dict[str, Any] | None = None) -> dict[str, str]:
+    """An arm's columns, and some of its `large` ones, as a terminal of 80 has room for them."""
 
-    def shown(key: str, digits: int) -> str:
-        value = arm.get(key)
+    def shown(key: str, digits: int, of: dict[str, Any] = arm) -> str:
+        value = of.get(key)
         return "" if value is None else f"{value:.{digits}f}"
 
-    return {
+    columns = {
         "arm": arm["arm"].replace(" (untrained)", "*"),
         "right": "±".join(filter(None, (shown("adherence_percent", 0), shown("spread", 0)))),
         "no/many": "/".join(filter(None, (shown("missing_percent", 0), shown("repeated_percent", 0)))),
@@ -333,3 +218,6 @@ def row(arm: dict[str, Any]) -> dict[str, str]:
         "s": shown("seconds", 1),
         "GiB": shown("peak_gib", 1),
     }
+    if large:
+        columns |= {"large px": shown("edge_width_px", 1, large), "large s": shown("seconds", 0, large)}
+    return columns

@@ -63,6 +63,7 @@ def bench(
     ablation: opt.Ablation = False,
     count: opt.Count = None,
     seeds: opt.Seeds = None,
+    large: opt.Large = None,
     output: opt.QualityOutput = None,
     as_json: opt.Json = False,
     debug: opt.Debug = False,
@@ -72,18 +73,20 @@ def bench(
 
     if quality or ablation:
         speed: dict[str, object] = {"steps": steps, "repeats": repeats, "quick": quick, "html": page}
-        speed |= {"ablation": ablation, "budget-seconds": budget_seconds, "seeds": seeds} if quality else {}
+        of_ablation = {"ablation": ablation, "budget-seconds": budget_seconds, "seeds": seeds, "large": large}
+        speed |= of_ablation if quality else {}
         if ignored := next((name for name, value in speed.items() if value), None):
             raise UsageError(f"--{ignored} does not go with --{'quality' if quality else 'ablation'}; leave one out")
         request = make_request(res or "960x540", seconds or "4", preset, model_path=model_path)
         if ablation:
             budget = 600.0 if budget_seconds is None else budget_seconds
             check_finite("--budget-seconds", budget, 1)
-            show_ablation(request, count or 4, seeds or 3, budget, output or Path("ablation"), Console(as_json))
+            at = make_request(large, seconds or "4", preset, model_path=model_path) if large else None
+            show_ablation(request, at, count or 4, seeds or 3, budget, output or Path("ablation"), Console(as_json))
         else:
             show_quality(request, count or 40, output or Path("quality"), Console(as_json))
         return
-    of_quality = {"count": count, "seeds": seeds, "output": output}
+    of_quality = {"count": count, "seeds": seeds, "large": large, "output": output}
     if ignored := next((name for name, value in of_quality.items() if value), None):
         raise UsageError(f"--{ignored} goes with --quality or --ablation; add one of them, or leave it out")
     size, length, runs, budget = ("800x448", "1", 1, 15.0) if quick else ("960x540", "2", 3, 60.0)
@@ -126,18 +129,30 @@ def show_quality(request: "Request", count: int, folder: Path, console: "Console
     console.emit(found, text)
 
 
-def show_ablation(request: "Request", count: int, seeds: int, budget: float, folder: Path, console: "Console") -> None:
+def show_ablation(
+    request: "Request",
+    large: "Request | None",
+    count: int,
+    seeds: int,
+    budget: float,
+    folder: Path,
+    console: "Console",
+) -> None:
     """Measures and prints what each part of the method is worth."""
     from . import ablation, quality
+    from .ablation_arms import FULL
 
-    quality.check(request, "--ablation")  # usage errors before any work
+    for wanted in filter(None, (request, large)):
+        quality.check(wanted, "--ablation")  # usage errors before any work
     check_writable(folder.absolute() / "arm.json")
-    found = ablation.run(request, count, seeds, budget, folder, console)
+    found = ablation.run(request, count, seeds, budget, folder, console, large)
     title = f"{found['size']} x {found['seconds']:g} s, {count} held-out prompts x {seeds} seeds"
-    title += " (right, no, many in %; * untrained)"
-    console.table(title, [ablation.row(arm) for arm in found["arms"]])
-    full = next(arm for arm in found["arms"] if arm["arm"] == ablation.FULL)
-    text = f"{ablation.FULL}: {full['adherence_percent']} % of attributes right, seam {full['seam']}"
+    title += " (right, no, many in %; * untrained"
+    title += f"; large: one video of {found['large']['size']})" if large else ")"
+    at_large = found["large"]["arms"] if large else [None] * len(found["arms"])
+    console.table(title, [ablation.row(*pair) for pair in zip(found["arms"], at_large, strict=True)])
+    full = next(arm for arm in found["arms"] if arm["arm"] == FULL)
+    text = f"{FULL}: {full['adherence_percent']} % of attributes right, seam {full['seam']}"
     console.emit(found, f"{text}, {full['seconds']} s a video")
 
 

@@ -91,6 +91,9 @@ Ablation = Annotated[
 Count = Annotated[
     int | None, typer.Option("--count", min=1, help="Held-out prompts [default: 40 for --quality, 4 for --ablation].")
 ]
+Large = Annotated[
+    str | None, typer.Option("--large", help="With --ablation: one video of each arm at this size too, say 4k.")
+]
 Seeds = Annotated[
     int | None, typer.Option("--seeds", min=1, max=100, help="Seeds of each prompt that --ablation takes [default: 3].")
 ]

@@ -6,7 +6,7 @@ from fractions import Fraction
 
 import pytest
 
-from atlasvid_cli import ablation, quality
+from atlasvid_cli import ablation, ablation_arms, quality
 from atlasvid_cli.artefacts import describe
 from atlasvid_cli.console import Console
 from atlasvid_cli.errors import UsageError
@@ -31,7 +31,12 @@ def found(request_of, tmp_path_factory):
 def test_every_arm_is_there_with_its_columns(found):
     _, table = found
     names = [row["arm"].removesuffix(" (untrained)") for row in table["arms"]]
-    assert names == ["a true render through the VAE", "upsampled proxy", *ablation.SAMPLED, "native full attention"]
+    assert names == [
+        "a true render through the VAE",
+        "upsampled proxy",
+        *ablation_arms.SAMPLED,
+        "native full attention",
+    ]
     assert [n for n, row in zip(names, table["arms"], strict=True) if row["coherence_db"] is None] == [
         names[0],
         names[-1],
@@ -42,7 +47,7 @@ def test_every_arm_is_there_with_its_columns(found):
 def test_sampled_arms_differ_and_share_their_proxies(found):
     folder, _ = found
     videos = {p.parent.name: next(read_frames(p)).tobytes() for p in folder.glob("*/0.mp4")}
-    assert len(set(videos.values())) == len(videos) == len(ablation.SAMPLED) + 3
+    assert len(set(videos.values())) == len(videos) == len(ablation_arms.SAMPLED) + 3
     keys = {p.parent.parent.name: describe(p)["key"] for p in folder.glob("*/0/proxy.safetensors")}
     assert set(keys) == {"proxy", "proxy-unscaled"}
     below = {p.parent.parent.name: describe(p)["below"] for p in folder.glob("*/0/level-1.safetensors")}
@@ -52,8 +57,8 @@ def test_sampled_arms_differ_and_share_their_proxies(found):
 
 def test_what_was_made_is_kept_also_with_more_seeds(found, request_of, monkeypatch):
     folder, table = found
-    monkeypatch.setattr(ablation.pipeline, "refine", lambda *a: pytest.fail("refined again"))
-    monkeypatch.setattr(ablation, "WanPipeline", lambda *a: pytest.fail("native again"))
+    monkeypatch.setattr(ablation_arms.pipeline, "refine", lambda *a: pytest.fail("refined again"))
+    monkeypatch.setattr(ablation_arms, "WanPipeline", lambda *a: pytest.fail("native again"))
     assert ablation.run(request_of, 1, 2, 600.0, folder, QUIET) == table
     fewer = ablation.run(request_of, 1, 1, 600.0, folder, QUIET)
     assert fewer["arms"][0]["spread"] is None
@@ -61,7 +66,7 @@ def test_what_was_made_is_kept_also_with_more_seeds(found, request_of, monkeypat
 
 def test_native_beyond_the_budget_is_projected(found, request_of, monkeypatch):
     folder, table = found
-    monkeypatch.setattr(ablation, "WanPipeline", lambda *a: pytest.fail("native made a video"))
+    monkeypatch.setattr(ablation_arms, "WanPipeline", lambda *a: pytest.fail("native made a video"))
     assert ablation.run(request_of, 1, 2, 1e-9, folder, QUIET) == table  # what is made is kept
     made = folder / "native-full-attention" / "0.json"
     record = made.read_text()
@@ -101,7 +106,7 @@ def test_the_upsampled_proxy_is_the_proxy_in_large(found, request_of):
 
 
 def test_tiles_see_no_border_beyond_their_own():
-    preset = ablation.SAMPLED["tiles, each alone"][0](load_preset("tiny"))
+    preset = ablation_arms.SAMPLED["tiles, each alone"][0](load_preset("tiny"))
     assert not preset.detail.proxy_attention
     plan = make_plan(Request("tiny", 960, 540, Fraction(4)), preset=preset)
     assert quality.window_borders(plan) == ([256, 512], [256, 512, 768])
@@ -122,7 +127,7 @@ def test_a_terminal_of_80_columns_shows_every_column_whole(capsys, monkeypatch):
     monkeypatch.setenv("COLUMNS", "80")
     numbers = {"adherence_percent": 91.7, "spread": 14.4, "missing_percent": 100, "repeated_percent": 100, "seam": 1.44}
     numbers |= {"coherence_db": 34.3, "edge_width_px": 13.4, "seconds": 104.2, "peak_gib": 11.01}
-    arm = {"arm": max(ablation.SAMPLED, key=len) + " (untrained)", **numbers}
+    arm = {"arm": max(ablation_arms.SAMPLED, key=len) + " (untrained)", **numbers}
     Console(interactive=False).table("", [ablation.row(arm)])
     line = capsys.readouterr().err.splitlines()[-1]
     assert line.split()[-7:] == ["92±14", "100/100", "1.44", "34.3", "13.4", "104.2", "11.0"]
@@ -131,3 +136,15 @@ def test_a_terminal_of_80_columns_shows_every_column_whole(capsys, monkeypatch):
 def test_another_world_is_refused(stock_preset):
     with pytest.raises(UsageError, match=r"--ablation .* tiny only"):
         ablation.run(Request(str(stock_preset), 200, 120, Fraction(1)), 1, 1, 600.0, None, QUIET)
+
+
+def test_one_video_of_each_arm_may_be_larger(request_of, tmp_path, monkeypatch):
+    monkeypatch.setattr(ablation_arms, "SAMPLED", {ablation_arms.FULL: ablation_arms.SAMPLED[ablation_arms.FULL]})
+    large = dataclasses.replace(request_of, width=328, height=200)
+    table = ablation.run(request_of, 1, 1, 600.0, tmp_path, QUIET, large)
+    assert table["large"]["size"] == "328x200"
+    assert [a["arm"] for a in table["large"]["arms"]] == [a["arm"] for a in table["arms"]]
+    made = tmp_path / "large" / "the-full-method" / "0.mp4"
+    assert next(read_frames(made)).shape[:2] == (200, 328)
+    row = ablation.row(table["arms"][2], table["large"]["arms"][2])
+    assert row["large s"] and set(ablation.row(table["arms"][2])) == set(row) - {"large px", "large s"}
