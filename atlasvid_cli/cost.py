@@ -43,11 +43,13 @@ def memory(plan: Plan, stage: Stage, offload: Offload) -> Memory:
         below.tokens,
         plan.chunk,
         stage.passes,
-        3 + stage.passes + (3 if plan.is_region else 0),  # of a region also its noise and what surrounds it
+        # of a region also its noise and what surrounds it
+        3 + stage.passes + (stage.together if stage.together > 1 else 0) + (3 if plan.is_region else 0),
         offload,
         compute_device(),
         narrow,
         max(map(math.prod, spans)) if detail.proxy_attention else 0,
+        stage.together,
     )
 
 

@@ -60,8 +60,10 @@ def detail_memory(
     device: Device,
     narrow: bool = False,
     guide: int = 0,
+    together: int = 1,
 ) -> Memory:
-    """A detail level of `grid`, `chunk` windows at a time; of `proxy_tokens` tokens below a window sees `guide`."""
+    """A detail level of `grid`, `chunk` windows at a time, with `together` of its `passes` in one forward; of
+    `proxy_tokens` tokens below a window sees `guide`."""
     size, detail = preset.transformer, preset.detail
     a_token = size.dim * device.bytes_per_value
     kept = 2 * size.layers * proxy_tokens * a_token * passes if detail.proxy_attention else 0
@@ -71,7 +73,7 @@ def detail_memory(
         device,
         offload,
         narrow,
-        states=grid.tokens * a_token + kept,
+        states=grid.tokens * a_token * together + kept,
         models=2 if detail.lora and detail.streams == "proxy" else 1,
         working=chunk * window * _block_bytes(preset, device),
         # of two chunks on their way tokens, keys and values, of two on their way back tokens

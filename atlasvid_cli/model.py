@@ -4,6 +4,7 @@ Shapes: n windows (or clips), L tokens a window, D channels. `WanTransformer3DMo
 owns a parameter. Parity with its `forward` is a test.
 """
 
+import dataclasses
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -34,6 +35,10 @@ class TextContext:
     keys_values: list[KeyValue]
     bias: torch.Tensor
 
+    def first(self) -> "TextContext":
+        """The first prompt alone."""
+        return TextContext([(keys[:1], values[:1]) for keys, values in self.keys_values], self.bias[:1])
+
     def of_windows(self, block: int, total: int, count: int) -> tuple[KeyValue, torch.Tensor]:
         """A block's keys and values, and the bias, for `total` windows, those of `count` samples in turn."""
         keys, values = (_of_windows(x, total, count) for x in self.keys_values[block])
@@ -53,6 +58,13 @@ class ProxyContext:
     time_ratio: int
     margin: tuple[int, int, int]
     keys_values: list[KeyValue]
+
+    def first(self) -> "ProxyContext":
+        """The first proxy alone."""
+        size = self.grid.tokens
+        return dataclasses.replace(
+            self, keys_values=[(keys[:size], values[:size]) for keys, values in self.keys_values]
+        )
 
     def aligned(self, block: int, windows: Windows, transfers: Transfers) -> KeyValue:
         keys, values = self.keys_values[block]

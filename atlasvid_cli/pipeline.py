@@ -151,7 +151,7 @@ def _sample_proxy(
             held.clear()
             model = session.transformer("proxy", offload_of(plan), progress, second)
             scale = stage.experts.guidance_scale if second and stage.experts else stage.guidance_scale
-            prompt, negative = _contexts(model, embeddings, size.text_length)
+            prompt, negative = _contexts(model, [[e] for e in embeddings], size.text_length)
             held[second] = Expert(model, prompt, negative, scale)
         return held[second]
 
@@ -273,8 +273,9 @@ def _refine_level(
     embeddings = session.embeddings(used, progress)
     model, proxy_model = session.detail_models(offload_of(plan), progress)
     length = session.preset.transformer.text_length
-    texts = _contexts(model, embeddings, length)
-    proxy_texts = texts if proxy_model is model else _contexts(proxy_model, embeddings, length)
+    groups = [embeddings[i : i + stage.together] for i in range(0, len(embeddings), stage.together)]
+    texts = _contexts(model, groups, length)
+    proxy_texts = texts if proxy_model is model else _contexts(proxy_model, groups, length)
     blocks = len(model.blocks)
     with progress.stage(name, stage.forwards() * blocks) as advance:
         advance(stage.forwards(resume[0]) * blocks if resume else 0)
@@ -321,9 +322,10 @@ def _save_latents(path: Path, latents: torch.Tensor, metadata: dict[str, str]) -
     tensor_file.save_tensors(path, {"latents": latents}, metadata)
 
 
-def _contexts(model: Any, embeddings: list[torch.Tensor], length: int) -> list[TextContext]:
+def _contexts(model: Any, groups: list[list[torch.Tensor]], length: int) -> list[TextContext]:
+    """A context for each group of prompts' embeddings, which take one forward together."""
     with torch.no_grad():
-        return [text_context(model, [e], length) for e in embeddings]
+        return [text_context(model, group, length) for group in groups]
 
 
 def _resume(path: Path, key: str, progress: Console) -> tensor_file.StepState | None:

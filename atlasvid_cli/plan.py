@@ -77,12 +77,18 @@ class Stage:
     experts: Experts | None = None
     scaled_time: bool = True
     guidance_interval: tuple[float, float] = (0.0, 1.0)
+    guidance_batch: bool = False
     upsample: Upsample = "latents"
 
     @property
     def in_pixels(self) -> bool:
         """Whether the level below is decoded, made as large and encoded again to start from."""
         return self.upsample == "pixels" and self.strength < 1
+
+    @property
+    def together(self) -> int:
+        """Prompts in one forward."""
+        return self.passes if self.guidance_batch else 1
 
     @property
     def passes(self) -> int:
@@ -306,6 +312,7 @@ def level_stage(detail: Detail, level: Level, grid: Grid, ratio: Fraction, time_
         level.steps,
         *scales,
         guidance_interval=level.guidance_interval,
+        guidance_batch=level.guidance_batch,
         upsample=level.upsample,
     )
 

@@ -91,13 +91,15 @@ class Level:
     the level below is made as large in latents or in pixels (decoded, and encoded again).
 
     Guidance acts at sigmas within `guidance_interval`; elsewhere a step takes one forward and not two (Kynkäänniemi et
-    al., arXiv 2404.07724).
+    al., arXiv 2404.07724). With `guidance_batch` the two are one forward of both prompts: each block's weights and
+    kernels come once a step, for one hidden state more.
     """
 
     steps: int
     strength: float
     guidance_scale: float
     guidance_interval: tuple[float, float] = (0.0, 1.0)
+    guidance_batch: bool = False
     upsample: Upsample = "latents"
 
 

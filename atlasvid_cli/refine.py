@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from diffusers import WanTransformer3DModel
@@ -62,25 +63,32 @@ def sample_detail(
     A level of a strength below 1 starts from `enlarged`, the level below made as large in pixels (`enlarge`), or
     without it from `below` interpolated.
 
-    `texts` holds the prompt, and with guidance the negative prompt, for (detail model, proxy model). Euler steps in
-    place on the tokens: beside them live one hidden state, a velocity (two with guidance) and the proxy's keys and
-    values, on `states` (by default where the model computes). With `region`, its surroundings go straight from where
-    they start to the finished video.
+    `texts` holds the prompt, and with guidance the negative prompt, for (detail model, proxy model); where the two take
+    one forward, both in one context. Euler steps in place on the tokens: beside them live a hidden state for each
+    prompt of a forward, a velocity (two with guidance) and the proxy's keys and values, on `states` (by default where
+    the model computes). With `region`, its surroundings go straight from where they start to the finished video.
+    `on_block` is called as often for each prompt as a forward has blocks.
     """
     grid = stage.grid
     below = crop_to_stage(below, stage, patch)
 
-    def guides(timestep: float, count: int) -> list[ProxyContext | None]:
+    def guides(timestep: float, texts: Sequence[tuple[TextContext, TextContext]]) -> list[ProxyContext | None]:
         if not detail.proxy_attention:
-            return [None] * count
+            return [None] * len(texts)
         _, t, h, w = below.shape
         tokens, below_grid = patchify(below, patch), Grid(t, h // patch, w // patch)
         figures = stage.ratio, stage.time_ratio, detail.margin, detail.proxy_window, detail.proxy_centre
         rest = detail.scaled_positions, timestep, kernels, states
-        return [proxy_context(proxy_model, tokens, below_grid, text, *figures, *rest) for _, text in texts[:count]]
+        each = ((text, tokens.expand(len(text.bias), -1, -1)) for _, text in texts)
+        return [proxy_context(proxy_model, many, below_grid, text, *figures, *rest) for text, many in each]
+
+    def told(prompts: int) -> None:
+        for _ in range(prompts if on_block else 0):
+            on_block()  # type: ignore[misc]
 
     with torch.no_grad():
-        proxies = guides(0.0, len(texts)) if detail.clean_proxy else []
+        proxies = guides(0.0, texts) if detail.clean_proxy else []
+    alone = [(texts[0][0].first(), texts[0][1].first())]
 
     origin, end = (0, 0, 0), (grid.t, grid.h, grid.w)
     if region:
@@ -116,15 +124,18 @@ def sample_detail(
         now, following = schedule[i], schedule[i + 1]
         if region:
             x[frozen] = torch.lerp(known, start, now / schedule[0])[frozen]
-        velocity, passes = None, len(texts) if stage.is_guided(now) else 1
+        guided = stage.is_guided(now)
+        prompts = texts if guided else alone
+        velocities: list[torch.Tensor] = []  # the prompt's, and with guidance the negative prompt's
         with torch.no_grad():
             if not detail.clean_proxy:
                 proxies.clear()  # never twice in memory
-                proxies += guides(int(now * 1000), passes)
-            for (text, _), proxy in zip(texts[:passes], proxies[:passes], strict=True):
-                out = detail_forward(
+                proxies += guides(int(now * 1000), prompts)
+            shown = proxies if guided else [p and p.first() for p in proxies[:1]]
+            for (text, _), proxy in zip(prompts, shown, strict=True):
+                velocities += detail_forward(
                     model,
-                    x,
+                    x.expand(len(text.bias), -1, -1),
                     part,
                     int(now * 1000),
                     text,
@@ -135,11 +146,11 @@ def sample_detail(
                     origin,
                     kernels,
                     states,
-                    on_block,
+                    partial(told, len(text.bias)),
                 )
-                # the second pass is the negative prompt's
-                velocity = out if velocity is None else out.lerp_(velocity, stage.guidance_scale)
-        assert velocity is not None
+        velocity = velocities.pop()
+        if guided:
+            velocity.lerp_(velocities.pop(), stage.guidance_scale)
         x.add_(velocity, alpha=following - now)
         if save:
             save(i + 1, {"tokens": x})

@@ -32,8 +32,8 @@ OPTIONS = {
     "decode": "--codec --debug --json --model-path --output --preset",
     "plan": "--offload --weight-dtype --chunk --codec --debug --fps --guidance-scale --json --preset --res --seconds"
     " --steps",
-    "bench": "--ablation --budget-seconds --count --debug --html --json --large --model-path --output --preset --quality"
-    " --quick --repeats --res --seconds --seeds --steps",
+    "bench": "--ablation --budget-seconds --count --debug --html --json --large --model-path --output --preset"
+    " --quality --quick --repeats --res --seconds --seeds --steps",
     "train": "--data --debug --lr --model-path --output --preset --rank --seed --steps --work",
     "presets": "--debug --json",
     "info": "--debug --json",

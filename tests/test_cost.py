@@ -159,6 +159,20 @@ def test_wan_14b_fits_a_48_gib_gpu_in_fp8_and_not_without(monkeypatch):
     assert needed["fp8"] < 48 * cost.GIB - cost.PROGRAM_VRAM < needed["auto"] < 80 * cost.GIB - cost.PROGRAM_VRAM
 
 
+def test_guidance_in_one_batch_takes_another_hidden_state(monkeypatch):
+    monkeypatch.setattr(cost, "compute_device", lambda: Device("cuda", "gpu", "bfloat16", 2, ""))
+    preset = load_preset("wan2.1-1.3b")
+
+    def needed(batch):
+        first = dataclasses.replace(preset.detail.first, guidance_batch=batch)
+        changed = dataclasses.replace(preset, detail=dataclasses.replace(preset.detail, first=first))
+        plan = make_plan(Request("wan2.1-1.3b", 1920, 1080, Fraction(4)), preset=changed)
+        return plan, cost.memory(plan, plan.levels[0], "none").device
+
+    (plan, apart), (_, together) = needed(False), needed(True)
+    assert together - apart == plan.levels[0].grid.tokens * preset.transformer.dim * 2
+
+
 def test_a_fast_gpu_still_takes_a_while_for_each_chunk_of_windows(random_preset, monkeypatch):
     monkeypatch.setattr(cost, "compute_device", lambda: Device("cuda", "a GPU", "bfloat16", 2, "test"))
     monkeypatch.setattr(cost, "available_vram", lambda: 80 * cost.GIB)

@@ -60,6 +60,25 @@ def test_guidance_with_the_same_prompt_twice_changes_nothing(transformer, prompt
     torch.testing.assert_close(out, plain, atol=1e-5, rtol=0)
 
 
+@pytest.mark.parametrize("interval", [(0.0, 1.0), (0.7, 0.9)])
+@pytest.mark.parametrize("clean_proxy", [True, False])
+def test_guidance_in_one_batch_is_guidance_in_two_passes(transformer, prompt, below, interval, clean_proxy):
+    prompts, blocks = [prompt, 2 * prompt[:3]], {1: 0, 2: 0}
+    detail = replace(DETAIL, clean_proxy=clean_proxy)
+
+    def sample(together):
+        def count():
+            blocks[together] += 1
+
+        groups = [prompts] if together == 2 else [[p] for p in prompts]
+        texts = [(context, context) for context in (text_context(transformer, group, 512) for group in groups)]
+        stage = replace(STAGE, guidance_scale=3.0, guidance_interval=interval, guidance_batch=together == 2)
+        return sample_detail(transformer, transformer, stage, detail, 2, 5, 1, below, texts, chunk=8, on_block=count)
+
+    torch.testing.assert_close(sample(2), sample(1), atol=1e-5, rtol=0)
+    assert blocks[1] == blocks[2] > 0
+
+
 def test_guidance_acts_only_within_its_interval(sample):
     guided = replace(STAGE, guidance_scale=4.0)
     assert [round(s, 2) for s in sigmas(STAGE.steps, STAGE.strength, STAGE.flow_shift)] == [1.0, 0.86, 0.6, 0.0]
