@@ -270,7 +270,7 @@ def test_values_that_are_not_finite_are_never_saved(session, request_, console, 
     plan = make_plan(request_)
     proxy = pipeline.make_proxy(session, plan, PROMPT, "", tmp_path, console)
     sample = pipeline.sample_detail
-    monkeypatch.setattr(pipeline, "sample_detail", lambda *a: sample(*a).fill_(float("nan")))
+    monkeypatch.setattr(pipeline, "sample_detail", lambda *a, **k: sample(*a, **k).fill_(float("nan")))
     with pytest.raises(RenderError, match="not finite"):
         pipeline.refine(session, plan, proxy, tmp_path, console)
     monkeypatch.undo()
