@@ -88,7 +88,8 @@ def run(request: Request, steps: int | None, repeats: int, seconds: float, conso
         advance()
     points.append(_point(plan, few, native, peak, native_peak))
     arms = {"native": native, "equal steps": equal, "few-step": few}
-    rates = max(bench.rate, gemm_rate(*GEMM)), copy_rate()  # before and after, whichever had the machine to itself
+    gemm = max(bench.rate, gemm_rate(*GEMM))  # before and after, whichever had the machine to itself
+    rates = gemm, copy_rate(), gemm_rate(*GEMM, "float32")
     found = result(plan, steps, arms, errors, points, rates, has_weights)
     if found["ceiling_fraction"] > 1:
         console.warn("denoising seems faster than without any attention: something else ran meanwhile; measure again")
@@ -206,19 +207,21 @@ def result(
     arms: dict[str, Stages],
     errors: dict[str, float],
     points: list[dict[str, Any]],
-    rates: tuple[float, float],
+    rates: tuple[float, float, float],
     has_weights: bool,
 ) -> dict[str, Any]:
     """The report: speedups, what they rest on, and the machine.
 
-    `arms` as `run` names them; `rates`: FLOP/s of a big GEMM and bytes/s of a big copy.
+    `arms` as `run` names them; `rates`: FLOP/s of a big GEMM, bytes/s of a big copy, and FLOP/s of a
+    big GEMM in fp32.
     """
     native, equal, few = arms["native"], arms["equal steps"], arms["few-step"]
     rendered, at_equal = plan.named_stages(), plan.at_equal_steps(steps)
     passes = plan.proxy.passes
     speedup_denoise = denoise(native) / denoise(equal)
     ceiling = plan.attention_free_ceiling
-    detail_flops = sum(plan.flops(stage) for _, stage in rendered[1:])
+    detail_seconds = sum(few[name].seconds for name, _ in rendered[1:])
+    detail_rate = sum(plan.flops(stage) for _, stage in rendered[1:]) / detail_seconds
     fits = {
         who: growth_exponent([(p["tokens"], p[f"{who}_seconds"]) for p in points]) for who in ("atlasvid", "native")
     }
@@ -240,9 +243,11 @@ def result(
         "growth_exponent": fits["atlasvid"],
         "growth_exponent_native": fits["native"],
         "growth": points,
-        "gemm_fraction": detail_flops / sum(few[name].seconds for name, _ in rendered[1:]) / rates[0],
+        "gemm_fraction": detail_rate / rates[0],
         "gemm_flops_per_second": rates[0],
-        "roofline": _roofline(plan, arms, steps, rates),
+        "gemm_fraction_float32": detail_rate / rates[2],
+        "gemm_flops_per_second_float32": rates[2],
+        "roofline": _roofline(plan, arms, steps, rates[:2]),
         "peak_bytes": {
             "atlasvid": points[-1]["atlasvid_peak_bytes"],
             "native": points[-1]["native_peak_bytes"],

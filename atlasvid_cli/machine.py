@@ -96,13 +96,14 @@ def conv_rate(dtype: "torch.dtype", seconds: float = 0.1) -> float:
     return _rate(lambda: torch.nn.functional.conv2d(x, weight, padding=1), 2 * x.numel() * 64 * 9, seconds)
 
 
-def gemm_rate(size: int | None = None, seconds: float = 0.1) -> float:
-    """FLOP/s of a `size`-cube matrix product in the dtype of the compute device, repeated for about so many seconds."""
+def gemm_rate(size: int | None = None, seconds: float = 0.1, dtype: str | None = None) -> float:
+    """FLOP/s of a `size`-cube matrix product in `dtype`, by default that of the compute device, repeated for about so
+    many seconds."""
     import torch
 
     device = compute_device()
     size = size or (1024 if device.kind == "cpu" else 8192)
-    a = torch.ones(size, size, device=device.kind, dtype=getattr(torch, device.dtype))
+    a = torch.ones(size, size, device=device.kind, dtype=getattr(torch, dtype or device.dtype))
     return _rate(lambda: a @ a, 2 * size**3, seconds)
 
 

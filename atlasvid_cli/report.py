@@ -86,7 +86,9 @@ def facts(result: Result) -> list[dict[str, str]]:
         f" native {_number(result['growth_exponent_native'])} (denoise + decode against tokens,"
         f" {len(result['growth'])} sizes)",
         "detail rate": f"{_percent(result['gemm_fraction'])} of a big GEMM's"
-        f" {result['gemm_flops_per_second'] / 1e9:.0f} GFLOP/s",
+        f" {result['gemm_flops_per_second'] / 1e9:.0f} GFLOP/s in {result['dtype']},"
+        f" {_percent(result['gemm_fraction_float32'])} of its"
+        f" {result['gemm_flops_per_second_float32'] / 1e9:.0f} in float32",
         "peak memory": ", ".join(f"{who} {size}" for who, size in peak.items()) or "not measured",
         "machine": f"{result['device']}, {result['threads']} threads, {result['dtype']},"
         f" attention backend {result['backend']}",

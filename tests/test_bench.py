@@ -197,12 +197,13 @@ def test_speedups_follow_from_the_stages():
         "few-step": ours | {"detail 1/2": timing(1), "detail 2/2": timing(5)},
     }
     point = bench._point(plan, found["few-step"], found["native"], 7, None)
-    result = bench.result(plan, 20, found, {"native": -0.25, "detail": 0.1}, [point], (1e12, 1e10), True)
+    result = bench.result(plan, 20, found, {"native": -0.25, "detail": 0.1}, [point], (1e12, 1e10, 4e11), True)
     assert result["speedup"] == 9040 / 72 and result["speedup_denoise"] == 9000 / 60
     assert result["few_step"]["speedup"] == 9040 / 20 and result["few_step"]["speedup_denoise"] == 9000 / 8
     assert result["projected"] is True and result["projection_error"] == 0.25
     assert result["ceiling_fraction"] == pytest.approx(150 / plan.attention_free_ceiling)
     assert result["gemm_fraction"] == pytest.approx(sum(plan.flops(s) for s in plan.levels) / 6 / 1e12)
+    assert result["gemm_fraction_float32"] == pytest.approx(2.5 * result["gemm_fraction"])
     assert result["growth_exponent"] is None and result["peak_bytes"]["atlasvid"] == 7
     assert point["atlasvid_seconds"] == 18 and point["native_seconds"] == 9030
     assert set(KEYS.split()) <= set(result) and json.loads(json.dumps(result)) == result

@@ -31,7 +31,7 @@ def found():
     }
     plans = [make_plan(Request("tiny", 3840, 2160, Fraction(s))) for s in (6, 12)]
     points = [bench._point(p, ours, arms["native"], 3 << 30, None) for p in plans]
-    return bench.result(plans[-1], 20, arms, {"native": -0.031}, points, (1.5e11, 2e10), True)
+    return bench.result(plans[-1], 20, arms, {"native": -0.031}, points, (1.5e11, 2e10, 5e10), True)
 
 
 def figures(page):
