@@ -53,7 +53,7 @@ def sample_detail(
     region: Region | None = None,
     resume: tuple[int, dict[str, torch.Tensor]] | None = None,
     save: SaveState | None = None,
-    on_block: Callable[[], None] | None = None,
+    on_block: Callable[[], None] = lambda: None,
     kernels: Kernels = EAGER,
     states: torch.device | None = None,
     enlarged: torch.Tensor | None = None,
@@ -83,8 +83,8 @@ def sample_detail(
         return [proxy_context(proxy_model, many, below_grid, text, *figures, *rest) for text, many in each]
 
     def told(prompts: int) -> None:
-        for _ in range(prompts if on_block else 0):
-            on_block()  # type: ignore[misc]
+        for _ in range(prompts):
+            on_block()
 
     with torch.no_grad():
         proxies = guides(0.0, texts) if detail.clean_proxy else []
@@ -99,21 +99,11 @@ def sample_detail(
     ranges = [range(a * p, b * p) for a, b, p in zip(origin, end, steps, strict=True)]
     schedule = sigmas(stage.steps, stage.strength, stage.flow_shift)
 
-    x = torch.empty(part.tokens, model.config.in_channels * patch * patch)
+    x = _start(stage, below, enlarged, ranges, patch, seed, level)
     frozen = known = start = torch.empty(0)
     if region:
         known = patchify(_box(region.latents, ranges), patch)
         frozen = ~_inside(region, origin, part)
-    a_frame = part.h * part.w
-    for t in ranges[0]:  # a latent frame at a time, so that noise and upsampling never exist for the whole video
-        box = (range(t, t + 1), ranges[1], ranges[2])
-        frame = noise(seed, level, model.config.in_channels, *box)
-        first = (t - ranges[0].start) * a_frame
-        if stage.strength < 1:
-            low = upsample(below, stage.ratio, stage.time_ratio, box) if enlarged is None else _box(enlarged, box)
-            frame = torch.lerp(low, frame, schedule[0])
-        x[first : first + a_frame] = patchify(frame, patch)
-    if region:
         start = x.clone()
 
     done = 0
@@ -160,6 +150,32 @@ def sample_detail(
         latents[:, *at] = unpatchify(torch.where(frozen[:, None], known, x), part, patch)
         return latents
     return unpatchify(x, grid, patch)
+
+
+def _start(
+    stage: Stage,
+    below: torch.Tensor,
+    enlarged: torch.Tensor | None,
+    ranges: Sequence[range],
+    patch: int,
+    seed: int,
+    level: int,
+) -> torch.Tensor:
+    """The tokens (L, P) that a level's `ranges` of latents (t, h, w) start from.
+
+    A latent frame at a time, so that noise and upsampling never exist for the whole video.
+    """
+    times, rows, columns = ranges
+    a_frame = len(rows) * len(columns) // patch**2
+    x = torch.empty(len(times) * a_frame, len(below) * patch**2)
+    for i, t in enumerate(times):
+        box = (range(t, t + 1), rows, columns)
+        frame = noise(seed, level, len(below), *box)
+        if stage.strength < 1:
+            low = upsample(below, stage.ratio, stage.time_ratio, box) if enlarged is None else _box(enlarged, box)
+            frame = torch.lerp(low, frame, stage.strength)
+        x[i * a_frame : (i + 1) * a_frame] = patchify(frame, patch)
+    return x
 
 
 def _box(latents: torch.Tensor, ranges: Sequence[range]) -> torch.Tensor:
