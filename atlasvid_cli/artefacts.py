@@ -14,6 +14,7 @@ import torch
 from . import __version__, store, tensor_file
 from .errors import AtlasError, InputError, UsageError
 from .plan import Plan, Stage
+from .presets import load_preset
 from .refine import Region
 from .session import Session
 from .video import probe
@@ -125,6 +126,13 @@ def latents_shape(path: Path) -> tuple[int, int, int]:
     if "latents" not in entries or len(shape := entries["latents"].shape) != 4:
         raise InputError(f"{path} holds no latents of a video: give a proxy or an earlier result")
     return shape[1], shape[2], shape[3]
+
+
+def check_preset(path: Path, preset: str | None) -> None:
+    """Raises InputError where saved latents were made with another preset than the one asked for."""
+    made = describe(path)["preset"]
+    if preset and load_preset(preset).name != made:
+        raise InputError(f"{path} was made with preset {made} and cannot be used with {preset}; leave --preset out")
 
 
 def request_defaults(path: Path) -> dict[str, Any]:

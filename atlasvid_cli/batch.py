@@ -1,7 +1,6 @@
 """From flags to one or many items through one session, and the guards that keep what is already on disk."""
 
 import dataclasses
-import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -65,8 +64,6 @@ def run_batch(
     from .video import CODECS, check_target, suffix_for
 
     resolved = make_plan(request)
-    if dry_run:
-        return show_plan(resolved, console)
     is_video = suffix == ".mp4"
     suffix = suffix_for(request.codec) if is_video else suffix
     base = (output or Path()).absolute()
@@ -84,7 +81,10 @@ def run_batch(
             check_target(target, request.codec, request.width, request.height)
         elif target.suffix != suffix:
             raise UsageError(f"{target} would hold latents; let --output end in {suffix}")
-    check_resources(resolved, folder, run_dir, videos=max(1, sum(not target.exists() for target in targets)))
+    missing = max(1, sum(not target.exists() for target in targets))
+    if dry_run:
+        return show_plan(resolved, console, folder, run_dir, missing)
+    check_resources(resolved, folder, run_dir, missing)
     from .artefacts import run_hash
     from .block import Kernels
     from .session import Session
@@ -103,7 +103,9 @@ def run_batch(
     negatives = [standard if item.negative_prompt is None else item.negative_prompt for item in items]
     session.expect([*(item.prompt for item in items), *negatives])
     failed = 0
-    for item, negative, target in zip(items, negatives, targets, strict=True):
+    for number, (item, negative, target) in enumerate(zip(items, negatives, targets, strict=True), start=1):
+        if many:
+            console.note(f"{number} of {len(items)}: {item.prompt or item.id}")
         plan = make_plan(dataclasses.replace(request, seed=item.seed))
         own_run = f"{slug(target.stem)}-{run_hash(session, plan, item.prompt, negative)}"
         run = run_dir or target.parent / "runs" / own_run
@@ -121,7 +123,10 @@ def run_batch(
             console.error(f"{item.id}: {error_text}")
             if not console.json_lines:
                 continue
-        console.emit(event, str(event.get("video") or event.get("proxy")))
+        made = str(event.get("video") or event.get("proxy"))
+        if event.get("skipped"):
+            console.note(f"{made} was finished before")
+        console.emit(event, made)
     if failed:
         raise BatchFailed(f"{failed} of {len(items)} prompts failed; the same command tries them again")
 
@@ -215,12 +220,20 @@ def short(flops: float) -> str:
     return f"{flops:.3g} {unit}" if flops < 1000 else f"{flops:,.0f} {unit}"
 
 
-def show_plan(plan: "Plan", console: "Console") -> None:
-    """Prints the plan as a table, and with --json as an object."""
+def show_plan(plan: "Plan", console: "Console", folder: Path, run_dir: Path | None = None, videos: int = 1) -> None:
+    """Prints the plan of so many `videos` in `folder`, a table or with --json an object, and warns where they do not
+    fit here."""
     from .console import duration
+    from .cost import check_resources
     from .cost import rows as costs_of
+    from .errors import ResourceError
 
-    rows = costs_of(plan)
+    rows, misfit = costs_of(plan), None
+    try:
+        check_resources(plan, folder, run_dir, videos)
+    except ResourceError as error:
+        misfit = str(error)
+        console.warn(misfit)
     total = sum(r["seconds"] for r in rows)
     on_gpu = any(r["vram_bytes"] for r in rows)
     shown = [
@@ -228,17 +241,22 @@ def show_plan(plan: "Plan", console: "Console") -> None:
             "stage": r["stage"],
             "grid": r["grid"],
             "tokens": f"{r['tokens']:,}",
+            "windows": f"{r['windows']:,}" if r["windows"] else "",
             "steps": r["steps"],
             "FLOP": short(r["flops"]),
-            **({"VRAM GiB": f"{r['vram_bytes'] / 2**30:.2f}"} if on_gpu else {}),
-            "RAM GiB": f"{r['ram_bytes'] / 2**30:.2f}",
-            "disk GiB": f"{r['disk_bytes'] / 2**30:.2f}",
+            **({"VRAM\nGiB": f"{r['vram_bytes'] / 2**30:.2f}"} if on_gpu else {}),
+            "RAM\nGiB": f"{r['ram_bytes'] / 2**30:.2f}",
+            "disk\nGiB": f"{r['disk_bytes'] / 2**30:.2f}",
             "time": duration(r["seconds"]),
         }
         for r in rows
     ]
     summary = plan.summary
-    title = f"{summary['size']} x {summary['seconds']:g} s, {summary['frames']} frames, preset {summary['preset']}"
-    console.table(f"{title}: about {duration(total)}", shown)
+    frames = f"{summary['frames']} frame{'s' * (summary['frames'] != 1)}"
+    title = f"{summary['size']} x {summary['seconds']:g} s, {frames}, preset {summary['preset']}"
+    title += f": about {duration(total)}"
+    title += f" each, {duration(total * videos)} for {videos} videos" if videos > 1 else ""
     if console.json_lines:
-        console.emit({**plan.to_json(), "rows": rows}, re.sub(r"\s+", " ", title))
+        console.emit({**plan.to_json(), "rows": rows, "videos": videos, "fits": misfit is None}, title)
+    else:
+        console.table(title, shown, asked_for=True)

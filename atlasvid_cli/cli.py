@@ -19,7 +19,9 @@ from .errors import ExitCode, explain, one_line, stop_signals
 
 INTERRUPTED = "interrupted: run the same command again to go on from what is saved"
 
+HELP = {"help_option_names": ["-h", "--help"]}
 app = typer.Typer(
+    context_settings=HELP,
     help="Text to 4K video of any length on your own machine: a global proxy, then jointly denoised detail.",
     no_args_is_help=True,
     add_completion=False,
@@ -43,7 +45,7 @@ def _options(
 
 
 for command in (render, proxy, refine, decode, plan, bench, train, presets, info, doctor):
-    app.command()(command)
+    app.command(context_settings=HELP)(command)
 
 
 def main() -> NoReturn:
@@ -80,7 +82,10 @@ def main() -> NoReturn:
             sys.exit(ExitCode.USAGE)
         usage = getattr(error, "exit_code", None) == 2 and hasattr(error, "format_message")
         if usage:
-            _fail(f"{error.format_message()} (see atlasvid --help)", ExitCode.USAGE, debug)  # type: ignore[attr-defined]
+            message, context = error.format_message(), getattr(error, "ctx", None)  # type: ignore[attr-defined]
+            hint = "; put a prompt in quotes" if "unexpected extra argument" in message else ""
+            command = f" {context.info_name}" if context and context.parent else ""
+            _fail(f"{message}{hint} (see atlasvid{command} --help)", ExitCode.USAGE, debug)
         _fail(*explain(error), debug)
 
 

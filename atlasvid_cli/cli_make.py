@@ -167,6 +167,7 @@ def refine(
     from .store import lock, run_directory
     from .video import check_target, suffix_for
 
+    artefacts.check_preset(latents, preset)
     known = artefacts.request_defaults(latents)
     request = Request(
         width=width,
@@ -198,7 +199,7 @@ def refine(
     if span and span[1] > plan.frames:
         raise UsageError(f"--frames {frames} ends after the video's {plan.frames} frames; end it there")
     if dry_run:
-        return show_plan(plan, console)
+        return show_plan(plan, console, target.parent, run_dir)
     check_resources(plan, target.parent, run_dir)
     kernels = Kernels(attention_backend, compile_blocks)
     session = Session(request.preset, model_path, kernels, request.loras, strict, weight_dtype)
@@ -207,6 +208,8 @@ def refine(
     if plan.is_region:
         artefacts.check_base(plan, folder)
         console.note(f"a part of the video in {folder} is sampled again")
+        if request.seed == known["seed"]:
+            console.warn("with the seed of the video the part comes out much as it was; give another --seed")
     check_writable(target)
     with lock(run_directory(folder.parent, folder.name)):
         proxy = artefacts.describe(latents)
@@ -227,15 +230,18 @@ def decode(
     debug: opt.Debug = False,
 ) -> None:
     """Saved latents to a video again, say with another codec; no sampling."""
+    from .video import check_target, suffix_for
+
+    suffix = suffix_for(codec)  # an unknown codec is said before the heavy imports
     from . import artefacts, pipeline
     from .console import Console
     from .cost import check_decode, file_bytes
     from .presets import load_preset
     from .session import Session
-    from .video import check_target, suffix_for
 
+    artefacts.check_preset(latents, preset)
     known = artefacts.describe(latents)
-    target = target_of(output, latents.with_suffix(""), suffix_for(codec))
+    target = target_of(output, latents.with_suffix(""), suffix)
     check_target(target, codec, int(known["width"]), int(known["height"]))
     artefacts.keep_foreign(target, known["key"])
     check_writable(target)

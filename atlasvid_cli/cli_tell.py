@@ -46,7 +46,7 @@ def plan(
     )
     from .plan import make_plan
 
-    show_plan(make_plan(request), Console(as_json))
+    show_plan(make_plan(request), Console(as_json), Path())
 
 
 def bench(

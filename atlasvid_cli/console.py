@@ -86,19 +86,20 @@ class Console:
         """Prints an error on stderr, above any bars."""
         self._say(f"error: {one_line(text)}")
 
-    def table(self, title: str, rows: Sequence[dict]) -> None:
-        """Prints `rows` on stderr, one column a key of the first."""
+    def table(self, title: str, rows: Sequence[dict], asked_for: bool = False) -> None:
+        """Prints `rows` on stderr, or what was `asked_for` on stdout, one column a key of the first."""
         if not rows:
             return
         table = Table(
-            title=Text(title, "bold"), title_justify="left", box=box.SIMPLE, show_edge=False, collapse_padding=True
+            title=Text(title, "bold"), title_justify="left", box=box.SIMPLE, show_edge=False, padding=(0, 1, 0, 0)
         )
         for i, key in enumerate(rows[0]):
-            numeric = all(str(row.get(key, "")).replace(",", "").replace(".", "").isdigit() for row in rows)
-            table.add_column(key, justify="right" if numeric else "left", overflow="fold", no_wrap=i == 0)
+            values = [str(row.get(key, "")).replace(",", "").replace(".", "") for row in rows]
+            numeric = any(values) and all(value.isdigit() for value in filter(None, values))
+            table.add_column(key, justify="right" if numeric else "left", overflow="fold", no_wrap=numeric or i == 0)
         for row in rows:
             table.add_row(*(Text(str(row.get(key, ""))) for key in rows[0]))
-        self._rich.print(table)
+        (RichConsole(markup=False, highlight=False, emoji=False) if asked_for else self._rich).print(table)
 
     @contextmanager
     def stage(self, name: str, total: int) -> Iterator[Callable[..., None]]:

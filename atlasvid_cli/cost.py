@@ -203,7 +203,7 @@ def _remedy(stage: str, smaller: str) -> str:
         return "close other programs, or choose a preset with a smaller text encoder"
     if stage == "decode":
         return "close other programs, or lower decode_gib in a preset of your own"
-    return f"choose {smaller} --chunk"
+    return f"choose --weight-dtype int8, {smaller} --chunk"
 
 
 def _decode_row(plan: Plan, rate: float) -> dict[str, Any]:

@@ -21,6 +21,7 @@ BACKENDS = {
     "_flash_3_hub": "kernels",
     "sage_hub": "kernels",
 }
+DAY = 86400
 VERDICT_SIZE = (3840, 2160, Fraction(12))
 
 
@@ -65,6 +66,7 @@ def _verdicts(folder: Path) -> dict[str, str]:
     """For each preset, whether 3840x2160 x 12 s can be made here and in what time, or why not in a sentence."""
     from .console import duration
     from .cost import check_resources, rows
+    from .machine import compute_device
     from .plan import Request, make_plan
     from .presets import preset_names
 
@@ -74,9 +76,9 @@ def _verdicts(folder: Path) -> dict[str, str]:
         plan = make_plan(Request(name, width, height, seconds))
         try:
             check_resources(plan, folder)
-            verdicts[name] = (
-                f"{width}x{height} x {seconds} s fits and takes about {duration(sum(r['seconds'] for r in rows(plan)))}"
-            )
+            takes = sum(r["seconds"] for r in rows(plan))
+            verdicts[name] = f"{width}x{height} x {seconds} s fits and takes about {duration(takes)}"
+            verdicts[name] += ", which is work for a GPU" if takes > DAY and compute_device().kind == "cpu" else ""
         except AtlasError as error:
             verdicts[name] = f"no: {error}"
     return verdicts

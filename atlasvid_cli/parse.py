@@ -7,7 +7,7 @@ from fractions import Fraction
 from pathlib import Path
 from typing import Any, Literal
 
-from .errors import UsageError
+from .errors import InputError, UsageError
 
 RESOLUTIONS = {
     "8k": (7680, 4320),
@@ -38,7 +38,7 @@ def parse_lora(text: str) -> Lora:
     """ "style.safetensors", "style.safetensors:0.8", and for one of two experts "style.safetensors:0.8@high"."""
     match = re.fullmatch(r"(.+?)(?::(-?\d*\.?\d+))?(?:@(high|low))?", text, re.ASCII | re.DOTALL)
     if match is None or not Path(match[1]).is_file():
-        raise UsageError(f"--lora {text!r} names no file: give a path, or a path and a weight (style.safetensors:0.8)")
+        raise InputError(f"--lora {text!r} names no file: give a path, or a path and a weight (style.safetensors:0.8)")
     return Lora(Path(match[1]), float(match[2] or 1), match[3])  # type: ignore[arg-type]
 
 

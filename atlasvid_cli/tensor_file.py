@@ -187,14 +187,16 @@ def _open_regular(path: Path) -> Iterator[IO[bytes]]:
 
 def _parse_header(file: IO[bytes], path: Path) -> tuple[dict[str, str], dict[str, TensorEntry]]:
     def bad(why: str) -> InputError:
-        return InputError(f"{path} is not a sound safetensors file ({why}): copy it again, or make it again")
+        return InputError(
+            f"{path} is not a sound safetensors file ({why}): give another file, or copy or make it again"
+        )
 
     size = os.fstat(file.fileno()).st_size
     if size < 8:
         raise bad("it is shorter than its header")
     length = int.from_bytes(file.read(8), "little")
     if length > MAX_HEADER_BYTES or length > size - 8:
-        raise bad(f"its header claims {length} bytes")
+        raise bad("it does not begin with a header")
     try:
         header = json.loads(file.read(length), object_pairs_hook=_unique)
     except (ValueError, RecursionError) as error:

@@ -48,7 +48,7 @@ def model_folder(preset: Preset, model_path: str | None) -> Path:
                 " another --model-path"
             )
         return folder
-    if not re.fullmatch(r"[\w.-]+/[\w.-]+(@[\w.-]+)?", named):
+    if not re.fullmatch(r"\w[\w.-]*/[\w.-]+(@[\w.-]+)?", named):
         raise InputError(f"{folder} does not exist; give --model-path a model folder or a hub id")
     name, _, revision = named.partition("@")
     revision = revision or (preset.revision if name == preset.model else None) or "main"

@@ -109,6 +109,9 @@ def test_the_command_line_imports_nothing_heavy():
         (["render", "x", "--negative-prompt", "a \0 ball"], 2, "UTF-8"),
         (["render", "--prompt-file", "absent.txt"], 3, "absent.txt"),
         (["render", "--prompt-file", "/dev/null"], 3, "holds no prompts"),
+        (["render", "a", "red", "ball"], 2, "put a prompt in quotes (see atlasvid render --help)"),
+        (["render", "x", "--lora", "absent.safetensors"], 3, "names no file"),
+        (["render", "x", "--model-path", "./absent"], 3, "absent does not exist"),
         (["render", "x", "--model-path", "absent"], 3, "absent"),
         (["proxy", "--from-video", "absent.mp4"], 3, "absent.mp4"),
         (["render", "x", "--from-video", "absent.mp4"], 3, "absent.mp4"),
@@ -164,6 +167,29 @@ def test_plan_counts_before_anything_loads(run):
     assert code == 0
     assert rows["proxy"]["tokens"] == 13 * 84 and rows["detail 2/2"]["tokens"] == 49 * 68 * 120
     assert run("render", "a red ball", "--res", "7680x4320", "--seconds", "12", "--dry-run")[0] == 0
+
+
+def test_a_plan_is_data_and_says_what_does_not_fit(run, monkeypatch):
+    code, out, err = run("plan", "--res", "960x540")
+    assert code == 0 and "windows" in out and "detail 1/1" in out and not err
+    monkeypatch.setattr("atlasvid_cli.cost.available_ram", lambda: 1 << 20)
+    code, out, err = run("plan", "--res", "960x540", "--json")
+    assert code == 0 and json.loads(out)["fits"] is False and "of memory and" in err
+
+
+def test_a_dry_run_of_a_batch_plans_all_of_it_and_looks_at_its_names(run, tmp_path):
+    (tmp_path / "p.txt").write_text("a red ball\na blue star\n")
+    code, out, _ = run("render", "--prompt-file", "p.txt", *RENDER, "--dry-run", "--json")
+    assert code == 0 and json.loads(out)["videos"] == 2
+    code, _, err = run("render", "--prompt-file", "p.txt", *RENDER, "--dry-run", "-o", "x.mp4")
+    assert code == 2 and "folder" in err and not (tmp_path / "runs").exists()
+
+
+def test_latents_of_another_preset_are_refused_at_once(run, random_preset, tmp_path, monkeypatch):
+    assert run("proxy", "a red ball", *RENDER, "--preset", random_preset, "-o", "p.safetensors")[0] == 0
+    for command in ("refine", "decode"):
+        code, _, err = run(command, "p.safetensors", "--preset", "wan2.1-1.3b")
+        assert code == 3 and "made with preset random" in err and "leave --preset out" in err
 
 
 def test_render_prints_the_path_and_a_second_time_skips(run, random_preset, tmp_path):
@@ -252,8 +278,11 @@ def test_proxy_then_refine_then_region_then_decode(run, random_preset, tmp_path,
         code, out, _ = run(*refine, "--res", res)
         assert code == 0 and json.loads(out)["video"] == str(tmp_path / f"p-{res}.mp4")
     first = json.loads(out)["latents"]
-    code, out, err = run(*refine, "--res", "448x336", "--region", "64,64,128,128", "--frames", "0:4", "--seed", "9")
-    assert code == 0, err
+    region = ["--res", "448x336", "--region", "64,64,128,128", "--frames", "0:4"]
+    code, out, err = run(*refine, *region, "--seed", "9")
+    assert code == 0 and "much as it was" not in err
+    code, _, err = run(*refine, *region)
+    assert code == 0 and "much as it was; give another --seed" in err
     code, out, _ = run("decode", first, "--preset", random_preset, "--codec", "ffv1", "-o", "again.mkv")
     assert code == 0 and (tmp_path / "again.mkv").exists()
     assert json.loads(run("info", "again.mkv", "--json")[1])["codec"] == "ffv1"

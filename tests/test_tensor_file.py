@@ -122,7 +122,7 @@ def test_header_length_is_checked_before_reading(tmp_path: Path) -> None:
     path = raw(tmp_path / "a", {}, length=1 << 30)
     with path.open("ab") as file:
         file.truncate(2 << 30)  # sparse: the claimed length exists, yet must not be read
-    with pytest.raises(InputError, match="claims 1073741824 bytes"):
+    with pytest.raises(InputError, match="does not begin with a header"):
         tensor_file.read_header(path)
     with pytest.raises(InputError, match="claims"):
         tensor_file.open_tensors(raw(tmp_path / "b", {}, length=2**64 - 1))
