@@ -99,6 +99,8 @@ def run_batch(
         request.weight_dtype,
     )
     session.check_adapters()
+    if session.preset.extend_prompts and not request.clip:
+        items = [_extended(item, console) for item in items]
     standard = session.preset.negative_prompt
     negatives = [standard if item.negative_prompt is None else item.negative_prompt for item in items]
     session.expect([*(item.prompt for item in items), *negatives])
@@ -129,6 +131,16 @@ def run_batch(
         console.emit(event, made)
     if failed:
         raise BatchFailed(f"{failed} of {len(items)} prompts failed; the same command tries them again")
+
+
+def _extended(item: Item, console: "Console") -> Item:
+    """An item whose prompt says all parts of a scene, with a word where it did not."""
+    from .extend import extended
+
+    prompt = extended(item.prompt, item.seed)
+    if prompt != item.prompt:
+        console.note(f"{item.prompt!r} leaves parts of the scene out and is taken as {prompt!r}")
+    return dataclasses.replace(item, prompt=prompt)
 
 
 def _target(item: Item, folder: Path, output: Path | None, many: bool, suffix: str) -> Path:

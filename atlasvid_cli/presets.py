@@ -149,7 +149,8 @@ class Preset:
     """Everything a preset file says. `model` is a folder beside the file, or a hub id with its pinned `revision`.
 
     `vae_parameters` are of encoder and decoder. `decode_dtype` is what the VAE bears: where the device does not
-    multiply it, and by default, it decodes in float32.
+    multiply it, and by default, it decodes in float32. `extend_prompts`: prompts are of the embedded world, and those
+    that leave parts out are said in full (`extend`).
     """
 
     name: str
@@ -169,6 +170,7 @@ class Preset:
     experts: Experts | None = None
     revision: str | None = None
     decode_dtype: Literal["float32", "bfloat16"] = "float32"
+    extend_prompts: bool = False
     training: Training = field(default_factory=Training)
 
 

@@ -12,11 +12,6 @@ from transformers import PreTrainedTokenizerFast, UMT5Config, UMT5EncoderModel
 from . import world
 from .checkpoint import save_folder
 
-FILLERS = tuple(
-    "a an the is that over under on across with in of and moving moves goes slides going sliding rolling rolls flying"  # noqa: SIM905
-    " flies drifting drifts to towards from its one single big small video clip background ground pattern patterned"
-    " above colored coloured color colour motion object slowly it travels travelling".split()
-)
 ATTRIBUTES: tuple[list[str], ...] = (
     sorted(world.COLOURS),
     list(world.SHAPES),
@@ -28,7 +23,7 @@ ATTRIBUTES: tuple[list[str], ...] = (
 
 def build_tokenizer() -> PreTrainedTokenizerFast:
     """A lowercasing word tokenizer over the world's vocabulary, with T5's special tokens."""
-    words = ["<pad>", "</s>", "<unk>", ",", ".", *dict.fromkeys(word for a in ATTRIBUTES for word in a), *FILLERS]
+    words = ["<pad>", "</s>", "<unk>", ",", ".", *dict.fromkeys(word for a in ATTRIBUTES for word in a), *world.FILLERS]
     tokenizer = Tokenizer(models.WordLevel({w: i for i, w in enumerate(words)}, unk_token="<unk>"))
     tokenizer.normalizer = normalizers.Lowercase()
     tokenizer.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
@@ -66,7 +61,7 @@ def labelled_caption(rng: random.Random) -> tuple[str, list[int]]:
         labels.append(names.index(value) if said else len(names))
     if rng.random() < 0.3:  # filler words anywhere change nothing
         words = text.split()
-        words.insert(rng.randrange(len(words) + 1), rng.choice(FILLERS))
+        words.insert(rng.randrange(len(words) + 1), rng.choice(world.FILLERS))
         text = " ".join(words)
     return text, labels
 

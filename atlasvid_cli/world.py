@@ -30,6 +30,12 @@ DIRECTIONS: dict[str, tuple[float, float]] = {
     "down": (0.0, 1.0),
 }
 GROUNDS = ("checkerboard", "stripes", "hills", "gradient")
+# words of captions that name no part of a scene
+FILLERS = tuple(
+    "a an the is that over under on across with in of and moving moves goes slides going sliding rolling rolls flying"  # noqa: SIM905
+    " flies drifting drifts to towards from its one single big small video clip background ground pattern patterned"
+    " above colored coloured color colour motion object slowly it travels travelling".split()
+)
 HELD_OUT_FRACTION = 0.1
 # how often each is drawn for training, by how hard it is to draw well (docs/LOG.md); held-out ones all alike
 SHAPE_SHARES, GROUND_SHARES = (2, 2, 3, 4, 4), (1, 1, 2, 1)

@@ -15,6 +15,7 @@ import pytest
 import torch
 
 from atlasvid_cli import __version__, cli
+from atlasvid_cli.extend import extended
 from atlasvid_cli.video import probe, write_video
 from atlasvid_cli.world import render, sample_scene
 
@@ -193,7 +194,8 @@ def test_latents_of_another_preset_are_refused_at_once(run, random_preset, tmp_p
 
 
 def test_render_prints_the_path_and_a_second_time_skips(run, random_preset, tmp_path):
-    arguments = ["render", "a red ball moving left", *RENDER, "--preset", random_preset, "-o", "clip.mp4"]
+    prompt = "a red ball moving left over blue hills"
+    arguments = ["render", prompt, *RENDER, "--preset", random_preset, "-o", "clip.mp4"]
     code, out, _ = run(*arguments)
     assert code == 0 and out.strip() == str(tmp_path / "clip.mp4")
     before = (tmp_path / "clip.mp4").stat().st_mtime_ns
@@ -203,7 +205,7 @@ def test_render_prints_the_path_and_a_second_time_skips(run, random_preset, tmp_
     code, _, err = run(*arguments, "--seed", "5")
     assert code == 2 and "clip.mp4 exists" in err
     code, out, _ = run("info", "clip.mp4", "--json")
-    assert json.loads(out)["metadata"]["prompt"] == "a red ball moving left"
+    assert json.loads(out)["metadata"]["prompt"] == prompt
 
 
 def test_a_batch_passes_over_a_failing_item(run, random_preset, tmp_path, monkeypatch):
@@ -267,10 +269,11 @@ def test_bench_writes_one_json_object_and_a_page(run, random_preset, tmp_path, m
 
 
 def test_proxy_then_refine_then_region_then_decode(run, random_preset, tmp_path, monkeypatch):
-    code, out, _ = run("proxy", "a red ball", *RENDER, "--preset", random_preset, "-o", "p.safetensors")
+    code, out, err = run("proxy", "a red ball", *RENDER, "--preset", random_preset, "-o", "p.safetensors")
     assert code == 0 and out.strip() == str(tmp_path / "p.safetensors")
     known = json.loads(run("info", "p.safetensors", "--json")[1])["metadata"]
-    assert known["prompt"] == "a red ball" and known["kind"] == "proxy"
+    assert known["prompt"] == extended("a red ball", 0) and known["kind"] == "proxy"
+    assert f"'a red ball' leaves parts of the scene out and is taken as {known['prompt']!r}" in err
     [folder] = (tmp_path / "runs").iterdir()
     assert json.loads(run("info", folder, "--json")[1])["run"]["proxy.safetensors"] == known
     refine = ["refine", "p.safetensors", "--preset", random_preset, "--json"]

@@ -1,0 +1,57 @@
+"""Short prompts in full: what they say stays, whatever their order."""
+
+import re
+
+import pytest
+
+from atlasvid_cli import world
+from atlasvid_cli.extend import FULL, PARTS, extended, parts_of
+
+
+@pytest.mark.parametrize(
+    ("prompt", "parts"),
+    [
+        ("a red ball", {"colour": "red", "shape": "ball"}),
+        ("Blue HILLS", {"ground_colour": "blue", "ground": "hills"}),
+        ("a ball that is red on hills", {"colour": "red", "shape": "ball", "ground": "hills"}),
+        (
+            "stripes that are green, white star",
+            dict(zip(PARTS, ("white", "star", None, "green", "stripes"), strict=True)),
+        ),
+        (
+            "over a green gradient a ring going up",
+            dict(zip(PARTS, (None, "ring", "up", "green", "gradient"), strict=True)),
+        ),
+        ("red moving left", {"colour": "red", "direction": "left"}),
+        ("red on blue", {"colour": "red", "ground_colour": "blue"}),
+        ("a zebra", {}),
+    ],
+)
+def test_a_colour_is_of_what_it_stands_by(prompt, parts):
+    assert parts_of(re.findall(r"\w+", prompt.lower())) == {k: v for k, v in parts.items() if v}
+
+
+@pytest.mark.parametrize("template", [FULL, "{ground_colour} {ground}, a {shape} that is {colour} goes {direction}"])
+def test_whole_sentences_stay_as_they_are(template):
+    prompt = template.format(colour="red", shape="ball", direction="up", ground_colour="green", ground="hills")
+    assert extended(prompt, 3) == prompt
+
+
+def test_nothing_known_is_left_alone():
+    assert extended("a zebra", 0) == "a zebra" and extended("", 0) == ""
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_what_is_drawn_completes_a_scene_of_two_colours_and_is_the_seeds(seed):
+    prompt = "a white star over stripes"
+    made = extended(prompt, seed)
+    parts = parts_of(made.split())
+    assert set(parts) == set(PARTS) and made == FULL.format(**parts)
+    assert (parts["colour"], parts["shape"], parts["ground"]) == ("white", "star", "stripes")
+    assert parts["ground_colour"] in set(world.COLOURS) - {"white"}
+    assert extended(prompt, seed) == made
+
+
+def test_seeds_draw_different_scenes_and_unknown_words_are_kept():
+    assert len({extended("a red ball", seed) for seed in range(10)}) > 5
+    assert extended("a red zebra on the moon", 0).endswith(" zebra moon")
