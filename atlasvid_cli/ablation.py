@@ -201,14 +201,14 @@ def summary(by_seed: list[list[Seen]]) -> dict[str, Any]:
     return dict(zip(COLUMNS, values, strict=True))
 
 
-def row(arm: dict[str, Any], large: dict[str, Any] | None = None) -> dict[str, str]:
-    """An arm's columns, and some of its `large` ones, as a terminal of 80 has room for them."""
+def row(arm: dict[str, Any]) -> dict[str, str]:
+    """An arm's columns as a terminal of 80 has room for them."""
 
-    def shown(key: str, digits: int, of: dict[str, Any] = arm) -> str:
-        value = of.get(key)
+    def shown(key: str, digits: int) -> str:
+        value = arm.get(key)
         return "" if value is None else f"{value:.{digits}f}"
 
-    columns = {
+    return {
         "arm": arm["arm"].replace(" (untrained)", "*"),
         "right": "±".join(filter(None, (shown("adherence_percent", 0), shown("spread", 0)))),
         "no/many": "/".join(filter(None, (shown("missing_percent", 0), shown("repeated_percent", 0)))),
@@ -218,6 +218,3 @@ def row(arm: dict[str, Any], large: dict[str, Any] | None = None) -> dict[str, s
         "s": shown("seconds", 1),
         "GiB": shown("peak_gib", 1),
     }
-    if large:
-        columns |= {"large px": shown("edge_width_px", 1, large), "large s": shown("seconds", 0, large)}
-    return columns

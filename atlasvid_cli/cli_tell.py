@@ -147,10 +147,10 @@ def show_ablation(
     check_writable(folder.absolute() / "arm.json")
     found = ablation.run(request, count, seeds, budget, folder, console, large)
     title = f"{found['size']} x {found['seconds']:g} s, {count} held-out prompts x {seeds} seeds"
-    title += " (right, no, many in %; * untrained"
-    title += f"; large: one video of {found['large']['size']})" if large else ")"
-    at_large = found["large"]["arms"] if large else [None] * len(found["arms"])
-    console.table(title, [ablation.row(*pair) for pair in zip(found["arms"], at_large, strict=True)])
+    console.table(f"{title} (right, no, many in %; * untrained)", [ablation.row(arm) for arm in found["arms"]])
+    if large:
+        title = f"{found['large']['size']} x {found['large']['seconds']:g} s, one video of each arm"
+        console.table(title, [ablation.row(arm) for arm in found["large"]["arms"]])
     full = next(arm for arm in found["arms"] if arm["arm"] == FULL)
     text = f"{FULL}: {full['adherence_percent']} % of attributes right, seam {full['seam']}"
     console.emit(found, f"{text}, {full['seconds']} s a video")

@@ -146,5 +146,4 @@ def test_one_video_of_each_arm_may_be_larger(request_of, tmp_path, monkeypatch):
     assert [a["arm"] for a in table["large"]["arms"]] == [a["arm"] for a in table["arms"]]
     made = tmp_path / "large" / "the-full-method" / "0.mp4"
     assert next(read_frames(made)).shape[:2] == (200, 328)
-    row = ablation.row(table["arms"][2], table["large"]["arms"][2])
-    assert row["large s"] and set(ablation.row(table["arms"][2])) == set(row) - {"large px", "large s"}
+    assert ablation.row(table["large"]["arms"][2])["s"]
