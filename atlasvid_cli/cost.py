@@ -25,7 +25,7 @@ EFFICIENCY, DECODE_EFFICIENCY = 0.6, 0.7
 LAUNCH = 0.01
 
 # what the allocator and the convolutions' scratch make of the decoder's tensors, by bytes a value (docs/LOG.md)
-KEPT = {4: 1.35, 2: 1.9}
+KEPT = {4: 1.15, 2: 1.95}
 
 
 def memory(plan: Plan, stage: Stage, offload: Offload) -> Memory:

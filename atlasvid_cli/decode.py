@@ -17,7 +17,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-from .causal import History, Module, causal, is_live, middle, norm_silu, resnet
+from .causal import History, Module, activated, bands, causal, is_live, middle, resnet
 from .errors import RenderError, ResourceError
 from .vae_cost import BLEND, receptive_radius, space_factor, time_factor
 
@@ -60,16 +60,21 @@ def _step(vae: Module, latent: torch.Tensor, history: History, first: bool) -> t
     out = torch.empty(count, 3, h, w)
     x = middle(vae.decoder.mid_block, causal(vae.decoder.conv_in, z, history), history)
     for i, frame in enumerate(_frames(vae.decoder, x, history, first)):
-        # diffusers' unpatchify: the column within a patch is the slower channel index, the row the faster one
-        pixels = frame.view(3, p, p, h // p, w // p).permute(0, 3, 2, 4, 1)
-        out[i].view(3, h // p, p, w // p, p).copy_(pixels)
-    return out.clamp_(-1.0, 1.0).add_(1.0).mul_(0.5)
+        top = 0
+        for band in bands(frame):
+            values = band.float().clamp_(-1.0, 1.0).add_(1.0).mul_(0.5)
+            bottom = top + p * band.shape[2]
+            # diffusers' unpatchify: the column within a patch is the slower channel index, the row the faster one
+            pixels = values.view(3, p, p, *band.shape[2:]).permute(0, 3, 2, 4, 1)
+            out[i, :, top:bottom].view(pixels.shape).copy_(pixels)
+            top = bottom
+    return out
 
 
 def _frames(decoder: Module, x: torch.Tensor, history: History, first: bool, level: int = 0) -> Iterator[torch.Tensor]:
     """Frames (1, out_channels, H, W) that come from one frame `x` at up block `level`, in order."""
     if level == len(decoder.up_blocks):
-        yield causal(decoder.conv_out, norm_silu(decoder.norm_out, x), history)
+        yield activated(decoder.norm_out, decoder.conv_out, x, history)
         return
     block = decoder.up_blocks[level]
     shortcut = getattr(block, "avg_shortcut", None)
@@ -97,20 +102,26 @@ def _upsample(upsampler: Module, x: torch.Tensor, shortcut: Module | None, sourc
     of a pixel's copies: 4 multiply-adds where the doubled picture takes 9.
     """
     conv = upsampler.resample[1]
-    _, _, h, w = x.shape
-    shape = (1, conv.out_channels, 2 * h, 2 * w)
-    y = torch.empty(shape, dtype=x.dtype, device=x.device, memory_format=torch.channels_last)
+    (n, _, h, w), c = x.shape, conv.out_channels
+    y = torch.empty((n, c, 2 * h, 2 * w), dtype=x.dtype, device=x.device, memory_format=torch.channels_last)
+    kernels = torch.cat([kernel for tall in _folded(conv.weight, 2) for kernel in _folded(tall, 3)])
+    bias = conv.bias.repeat(4)
     padded = F.pad(x, (1, 1, 1, 1)).contiguous(memory_format=torch.channels_last)
-    for row, tall in enumerate(_folded(conv.weight, 2)):
-        for column, kernel in enumerate(_folded(tall, 3)):
-            part = F.conv2d(padded[:, :, row : row + h + 1, column : column + w + 1], kernel, conv.bias)
+    top = 0
+    for band in bands(x):
+        bottom = top + band.shape[2]
+        parts = F.conv2d(padded[:, :, top : bottom + 2], kernels, bias).view(n, 4, c, bottom - top + 1, w + 1)
+        for place in range(4):
+            row, column = divmod(place, 2)
+            part = parts[:, place, :, row : row + bottom - top, column : column + w]
             if shortcut is not None:
-                added = source
+                added = source[:, :, top:bottom]
                 if shortcut.in_channels != shortcut.out_channels:
                     copy = shortcut.factor * torch.arange(shortcut.out_channels, device=x.device)
-                    added = source[:, (copy + 4 * phase + 2 * row + column) // shortcut.repeats]
+                    added = added[:, (copy + 4 * phase + place) // shortcut.repeats]
                 part += added
-            y[:, :, row::2, column::2] = part
+            y[:, :, 2 * top + row : 2 * bottom : 2, column::2] = part
+        top = bottom
     return y
 
 

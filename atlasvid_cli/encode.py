@@ -9,7 +9,7 @@ from collections.abc import Iterable
 import torch
 import torch.nn.functional as F
 
-from .causal import History, Module, causal, middle, norm_silu, resnet
+from .causal import History, Module, activated, causal, middle, resnet
 
 
 @torch.no_grad()
@@ -43,9 +43,8 @@ def _encoded(vae: Module, frames: Iterable[torch.Tensor]) -> torch.Tensor:
 def _patched(frame: torch.Tensor, patch: int) -> torch.Tensor:
     """diffusers' patchify of a frame (n, 3, H, W): a patch's column is the slower channel index, its row the faster."""
     n, channels, height, width = frame.shape
-    x = frame.view(n, channels, height // patch, patch, width // patch, patch).permute(0, 1, 5, 3, 2, 4)
-    x = x.reshape(n, channels * patch**2, height // patch, width // patch)
-    return x.contiguous(memory_format=torch.channels_last)
+    x = frame.view(n, channels, height // patch, patch, width // patch, patch).permute(0, 2, 4, 1, 5, 3)
+    return x.flatten(3).permute(0, 3, 1, 2)  # channels last
 
 
 def _latent(encoder: Module, x: torch.Tensor, history: History) -> torch.Tensor | None:
@@ -69,7 +68,7 @@ def _latent(encoder: Module, x: torch.Tensor, history: History) -> torch.Tensor 
             return None
         x = made
     x = middle(encoder.mid_block, x, history)
-    return causal(encoder.conv_out, norm_silu(encoder.norm_out, x), history)
+    return activated(encoder.norm_out, encoder.conv_out, x, history)
 
 
 def _smaller(downsampler: Module, x: torch.Tensor, history: History) -> torch.Tensor | None:

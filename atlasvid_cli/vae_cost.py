@@ -10,6 +10,9 @@ from .errors import ResourceError
 # With a live middle attention tiles differ, so they are blended over this many latents on each side of a border.
 BLEND = 4
 
+# `causal` keeps so many frames for a convolution, the newest among them, and makes so many elements at a time
+TAPS, BAND = 3, 1 << 18
+
 
 def time_factor(config: Mapping[str, Any]) -> int:
     """Frames a latent frame, after the first."""
@@ -51,28 +54,32 @@ def decode_bytes(config: Mapping[str, Any], h: int, w: int, tile: int | None = N
     temporal = [*reversed(config["temperal_downsample"]), False]
     residual, convs = config.get("is_residual", False), 2 * (config["num_res_blocks"] + 1)
     area = h * w
-    cached = (config["z_dim"] + 4 * dims[0]) * area * 2
+    cached = (config["z_dim"] + 4 * dims[0]) * area * TAPS
     peaks = [10 * dims[0] * area]  # the middle attention with its three copies of queries, keys and values
     held = config["z_dim"] * area
     for level, (source, d) in enumerate(itertools.pairwise(dims)):
         c = source // 2 if level and not residual else source
         last = level == len(dims) - 2
-        cached += (c + (convs - 1) * d + (d if temporal[level] else 0)) * area * 2
+        cached += (c + (convs - 1) * d + (d if temporal[level] else 0)) * area * TAPS
         kept = c * area if residual and not last else 0  # what the shortcut will need
-        # a residual block holds its input, a normed frame, a sum and one term of a convolution
-        block = max(2 * c + 2 * d, c + 3 * d) * area
-        peaks.append(held + max(block, kept + 4 * d * area))
+        peaks.append(held + _block(c, d, area, kept))
         if last:
             break
         held += kept + (2 * d if temporal[level] else d) * area
-        area *= 4
         up = d if residual else d // 2
-        peaks.append(held + (d + up) * area)
+        peaks.append(held + d * area + 4 * up * (area + min(area, BAND // d)))  # a padded frame and what becomes of it
+        area *= 4
     channels = config.get("out_channels", 3)
-    cached += dims[-1] * area * 2
-    peaks.append(held + (dims[-1] + 2 * channels) * area)
+    cached += dims[-1] * area * TAPS
+    peaks.append(held + (dims[-1] + channels) * area + min(channels * area, BAND))
     output = time_factor(config) * 3 * h * w * space_factor(config) ** 2
     return width * (cached + max(peaks)) + 2 * 4 * output  # who takes the frames holds some while more are made
+
+
+def _block(c: int, d: int, area: int, kept: int) -> int:
+    """Elements that residual blocks hold, from c to d channels, beside the inputs that their convolutions keep."""
+    first = c + d * (1 if c == d else 2)  # input, what is made of it, and the shortcut's
+    return max(first * area, kept + 2 * d * area) + min(max(c, d) * area, BAND)
 
 
 def encode_bytes(config: Mapping[str, Any], h: int, w: int, width: int = 4) -> int:
@@ -82,13 +89,13 @@ def encode_bytes(config: Mapping[str, Any], h: int, w: int, width: int = 4) -> i
     residual, blocks = config.get("is_residual", False), config["num_res_blocks"]
     area = h * w * 4 ** (len(dims) - 2)
     frame = 3 * h * w * space_factor(config) ** 2
-    cached, waiting = 2 * channels * area, 0
-    peaks = [(2 * channels + dims[0]) * area]
+    cached, waiting = TAPS * channels * area, 0
+    peaks = [(channels + dims[0]) * area]
     for level, (c, d) in enumerate(itertools.pairwise(dims)):
-        cached += 2 * (c + (2 * blocks - 1) * d) * area
+        cached += TAPS * (c + (2 * blocks - 1) * d) * area
         last = level == len(dims) - 2
         kept = c * area if residual and not last else 0  # what the shortcut will need
-        peaks.append(kept + max(2 * c + 2 * d, c + 3 * d) * area)
+        peaks.append(_block(c, d, area, kept))
         if last:
             break
         merged = config["temperal_downsample"][level]
@@ -96,7 +103,7 @@ def encode_bytes(config: Mapping[str, Any], h: int, w: int, width: int = 4) -> i
         peaks.append(kept + 2 * d * area + d * area // 2)  # a padded frame and what becomes of it
         area //= 4
         cached += 2 * d * area if merged else 0
-    cached += 2 * (4 + 1) * dims[-1] * area
+    cached += TAPS * (4 + 1) * dims[-1] * area
     peaks.append(10 * dims[-1] * area)  # the middle attention, as in the decoder
     return width * (cached + waiting + max(peaks)) + 4 * frame  # which comes in fp32
 

@@ -71,6 +71,7 @@ RED, BLUE = 0.2126, 0.0722
 # swscale's bilinear, with chroma interpolated and rounded exactly: its default is 12 dB worse
 SWSCALE_FLAGS = 0x2 | 0x2000 | 0x4000 | 0x40000
 
+BAND_ROWS = 32  # converted at a time, an even number: what it takes at 4K then stays in the cache
 QUEUED_FRAMES = 4  # 12 to 50 MB each at 4K: enough for the encoder to work through a pause of the decoder
 
 
@@ -205,6 +206,11 @@ def to_planes(rgb: "torch.Tensor", pixels: str) -> list[np.ndarray]:
 
     Chroma sits where H.264 and its successors expect it: on the left pixel of a pair, between the two rows.
     """
+    bands = (_band_planes(band, pixels) for band in rgb.split(BAND_ROWS, dim=1))
+    return [np.concatenate(parts) for parts in zip(*bands, strict=True)]
+
+
+def _band_planes(rgb: "torch.Tensor", pixels: str) -> list[np.ndarray]:
     import torch.nn.functional as F
 
     red, green, blue = rgb.float().clamp(0, 1)

@@ -47,7 +47,7 @@ def test_memory_is_as_predicted(config, tile, dtype, tmp_path):
         for _ in decode.decode_stream(vae, z, tile=tile, spool=tmp_path):
             pass
     predicted = vae_cost.decode_bytes(config, *z.shape[-2:], tile, dtype.itemsize)
-    assert predicted == pytest.approx(counter.peak, rel=0.2)
+    assert predicted == pytest.approx(counter.peak, rel=0.12)
 
 
 @pytest.mark.parametrize("config", [EMBEDDED, WAN21, WAN22], ids=["embedded", "wan2.1", "wan2.2"])
@@ -58,12 +58,12 @@ def test_memory_of_encoding_is_as_predicted(config, dtype):
     frames = [torch.rand(3, h * side, w * side) for _ in range(9)]
     with LiveBytes(vae) as counter:
         encode_stream(vae, (frame.clone() for frame in frames))
-    assert vae_cost.encode_bytes(config, h, w, dtype.itemsize) == pytest.approx(counter.peak, rel=0.25)
+    assert vae_cost.encode_bytes(config, h, w, dtype.itemsize) == pytest.approx(counter.peak, rel=0.12)
 
 
 def test_embedded_vae_at_4k_fits_whole():
-    assert vae_cost.decode_bytes(EMBEDDED, 136, 240) < 2.5 * 2**30
-    assert vae_cost.choose_tile(EMBEDDED, 136, 240, int(2.5 * 2**30)) is None
+    assert vae_cost.decode_bytes(EMBEDDED, 136, 240) < 3 * 2**30
+    assert vae_cost.choose_tile(EMBEDDED, 136, 240, 3 * 2**30) is None
 
 
 def test_choose_tile_takes_the_largest_that_fits():
