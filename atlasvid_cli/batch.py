@@ -1,47 +1,19 @@
-"""From flags to one or many items through one session, and the guards that keep what is already on disk."""
+"""One or many items through one session, and the guards that keep what is already on disk."""
 
 import dataclasses
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from .errors import AtlasError, InputError, UsageError, explain, stop_signals
-from .parse import MAX_SECONDS, check_finite, parse_lora, parse_offload, parse_resolution, parse_seconds
+from .errors import AtlasError, UsageError, explain, stop_signals
 from .prompts import Item, slug
+from .show import show_plan
+from .targets import check_writable, target_of
 
 if TYPE_CHECKING:
     from .console import Console
     from .plan import Plan, Request
     from .session import Session
-
-
-def target_of(output: Path | None, default: Path, suffix: str) -> Path:
-    """The absolute path to write: `output`, with `suffix` where its name has none, or `default`, which needs it.
-
-    In an `output` that is a folder the file has its default name.
-    """
-    named = default.with_name(default.name + suffix)
-    if output is None:
-        return named.absolute()
-    if output.is_dir():
-        return (output / named.name).absolute()
-    return (output if output.suffix else output.with_name(output.name + suffix)).absolute()
-
-
-def make_request(
-    res: str, seconds: str | None, preset: str, loras: list[str] | None = None, offload: str = "auto", **fields: Any
-) -> "Request":
-    """The request that flags make; `fields` are those of its fields that need no parsing. Raises UsageError."""
-    width, height = parse_resolution(res)
-    length = parse_seconds(seconds or "4")
-    check_finite("--guidance-scale", fields.get("guidance_scale"), 1)
-    check_finite("--flow-shift", fields.get("flow_shift"), zero=False)
-    from .plan import Request
-    from .video import suffix_for
-
-    suffix_for(fields.get("codec", "h264"))  # an unknown codec is said before anything else
-    given = {"loras": tuple(map(parse_lora, loras or ())), "offload": parse_offload(offload)}
-    return Request(preset, width, height, length, **given, **fields)
 
 
 Maker = Callable[["Session", "Plan", Item, str, Path, Path, "Console"], dict[str, Any]]
@@ -183,92 +155,3 @@ def proxy_one(
         pipeline.publish(made, target)
     event = {"proxy": str(target), "preview": str(run / "proxy.mp4"), "run_dir": str(run)}
     return event | ({"status": "skipped", "skipped": True} if skipped else {})
-
-
-def with_clip(
-    request: "Request", path: Path | None, seconds: str | None, prompt_file: str | None, console: "Console"
-) -> "Request":
-    """The request with the clip of --from-video, which decides the length where `seconds` was not given."""
-    if path is None:
-        return request
-    sampling = {"steps": request.steps, "guidance-scale": request.guidance_scale, "flow-shift": request.flow_shift}
-    for option, value in {"prompt-file": prompt_file, **sampling}.items():
-        if value is not None:
-            raise UsageError(f"--{option} cannot be used with --from-video; leave one of the two out")
-    from .footage import open_clip
-
-    clip = open_clip(path)
-    length = request.seconds if seconds else clip.seconds
-    if length > MAX_SECONDS:
-        raise UsageError(f"{path} lasts {float(length):.0f} s; give --seconds, at most {MAX_SECONDS}")
-    if length > clip.seconds:
-        lasts = f"{path} lasts {float(clip.seconds):g} s and not {float(length):g} s"
-        raise InputError(f"{lasts}; give fewer --seconds, or leave it out to take the whole clip")
-    if clip.is_hdr:
-        console.warn(f"{path} is HDR and is taken as it is, so its colours come out pale; convert it to SDR first")
-    return dataclasses.replace(request, clip=clip, seconds=length)
-
-
-def check_writable(target: Path, option: str = "--output") -> None:
-    """Raises ResourceError for a file that cannot be written, before hours of work; `option` says where it goes."""
-    from .errors import ResourceError
-    from .store import temporary
-
-    try:
-        target.parent.mkdir(parents=True, exist_ok=True)
-        probe = temporary(target, ".probe")
-        probe.touch()
-        probe.unlink()
-    except OSError as error:
-        raise ResourceError(f"{target.parent} cannot be written ({error.strerror}); choose another {option}") from None
-
-
-def short(flops: float) -> str:
-    """FLOPs with a metric prefix, in three digits: 15.2 T."""
-    for prefix in ("G", "T", "P"):
-        flops, unit = flops / (1e9 if prefix == "G" else 1e3), prefix
-        if flops < 1000:
-            break
-    return f"{flops:.3g} {unit}" if flops < 1000 else f"{flops:,.0f} {unit}"
-
-
-def show_plan(plan: "Plan", console: "Console", folder: Path, run_dir: Path | None = None, videos: int = 1) -> None:
-    """Prints the plan of so many `videos` in `folder`, a table or with --json an object, and warns where they do not
-    fit here."""
-    from .console import duration
-    from .cost import check_resources
-    from .cost import rows as costs_of
-    from .errors import ResourceError
-
-    rows, misfit = costs_of(plan), None
-    try:
-        check_resources(plan, folder, run_dir, videos)
-    except ResourceError as error:
-        misfit = str(error)
-        console.warn(misfit)
-    total = sum(r["seconds"] for r in rows)
-    on_gpu = any(r["vram_bytes"] for r in rows)
-    shown = [
-        {
-            "stage": r["stage"],
-            "grid": r["grid"],
-            "tokens": f"{r['tokens']:,}",
-            "windows": f"{r['windows']:,}" if r["windows"] else "",
-            "steps": r["steps"],
-            "FLOP": short(r["flops"]),
-            **({"VRAM\nGiB": f"{r['vram_bytes'] / 2**30:.2f}"} if on_gpu else {}),
-            "RAM\nGiB": f"{r['ram_bytes'] / 2**30:.2f}",
-            "disk\nGiB": f"{r['disk_bytes'] / 2**30:.2f}",
-            "time": duration(r["seconds"]),
-        }
-        for r in rows
-    ]
-    summary = plan.summary
-    frames = f"{summary['frames']} frame{'s' * (summary['frames'] != 1)}"
-    title = f"{summary['size']} x {summary['seconds']:g} s, {frames}, preset {summary['preset']}"
-    title += f": about {duration(total)}"
-    title += f" each, {duration(total * videos)} for {videos} videos" if videos > 1 else ""
-    if console.json_lines:
-        console.emit({**plan.to_json(), "rows": rows, "videos": videos, "fits": misfit is None}, title)
-    else:
-        console.table(title, shown, asked_for=True)

@@ -6,10 +6,13 @@ from typing import Annotated
 import typer
 
 from . import options as opt
-from .batch import check_writable, make_request, proxy_one, render_one, run_batch, show_plan, target_of, with_clip
+from .batch import proxy_one, render_one, run_batch
 from .errors import UsageError
 from .parse import parse_frames, parse_lora, parse_offload, parse_region, parse_resolution
 from .prompts import items_of
+from .request import make_request, with_clip
+from .show import show_plan
+from .targets import check_writable, target_of
 
 
 def render(

@@ -6,9 +6,11 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from . import options as opt
-from .batch import check_writable, make_request, show_plan
 from .errors import UsageError
 from .parse import check_finite
+from .request import make_request
+from .show import show_plan
+from .targets import check_writable
 
 if TYPE_CHECKING:
     from .console import Console

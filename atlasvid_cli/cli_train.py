@@ -7,9 +7,9 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from . import options as opt
-from .batch import check_writable
 from .errors import UsageError
 from .parse import check_finite
+from .targets import check_writable
 
 if TYPE_CHECKING:
     from .console import Console

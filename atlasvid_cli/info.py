@@ -42,11 +42,26 @@ def _describe_video(path: Path) -> dict:
 
 
 def lines(facts: dict, prefix: str = "") -> list[str]:
-    """`facts` as "key: value" lines; inner keys are joined with dots."""
+    """`facts` as "key: value" lines for a reader: inner keys joined by dots, sizes with their unit, and nothing of what
+    is None."""
     result = []
     for key, value in facts.items():
+        if isinstance(value, list) and value and isinstance(value[0], dict):
+            value = {item.get("stage", str(i)): item for i, item in enumerate(value, start=1)}
         if isinstance(value, dict):
             result += lines(value, f"{prefix}{key}.")
-        else:
-            result.append(f"{prefix}{key}: {'-' if value is None else value}")
+        elif value is not None:
+            result.append(_line(f"{prefix}{key}", value))
     return result
+
+
+def _line(key: str, value: object) -> str:
+    if "_bytes" in key and isinstance(value, int):
+        return f"{key.replace('_bytes', '')}: {_size(value)}"
+    return f"{key}: {', '.join(map(str, value)) if isinstance(value, list) else value}"
+
+
+def _size(count: int) -> str:
+    """Bytes with a binary unit: 1.5 MiB."""
+    power = min(3, max(0, count.bit_length() - 1) // 10)
+    return f"{count / 1024**power:.4g} {('bytes', 'KiB', 'MiB', 'GiB')[power]}"

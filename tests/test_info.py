@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from atlasvid_cli.errors import InputError
-from atlasvid_cli.info import describe
+from atlasvid_cli.info import describe, lines
 from atlasvid_cli.video import probe, write_video
 
 
@@ -19,3 +19,19 @@ def test_a_video_of_an_unknown_codec_is_refused(tmp_path):
     for look in (describe, probe):
         with pytest.raises(InputError, match="codec"):
             look(path)
+
+
+@pytest.mark.parametrize(
+    ("value", "shown"),
+    [(0, "0 bytes"), (1023, "1023 bytes"), (1536, "1.5 KiB"), (3 << 20, "3 MiB"), (5 << 40, "5120 GiB")],
+)
+def test_sizes_have_a_unit(value, shown):
+    assert lines({"disk_free_bytes": value, "files_bytes": {"a.mp4": value}}) == [
+        f"disk_free: {shown}",
+        f"files.a.mp4: {shown}",
+    ]
+
+
+def test_stages_have_lines_of_their_own_and_what_is_none_has_none():
+    facts = {"run": {"stages": [{"stage": "proxy", "steps": 20, "clip": None}], "codecs": ["h264", "av1"]}}
+    assert lines(facts) == ["run.stages.proxy.stage: proxy", "run.stages.proxy.steps: 20", "run.codecs: h264, av1"]

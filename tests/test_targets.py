@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from atlasvid_cli.batch import target_of
+from atlasvid_cli.targets import target_of
 
 
 @pytest.mark.parametrize(

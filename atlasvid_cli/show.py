@@ -1,0 +1,60 @@
+"""A plan, shown before anything is loaded."""
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from .errors import ResourceError
+
+if TYPE_CHECKING:
+    from .console import Console
+    from .plan import Plan
+
+
+def short(flops: float) -> str:
+    """FLOPs with a metric prefix, in three digits: 15.2 T."""
+    for prefix in ("G", "T", "P"):
+        flops, unit = flops / (1e9 if prefix == "G" else 1e3), prefix
+        if flops < 1000:
+            break
+    return f"{flops:.3g} {unit}" if flops < 1000 else f"{flops:,.0f} {unit}"
+
+
+def show_plan(plan: "Plan", console: "Console", folder: Path, run_dir: Path | None = None, videos: int = 1) -> None:
+    """Prints the plan of so many `videos` in `folder`, a table or with --json an object, and warns where they do not
+    fit here."""
+    from .console import duration
+    from .cost import check_resources
+    from .cost import rows as costs_of
+
+    rows, misfit = costs_of(plan), None
+    try:
+        check_resources(plan, folder, run_dir, videos)
+    except ResourceError as error:
+        misfit = str(error)
+        console.warn(misfit)
+    total = sum(r["seconds"] for r in rows)
+    on_gpu = any(r["vram_bytes"] for r in rows)
+    shown = [
+        {
+            "stage": r["stage"],
+            "grid": r["grid"],
+            "tokens": f"{r['tokens']:,}",
+            "windows": f"{r['windows']:,}" if r["windows"] else "",
+            "steps": r["steps"],
+            "FLOP": short(r["flops"]),
+            **({"VRAM\nGiB": f"{r['vram_bytes'] / 2**30:.2f}"} if on_gpu else {}),
+            "RAM\nGiB": f"{r['ram_bytes'] / 2**30:.2f}",
+            "disk\nGiB": f"{r['disk_bytes'] / 2**30:.2f}",
+            "time": duration(r["seconds"]),
+        }
+        for r in rows
+    ]
+    summary = plan.summary
+    frames = f"{summary['frames']} frame{'s' * (summary['frames'] != 1)}"
+    title = f"{summary['size']} x {summary['seconds']:g} s, {frames}, preset {summary['preset']}"
+    title += f": about {duration(total)}"
+    title += f" each, {duration(total * videos)} for {videos} videos" if videos > 1 else ""
+    if console.json_lines:
+        console.emit({**plan.to_json(), "rows": rows, "videos": videos, "fits": misfit is None}, title)
+    else:
+        console.table(title, shown, asked_for=True)

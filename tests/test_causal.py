@@ -1,0 +1,26 @@
+"""Convolutions over time on one frame at a time, and elementwise chains on a band of rows at a time."""
+
+import pytest
+import torch
+from diffusers.models.autoencoders.autoencoder_kl_wan import WanCausalConv3d
+
+from atlasvid_cli import causal, decode
+from tests.test_decode import RESIDUAL, WAN21, build, latents, reference
+
+
+@pytest.mark.parametrize("kernel", [(3, 3, 3), (3, 1, 1), (1, 1, 1)])
+@torch.no_grad()
+def test_frames_of_several_clips_in_turn_equal_the_whole_clips(kernel):
+    torch.manual_seed(0)
+    conv = WanCausalConv3d(4, 6, kernel, padding=tuple(k // 2 for k in kernel))
+    clips, history = torch.randn(2, 4, 7, 5, 8), {}
+    frames = [causal.causal(conv, frame, history) for frame in clips.unbind(2)]
+    torch.testing.assert_close(torch.stack(frames, dim=2), conv(clips), rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("config", [RESIDUAL, WAN21], ids=["residual", "wan2.1"])
+def test_bands_change_nothing(config, monkeypatch):
+    monkeypatch.setattr(causal, "BAND", 500)  # some rows where there are many channels, many where there are few
+    vae, z = build(config), latents(config, 2, 4, 6)
+    frames = torch.cat(list(decode.decode_stream(vae, z)))
+    torch.testing.assert_close(frames, reference(vae, z), rtol=0, atol=1e-5)
