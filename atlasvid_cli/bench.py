@@ -89,7 +89,7 @@ def run(request: Request, steps: int | None, repeats: int, seconds: float, conso
     points.append(_point(plan, few, native, peak, native_peak))
     arms = {"native": native, "equal steps": equal, "few-step": few}
     gemm = max(bench.rate, gemm_rate(*GEMM))  # before and after, whichever had the machine to itself
-    rates = gemm, copy_rate(), gemm_rate(*GEMM, "float32")
+    rates = gemm, copy_rate(), gemm if compute_device().dtype == "float32" else gemm_rate(*GEMM, "float32")
     found = result(plan, steps, arms, errors, points, rates, has_weights)
     if found["ceiling_fraction"] > 1:
         console.warn("denoising seems faster than without any attention: something else ran meanwhile; measure again")
@@ -186,7 +186,7 @@ def growth_exponent(points: list[tuple[float, float]]) -> float | None:
 
 
 def _point(plan: Plan, ours: Stages, native: Stages, peak: int | None, native_peak: int | None) -> dict[str, Any]:
-    """One size of the growth fit: seconds of denoising and decoding, start-up, text and files left out."""
+    """One size of the growth fit: seconds of denoising and decoding, start-up, text and files left out; peak memory."""
     return {
         "width": plan.request.width,
         "height": plan.request.height,
@@ -198,6 +198,7 @@ def _point(plan: Plan, ours: Stages, native: Stages, peak: int | None, native_pe
         "native_projected": is_projected(native),
         "atlasvid_peak_bytes": peak,
         "native_peak_bytes": native_peak,
+        "planned_peak_bytes": max(row["vram_bytes"] or row["ram_bytes"] for row in rows(plan)),
     }
 
 
@@ -251,7 +252,7 @@ def result(
         "peak_bytes": {
             "atlasvid": points[-1]["atlasvid_peak_bytes"],
             "native": points[-1]["native_peak_bytes"],
-            "planned": max(row["ram_bytes"] for row in rows(plan)) if has_weights else None,
+            "planned": points[-1]["planned_peak_bytes"],
         },
         "stages": {arm: {name: _plain(t) for name, t in stages.items()} for arm, stages in arms.items()},
         "totals": {arm: total(stages) for arm, stages in arms.items()},

@@ -8,7 +8,7 @@ from typing import Any
 from .console import duration
 
 Result = dict[str, Any]
-WIDTH, HEIGHT, LEFT, BOTTOM = 620, 340, 70, 48  # of a figure, in px
+WIDTH, HEIGHT, LEFT, RIGHT, BOTTOM = 620, 340, 70, 30, 48  # of a figure, in px
 COLOURS = {"native": "#b3452c", "atlasvid": "#1f6f8b", "equal steps": "#1f6f8b", "few-step": "#3d8b5f"}
 STAGES = ("text", "proxy", "preview", "detail", "denoise", "decode", "mux", "rest")
 STAGE_COLOURS = ("#8d99ae", "#e0a458", "#f2d0a4", "#1f6f8b", "#b3452c", "#5b8c5a", "#9a7aa0", "#cccccc")
@@ -71,6 +71,11 @@ def facts(result: Result) -> list[dict[str, str]]:
     peak = {who: f"{size / 2**30:.2f} GiB" for who, size in result["peak_bytes"].items() if size}
     few = result["few_step"]
     guidance = " + ".join(f"{g:g}" for g in few["guidance_scale"])
+    in_float32 = (
+        f", {_percent(result['gemm_fraction_float32'])} of its"
+        f" {result['gemm_flops_per_second_float32'] / 1e9:.0f} in float32"
+    )
+    in_float32 = "" if result["dtype"] == "float32" else in_float32
     values = {
         "frames": f"{result['frames']} at {result['fps']} fps, {result['size']}",
         "tokens": f"{result['tokens']:,}; " + ", ".join(f"{n} {t:,}" for n, t in result["stage_tokens"].items()),
@@ -86,9 +91,7 @@ def facts(result: Result) -> list[dict[str, str]]:
         f" native {_number(result['growth_exponent_native'])} (denoise + decode against tokens,"
         f" {len(result['growth'])} sizes)",
         "detail rate": f"{_percent(result['gemm_fraction'])} of a big GEMM's"
-        f" {result['gemm_flops_per_second'] / 1e9:.0f} GFLOP/s in {result['dtype']},"
-        f" {_percent(result['gemm_fraction_float32'])} of its"
-        f" {result['gemm_flops_per_second_float32'] / 1e9:.0f} in float32",
+        f" {result['gemm_flops_per_second'] / 1e9:.0f} GFLOP/s in {result['dtype']}{in_float32}",
         "peak memory": ", ".join(f"{who} {size}" for who, size in peak.items()) or "not measured",
         "machine": f"{result['device']}, {result['threads']} threads, {result['dtype']},"
         f" attention backend {result['backend']}",
@@ -116,14 +119,18 @@ def page(result: Result) -> str:
         for who in ("native", "atlasvid")
     }
     memory = {
-        who: [(p["tokens"], p[f"{who}_peak_bytes"] / 2**20, False) for p in points if p[f"{who}_peak_bytes"]]
-        for who in ("native", "atlasvid")
+        who: [(p["tokens"], p[f"{who}_peak_bytes"] / 2**20, who == "planned") for p in points if p[f"{who}_peak_bytes"]]
+        for who in ("native", "atlasvid", "planned")
     }
     headline = "".join(f"<p>{html.escape(line)}.</p>" for line in sentences(result).splitlines())
     figures = [
         ("Denoise and decode against tokens", lines(times, "tokens", "seconds"), "Hollow points are projected."),
         ("Where the time goes", split(result), "Shares of each arm's total."),
-        ("Peak memory against tokens", lines(memory, "tokens", "MiB"), "Only arms that ran in full have a point."),
+        (
+            "Peak memory against tokens",
+            lines(memory, "tokens", "MiB"),
+            "Of arms that ran in full; hollow: planned.",
+        ),
         (
             "Roofline",
             roofline(result["roofline"]),
@@ -182,7 +189,7 @@ def split(result: Result) -> str:
         parts.append(_text(LEFT, top + 8, f"{arm}: {_seconds(total)}{projected}"))
         for kind, colour in zip(STAGES, STAGE_COLOURS, strict=True):
             seconds = sum(t["seconds"] for name, t in stages.items() if name.split()[0] == kind)
-            width = seconds / total * (WIDTH - LEFT - 20)
+            width = seconds / total * (WIDTH - LEFT - RIGHT)
             parts.append(
                 f'<rect x="{at:.1f}" y="{top + 14}" width="{width:.1f}" height="26" fill="{colour}">'
                 f"<title>{kind}: {seconds:.4g} s</title></rect>"
@@ -220,15 +227,15 @@ def _axes(
     xs: Iterable[float], ys: Iterable[float], x_name: str, y_name: str
 ) -> tuple[Callable[[float], float], Callable[[float], float], list[str]]:
     """Maps of two log axes to pixels, and their lines, ticks and names."""
-    x, x_ticks = _log_axis(list(xs), LEFT, WIDTH - 20)
+    x, x_ticks = _log_axis(list(xs), LEFT, WIDTH - RIGHT)
     y, y_ticks = _log_axis(list(ys), HEIGHT - BOTTOM, 20)
-    frame = f'x="{LEFT}" y="20" width="{WIDTH - 20 - LEFT}" height="{HEIGHT - BOTTOM - 20}"'
+    frame = f'x="{LEFT}" y="20" width="{WIDTH - RIGHT - LEFT}" height="{HEIGHT - BOTTOM - 20}"'
     parts = [f'<rect {frame} fill="none" stroke="#999"/>']
     for tick in x_ticks:
         parts.append(f'<path d="M{x(tick):.1f} 20V{HEIGHT - BOTTOM}" stroke="#eee"/>')
         parts.append(_text(x(tick), HEIGHT - BOTTOM + 16, f"{tick:,g}", "middle"))
     for tick in y_ticks:
-        parts.append(f'<path d="M{LEFT} {y(tick):.1f}H{WIDTH - 20}" stroke="#eee"/>')
+        parts.append(f'<path d="M{LEFT} {y(tick):.1f}H{WIDTH - RIGHT}" stroke="#eee"/>')
         parts.append(_text(LEFT - 6, y(tick) + 4, f"{tick:,g}", "end"))
     parts.append(_text(WIDTH / 2, HEIGHT - 8, x_name, "middle"))
     parts.append(_text(LEFT, 14, y_name, "middle"))

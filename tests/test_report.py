@@ -68,9 +68,14 @@ def test_the_figures_hold_the_points(found):
     assert len(circles) == 4
     assert {c.get("fill") for c in circles if c.find("title").text.startswith("native")} == {"white"}, "projected"
     assert "white" not in {c.get("fill") for c in circles if c.find("title").text.startswith("atlasvid")}
-    assert len([c for c in memory.iter("circle") if c.find("title") is not None]) == 2
+    measured, planned = (
+        [c for c in memory.iter("circle") if c.find("title") is not None and c.find("title").text.startswith(who)]
+        for who in ("atlasvid", "planned")
+    )
+    assert len(measured) == len(planned) == 2
+    assert {c.get("fill") for c in planned} == {"white"} and "white" not in {c.get("fill") for c in measured}
     widths = [float(r.get("width")) for r in shares.iter("rect") if r.find("title") is not None]
-    assert sum(widths) == pytest.approx(3 * (report.WIDTH - report.LEFT - 20), rel=1e-3)
+    assert sum(widths) == pytest.approx(3 * (report.WIDTH - report.LEFT - report.RIGHT), rel=1e-3)
     assert "big GEMM, 150 GFLOP/s" in [t.text for t in roofline.iter("text")]
 
 
