@@ -38,7 +38,7 @@ from .measure import (
 from .plan import Plan, make_plan
 from .session import Session
 from .shapes import Grid
-from .vae_cost import decode_flops
+from .vae_cost import decode_flops, overlap
 from .video import read_frames
 from .weights import load_scheduler
 
@@ -127,9 +127,13 @@ def few_step_arm(bench: Bench, plan: Plan, repeats: int) -> tuple[Stages, int | 
     work = decode_flops(bench.vae.config, h, w) * count / (h * w)
     part = crop(Grid(1, h, w), conv_rate(bench.vae.dtype) * DECODE_EFFICIENCY * bench.seconds / 2 / work)
     picture = F.interpolate(latents, (count, part.h, part.w), mode="trilinear")[0]  # smooth, as a video is
-    times = decode_sample(bench.vae, picture, plan, vae_tile(plan.preset, part.h, part.w), bench.folder, repeats)
+    tile = vae_tile(plan.preset, h, w)
+    smaller = tile if tile and tile < max(part.h, part.w) else None
+    times = decode_sample(bench.vae, picture, plan, smaller, bench.folder, repeats)
     (bench.folder / "sample.mp4").replace(bench.folder / "video.mp4")
-    stages |= {name: t.times(h * w / part.tokens) for name, t in zip(("decode", "mux"), times, strict=True)}
+    more = h * w / part.tokens
+    seen = (overlap(bench.vae.config, *size, tile) for size in ((h, w), (part.h, part.w)))  # in tiles of either
+    stages |= {"decode": times[0].times(more * next(seen) / next(seen)), "mux": times[1].times(more)}
     return stages, None
 
 

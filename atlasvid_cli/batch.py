@@ -1,11 +1,12 @@
 """One or many items through one session, and the guards that keep what is already on disk."""
 
 import dataclasses
+import traceback
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from .errors import AtlasError, UsageError, explain, stop_signals
+from .errors import AtlasError, UsageError, explain, stop_signals, traced
 from .prompts import Item, slug
 from .show import show_plan
 from .targets import check_writable, target_of
@@ -93,7 +94,9 @@ def run_batch(
                 raise
             failed += 1
             error_text, _ = explain(error)
-            event |= {"status": "failed", "video": None, "error": error_text}
+            if traced:
+                traceback.print_exc()
+            event |= {"status": "failed", "video" if is_video else "proxy": None, "error": error_text}
             console.error(f"{item.id}: {error_text}")
             if not console.json_lines:
                 continue

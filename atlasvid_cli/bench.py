@@ -42,8 +42,6 @@ from .weights import load_text, load_transformer
 
 SIZES = ((1, "1/4"), (1, "1/2"), (0.35, "1"), (0.5, "1"), (0.75, "1"))  # (side, seconds) of the growth fit
 
-GEMM = (2048, 1.0)  # size and seconds of the matrix product that rates are compared with
-
 
 def run(request: Request, steps: int | None, repeats: int, seconds: float, console: Console) -> dict[str, Any]:
     """Measures everything and returns the report as JSON can hold it.
@@ -88,12 +86,17 @@ def run(request: Request, steps: int | None, repeats: int, seconds: float, conso
         advance()
     points.append(_point(plan, few, native, peak, native_peak))
     arms = {"native": native, "equal steps": equal, "few-step": few}
-    gemm = max(bench.rate, gemm_rate(*GEMM))  # before and after, whichever had the machine to itself
-    rates = gemm, copy_rate(), gemm if compute_device().dtype == "float32" else gemm_rate(*GEMM, "float32")
+    gemm = max(bench.rate, _gemm_rate())  # before and after, whichever had the machine to itself
+    rates = gemm, copy_rate(), gemm if compute_device().dtype == "float32" else _gemm_rate("float32")
     found = result(plan, steps, arms, errors, points, rates, has_weights)
     if found["ceiling_fraction"] > 1:
         console.warn("denoising seems faster than without any attention: something else ran meanwhile; measure again")
     return found | {"repeats": repeats, "budget_seconds": seconds}
+
+
+def _gemm_rate(dtype: str | None = None) -> float:
+    """FLOP/s of the matrix product that rates are compared with, as large as the device needs to reach its own."""
+    return gemm_rate(2048 if compute_device().kind == "cpu" else None, 1.0, dtype)
 
 
 def native_render_seconds(request: Request, seconds: float, video: Path) -> float:
@@ -110,7 +113,7 @@ def native_render_seconds(request: Request, seconds: float, video: Path) -> floa
 
 def _load(plan: Plan, has_weights: bool, folder: Path, seconds: float, repeats: int) -> Bench:
     """The parts of a preset, with its weights where they are there, else random ones of its sizes."""
-    request, rate = plan.request, gemm_rate(*GEMM)
+    request, rate = plan.request, _gemm_rate()
     if has_weights:
         # one session keeps one stage's adapter at a time: with two, no arm loads while it is timed
         # and they share a cache that each run begins without
@@ -187,6 +190,7 @@ def growth_exponent(points: list[tuple[float, float]]) -> float | None:
 
 def _point(plan: Plan, ours: Stages, native: Stages, peak: int | None, native_peak: int | None) -> dict[str, Any]:
     """One size of the growth fit: seconds of denoising and decoding, start-up, text and files left out; peak memory."""
+    on_gpu = compute_device().kind == "cuda"
     return {
         "width": plan.request.width,
         "height": plan.request.height,
@@ -198,7 +202,7 @@ def _point(plan: Plan, ours: Stages, native: Stages, peak: int | None, native_pe
         "native_projected": is_projected(native),
         "atlasvid_peak_bytes": peak,
         "native_peak_bytes": native_peak,
-        "planned_peak_bytes": max(row["vram_bytes"] or row["ram_bytes"] for row in rows(plan)),
+        "planned_peak_bytes": max(row[f"{'v' * on_gpu}ram_bytes"] for row in rows(plan)),
     }
 
 

@@ -1,11 +1,10 @@
 """One frame at a time through the modules of diffusers' Wan VAE: what its decoder and its encoder have in common.
 
-The VAE is causal in time, so a frame needs each convolution's last two inputs and nothing else. They lie beside it in
-the channels of one tensor, so that a 3x3x3 convolution is a single 2D one, which on CPU, channels last, is several
-times as fast as PyTorch's conv3d at batch 1.
+The VAE is causal in time, so a frame needs each convolution's last two inputs and nothing else. They lie side by side
+in the channels of one tensor, so that a 3x3x3 convolution is the sum of two 2D ones, over the past and over the frame.
+PyTorch's conv3d at batch 1 is slow on CPU; its channels-last conv2d is not.
 """
 
-from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -15,28 +14,30 @@ from .vae_cost import BAND
 
 Module = Any  # diffusers' modules, whose attributes are not typed
 
-# What the next output needs of a module's last inputs: a `Ring` of a convolution's, frames that wait to be merged
+# What the next output needs of a module's last inputs: a `Past` of a convolution's, frames that wait to be merged
 History = dict[Module, Any]
 
 
-class Ring:
-    """The last inputs (n, C, h, w) of a convolution over `taps` frames: `frames` (n, taps * C, h, w), zero before the
-    video, of which the newest overwrites the oldest."""
+class Past:
+    """The last inputs (n, C, h, w) of a convolution over time: `frames` (n, length * C, h, w), zero before the video,
+    of which the next one overwrites the oldest."""
 
     def __init__(self, conv: Module, like: torch.Tensor) -> None:
-        self.taps, (n, c, h, w) = conv.kernel_size[0], like.shape
-        self.frames = like.new_zeros(n, h, w, self.taps * c).permute(0, 3, 1, 2)  # channels last
-        self.newest = -1
+        self.length, (n, c, h, w) = conv.kernel_size[0] - 1, like.shape
+        self.frames = like.new_zeros(n, h, w, self.length * c).permute(0, 3, 1, 2)  # channels last
+        self.taken = 0
 
-    def room(self) -> torch.Tensor:
-        """A view (n, C, h, w), to be filled with the next frame."""
-        self.newest = (self.newest + 1) % self.taps
-        return self.frames.chunk(self.taps, dim=1)[self.newest]
-
-    def weight(self, conv: Module) -> torch.Tensor:
-        """`conv`'s weight (O, taps * C, kh, kw), each tap where its frame lies."""
-        oldest_first = conv.weight.unbind(2)
-        return torch.cat([oldest_first[(i - self.newest - 1) % self.taps] for i in range(self.taps)], dim=1)
+    def convolved(self, conv: Module, x: torch.Tensor) -> torch.Tensor:
+        """`conv` at frame `x`, which becomes the newest."""
+        *older, own = conv.weight.unbind(2)  # oldest frame first
+        padding = conv.kernel_size[1] // 2
+        y = F.conv2d(x, own, conv.bias, padding=padding)
+        if self.taken:  # stills need no more
+            placed = torch.cat([older[(i - self.taken) % self.length] for i in range(self.length)], dim=1)
+            y += F.conv2d(self.frames, placed, padding=padding)
+        self.frames.chunk(self.length, dim=1)[self.taken % self.length].copy_(x)
+        self.taken += 1
+        return y
 
 
 def middle(block: Module, x: torch.Tensor, history: History) -> torch.Tensor:
@@ -58,32 +59,22 @@ def resnet(block: Module, x: torch.Tensor, history: History) -> torch.Tensor:
 
 def activated(norm: Module, conv: Module, x: torch.Tensor, history: History) -> torch.Tensor:
     """`causal` at SiLU of WanRMS_norm of frame `x` (n, C, h, w)."""
-
-    def write(room: torch.Tensor) -> None:
-        for part, into in zip(bands(x), bands(room), strict=True):
-            length = torch.linalg.vector_norm(part, dim=1, keepdim=True).clamp_min_(1e-12)
-            y = (part * length.reciprocal_()).mul_(norm.gamma.view(1, -1, 1, 1) * norm.scale)
-            if torch.is_tensor(norm.bias):
-                y.add_(norm.bias.view(1, -1, 1, 1))
-            into.copy_(F.silu(y, inplace=True))
-
-    return _convolved(conv, x, write, history)
+    made = torch.empty_like(x)
+    for part, into in zip(bands(x), bands(made), strict=True):
+        length = torch.linalg.vector_norm(part, dim=1, keepdim=True).clamp_min_(1e-12)
+        torch.mul(part, length.reciprocal_(), out=into).mul_(norm.gamma.view(1, -1, 1, 1) * norm.scale)
+        if torch.is_tensor(norm.bias):
+            into.add_(norm.bias.view(1, -1, 1, 1))
+        F.silu(into, inplace=True)
+    return causal(conv, made, history)
 
 
 def causal(conv: Module, x: torch.Tensor, history: History) -> torch.Tensor:
     """WanCausalConv3d at frame `x` (n, C, h, w), after the frames in `history`, which it joins. Stride 1."""
     if conv.kernel_size[0] == 1:
         return F.conv2d(x, conv.weight.squeeze(2), conv.bias)
-    return _convolved(conv, x, lambda room: room.copy_(x), history)
-
-
-def _convolved(
-    conv: Module, like: torch.Tensor, write: Callable[[torch.Tensor], Any], history: History
-) -> torch.Tensor:
-    """A convolution over time and space at the frame that `write` puts where it is told, as large as `like`."""
-    ring = history.get(conv) or history.setdefault(conv, Ring(conv, like))
-    write(ring.room())
-    return F.conv2d(ring.frames, ring.weight(conv), conv.bias, padding=conv.kernel_size[1] // 2)
+    past = history.get(conv) or history.setdefault(conv, Past(conv, x))
+    return past.convolved(conv, x)
 
 
 def bands(x: torch.Tensor) -> tuple[torch.Tensor, ...]:

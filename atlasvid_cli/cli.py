@@ -15,7 +15,7 @@ from . import __version__
 from .cli_make import decode, proxy, refine, render
 from .cli_tell import bench, doctor, info, plan, presets
 from .cli_train import train
-from .errors import ExitCode, explain, one_line, stop_signals
+from .errors import ExitCode, explain, one_line, stop_signals, traced
 
 INTERRUPTED = "interrupted: run the same command again to go on from what is saved"
 
@@ -52,6 +52,7 @@ def main() -> NoReturn:
     """Runs the command that sys.argv names."""
     debug = "--debug" in sys.argv
     stop_signals.clear()
+    traced[:] = [True] if debug else []
 
     def interrupt(number: int, frame: FrameType | None) -> None:
         stop_signals.append(number)

@@ -10,6 +10,7 @@ from .machine import available_ram, available_vram, compute_device, conv_rate, d
 from .memory import OFFLOADS, Memory, Offload, detail_memory, model_bytes, proxy_memory, text_memory
 from .plan import Plan, Stage
 from .presets import Preset
+from .shapes import Grid
 
 GIB = 1 << 30
 PROGRAM_BYTES = int(0.6 * GIB)  # torch, diffusers and transformers, imported, before any weight
@@ -24,7 +25,10 @@ EFFICIENCY, DECODE_EFFICIENCY = 0.6, 0.7
 # attention of each new shape (docs/LOG.md)
 LAUNCH = 0.01
 
-# what the allocator and the convolutions' scratch make of the decoder's tensors, by bytes a value (docs/LOG.md)
+DECODED = ("preview", "decode")  # stages that make frames of latents
+
+# what the allocator and the convolutions' scratch make of the VAE's tensors, by bytes a value: measured in fp32
+# (docs/LOG.md), in bf16 what an earlier decoder's peak makes of today's tensors
 KEPT = {4: 1.15, 2: 1.95}
 
 
@@ -68,7 +72,9 @@ def offload_of(plan: Plan) -> Offload:
 def rows(plan: Plan) -> list[dict[str, Any]]:
     """One row a stage: tokens, windows, flops, bytes, seconds (a projection from a GEMM timed just now)."""
     gemm = gemm_rate()
+    convolutions = conv_rate(decode_dtype(plan.preset.decode_dtype)) * DECODE_EFFICIENCY
     made = [] if plan.request.clip and plan.request.proxy_only else [_text_row(plan, gemm * EFFICIENCY)]
+    made += [_encode_row(plan, convolutions)] if plan.request.clip else []
     for name, stage in plan.own_stages():
         flops, needed = plan.flops(stage), memory(plan, stage, offload_of(plan))
         seconds = flops / (gemm * EFFICIENCY)
@@ -77,7 +83,7 @@ def rows(plan: Plan) -> list[dict[str, Any]]:
         if stage.in_pixels:
             convolved, held = _enlarging(plan, stage)
             flops += convolved
-            seconds += convolved / (conv_rate(decode_dtype(plan.preset.decode_dtype)) * DECODE_EFFICIENCY)
+            seconds += convolved / convolutions
             needed = Memory(max(needed.device, held.device), max(needed.host, held.host))
         disk = stage.grid.tokens * plan.preset.transformer.channels * plan.preset.geometry.patch**2 * 4
         made.append(
@@ -94,10 +100,9 @@ def rows(plan: Plan) -> list[dict[str, Any]]:
                 "seconds": round(seconds, 1),
             }
         )
-    if plan.request.proxy_only:  # whose preview is a matter of seconds
-        return made
-    made.append(_decode_row(plan, conv_rate(decode_dtype(plan.preset.decode_dtype)) * DECODE_EFFICIENCY))
-    return made
+    if plan.request.proxy_only:
+        return [*made, _decode_row(plan, "preview", plan.proxy.grid, *plan.proxy_size, convolutions)]
+    return [*made, _decode_row(plan, "decode", plan.target, plan.request.width, plan.request.height, convolutions)]
 
 
 def _chunks(plan: Plan, stage: Stage) -> int:
@@ -114,13 +119,15 @@ def _chunks(plan: Plan, stage: Stage) -> int:
 def _enlarging(plan: Plan, stage: Stage) -> tuple[int, Memory]:
     """FLOPs and bytes of decoding the level below and encoding it as large as a stage: an encoder takes about the FLOPs
     of a decoder of its size."""
-    from .vae_cost import decode_flops, encode_bytes
+    from .vae_cost import decode_flops, encode_bytes, overlap
 
     config, patch = dataclasses.asdict(plan.preset.vae), plan.preset.geometry.patch
     below, grid = plan.below(stage), stage.grid
-    flops = sum(g.t * decode_flops(config, g.h * patch, g.w * patch) for g in (below, grid))
+    h, w = below.h * patch, below.w * patch
+    flops = round(below.t * decode_flops(config, h, w) * overlap(config, h, w, vae_tile(plan.preset, h, w)))
+    flops += grid.t * decode_flops(config, grid.h * patch, grid.w * patch)
     pixels, size = plan.preset.geometry.token_pixels, decode_dtype(plan.preset.decode_dtype).itemsize
-    held = decode_memory(plan.preset, (below.t, below.h * patch, below.w * patch), below.w * pixels, below.h * pixels)
+    held = decode_memory(plan.preset, (below.t, h, w), below.w * pixels, below.h * pixels)
     encoder = int(KEPT[size] * encode_bytes(config, grid.h * patch, grid.w * patch, size))
     large = 2 * 4 * 3 * grid.h * grid.w * pixels**2  # a frame in fp32 as it is made, and the last one
     latents = grid.tokens * plan.preset.transformer.channels * patch**2 * 4
@@ -180,8 +187,8 @@ def check_resources(plan: Plan, output_dir: Path, run_dir: Path | None = None, v
             f" {_remedy(worst['stage'], 'a smaller --res, fewer --seconds or a smaller')}"
         )
     # a stage's state goes when its latents are there, and tiles when they are decoded: both are there once
-    stages = sum(r["disk_bytes"] for r in costs if r["stage"] != "decode")
-    tiles = sum(r["disk_bytes"] for r in costs if r["stage"] == "decode") - video_bytes(plan)
+    stages = sum(r["disk_bytes"] for r in costs if r["stage"] not in DECODED)
+    tiles = sum(r["disk_bytes"] for r in costs if r["stage"] in DECODED) - video_bytes(plan)
     latents = (videos + 1) * stages // 2 + tiles
     needs: dict[int, int] = {}  # bytes by file system
     files = videos * video_bytes(plan)
@@ -201,31 +208,55 @@ def _remedy(stage: str, smaller: str) -> str:
     """What makes a stage fit that does not."""
     if stage == "text":
         return "close other programs, or choose a preset with a smaller text encoder"
-    if stage == "decode":
+    if stage == "encode":
+        return "close other programs, or give a smaller --res"
+    if stage in DECODED:
         return "close other programs, or lower decode_gib in a preset of your own"
     return f"choose --weight-dtype int8, {smaller} --chunk"
 
 
-def _decode_row(plan: Plan, rate: float) -> dict[str, Any]:
-    from .vae_cost import decode_flops, spool_bytes
+def _encode_row(plan: Plan, rate: float) -> dict[str, Any]:
+    """A clip as the proxy; an encoder takes about the FLOPs of a decoder of its size."""
+    from .vae_cost import decode_flops, encode_bytes
+
+    config, grid, patch = dataclasses.asdict(plan.preset.vae), plan.proxy.grid, plan.preset.geometry.patch
+    size, (h, w) = decode_dtype(plan.preset.decode_dtype).itemsize, (grid.h * patch, grid.w * patch)
+    encoder = int(KEPT[size] * encode_bytes(config, h, w, size)) + plan.preset.vae_parameters * size
+    on_gpu = compute_device().kind == "cuda"
+    flops = grid.t * decode_flops(config, h, w)
+    return {
+        "stage": "encode",
+        "grid": f"{grid.t}x{h}x{w}",
+        "tokens": grid.tokens,
+        "windows": 0,
+        "steps": 1,
+        "flops": flops,
+        "ram_bytes": PROGRAM_BYTES + (0 if on_gpu else encoder),
+        "vram_bytes": PROGRAM_VRAM + encoder if on_gpu else 0,
+        "disk_bytes": 2 * grid.tokens * plan.preset.transformer.channels * patch**2 * 4,
+        "seconds": round(flops / rate, 1),
+    }
+
+
+def _decode_row(plan: Plan, stage: str, grid: Grid, width: int, height: int, rate: float) -> dict[str, Any]:
+    from .vae_cost import decode_flops, overlap, spool_bytes
 
     config = dataclasses.asdict(plan.preset.vae)
-    h, w = plan.target.h * plan.preset.geometry.patch, plan.target.w * plan.preset.geometry.patch
-    needed = decode_memory(plan.preset, (plan.target.t, h, w), plan.request.width, plan.request.height)
-    on_cpu = compute_device().kind == "cpu"  # where the transformer stays for the next video
-    host = needed.host + (model_bytes(plan.preset, compute_device()) if on_cpu else 0)
-    flops = decode_flops(config, h, w) * plan.target.t
+    h, w = grid.h * plan.preset.geometry.patch, grid.w * plan.preset.geometry.patch
+    needed, tile = decode_memory(plan.preset, (grid.t, h, w), width, height), vae_tile(plan.preset, h, w)
+    stays = compute_device().kind == "cpu" and bool(plan.own_stages())  # the transformer, for the next video
+    host = needed.host + (model_bytes(plan.preset, compute_device()) if stays else 0)
+    flops = round(decode_flops(config, h, w) * grid.t * overlap(config, h, w, tile))
     return {
-        "stage": "decode",
-        "grid": f"{plan.target.t}x{h}x{w}",
+        "stage": stage,
+        "grid": f"{grid.t}x{h}x{w}",
         "tokens": 0,
         "windows": 0,
         "steps": 1,
         "flops": flops,
         "ram_bytes": PROGRAM_BYTES + host,
         "vram_bytes": needed.device and PROGRAM_VRAM + needed.device,
-        "disk_bytes": (spool_bytes(config, plan.target.t, h, w) if vae_tile(plan.preset, h, w) else 0)
-        + video_bytes(plan),
+        "disk_bytes": (spool_bytes(config, grid.t, h, w) if tile else 0) + video_bytes(plan),
         "seconds": round(flops / rate, 1),
     }
 

@@ -19,7 +19,7 @@ import torch.nn.functional as F
 
 from .causal import History, Module, activated, bands, causal, is_live, middle, resnet
 from .errors import RenderError, ResourceError
-from .vae_cost import BLEND, receptive_radius, space_factor, time_factor
+from .vae_cost import BLEND, receptive_radius, space_factor, spans, time_factor
 
 
 @torch.no_grad()
@@ -134,12 +134,6 @@ def _folded(kernel: torch.Tensor, axis: int) -> tuple[torch.Tensor, torch.Tensor
 # --- tiles ---------------------------------------------------------------------------------------------------------
 
 
-def _spans(size: int, tile: int) -> list[tuple[int, int]]:
-    """Cuts `size` latents into the fewest parts of at most `tile`, as equal as they can be."""
-    parts = math.ceil(size / tile)
-    return [(i * size // parts, (i + 1) * size // parts) for i in range(parts)]
-
-
 def _ramp(span: tuple[int, int], blend: int, size: int) -> torch.Tensor:
     """Weights (size,) of a tile over all pixels: 1 on [a, b), linear over `blend` pixels on each side of inner ends.
 
@@ -159,12 +153,12 @@ def _spooled(vae: Module, latents: torch.Tensor, tile: int, spool: Path | None) 
     _, steps, h, w = latents.shape
     factor, halo = space_factor(vae.config), receptive_radius(vae.config)
     live = any(is_live(a) for a in vae.decoder.mid_block.attentions)
-    blend = min(BLEND, *(b - a for side in (h, w) for a, b in _spans(side, tile))) // 2 * 2 if live else 0
+    blend = min(BLEND, *(b - a for side in (h, w) for a, b in spans(side, tile))) // 2 * 2 if live else 0
     with tempfile.TemporaryFile(dir=spool, prefix=".atlasvid-spool-") as file:
         shape = (1 + time_factor(vae.config) * (steps - 1), 3, h * factor, w * factor)
         frames = _reserve(file, shape)
-        for rows in _spans(h, tile):
-            for columns in _spans(w, tile):
+        for rows in spans(h, tile):
+            for columns in spans(w, tile):
                 _decode_tile(vae, latents, rows, columns, halo, blend / 2, frames)
         start = 0
         for t in range(steps):
@@ -176,7 +170,12 @@ def _spooled(vae: Module, latents: torch.Tensor, tile: int, spool: Path | None) 
 def _reserve(file: Any, shape: tuple[int, ...]) -> np.ndarray:
     """A zeroed uint16 array over `file`, whose blocks are allocated now: a full disk under a map is a SIGBUS."""
     try:
-        os.posix_fallocate(file.fileno(), 0, math.prod(shape) * 2)
+        if hasattr(os, "posix_fallocate"):
+            os.posix_fallocate(file.fileno(), 0, math.prod(shape) * 2)
+        else:  # macOS: written
+            for _ in range(shape[0]):
+                file.write(bytes(2 * math.prod(shape[1:])))
+            file.flush()
     except OSError as error:
         if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
             raise ResourceError(

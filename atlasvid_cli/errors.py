@@ -5,6 +5,9 @@ from enum import IntEnum
 stop_signals: list[int] = []
 """Signals by which the process was asked to stop. Libraries turn the KeyboardInterrupt into errors of their own."""
 
+traced: list[bool] = []
+"""Whether every error shows its traceback (--debug)."""
+
 
 class ExitCode(IntEnum):
     """Exit status of `atlasvid`."""

@@ -43,14 +43,14 @@ def _describe_video(path: Path) -> dict:
 
 def lines(facts: dict, prefix: str = "") -> list[str]:
     """`facts` as "key: value" lines for a reader: inner keys joined by dots, sizes with their unit, and nothing of what
-    is None."""
+    is not set."""
     result = []
     for key, value in facts.items():
         if isinstance(value, list) and value and isinstance(value[0], dict):
             value = {item.get("stage", str(i)): item for i, item in enumerate(value, start=1)}
         if isinstance(value, dict):
             result += lines(value, f"{prefix}{key}.")
-        elif value is not None:
+        elif value is not None and value != []:
             result.append(_line(f"{prefix}{key}", value))
     return result
 
@@ -63,5 +63,5 @@ def _line(key: str, value: object) -> str:
 
 def _size(count: int) -> str:
     """Bytes with a binary unit: 1.5 MiB."""
-    power = min(3, max(0, count.bit_length() - 1) // 10)
-    return f"{count / 1024**power:.4g} {('bytes', 'KiB', 'MiB', 'GiB')[power]}"
+    power = min(4, max(0, count.bit_length() - 1) // 10)
+    return f"{count / 1024**power:.4g} {('bytes', 'KiB', 'MiB', 'GiB', 'TiB')[power]}"

@@ -26,8 +26,9 @@ def show_plan(plan: "Plan", console: "Console", folder: Path, run_dir: Path | No
     from .cost import check_resources
     from .cost import rows as costs_of
 
-    rows, misfit = costs_of(plan), None
+    rows, misfit = [], None
     try:
+        rows = costs_of(plan)
         check_resources(plan, folder, run_dir, videos)
     except ResourceError as error:
         misfit = str(error)

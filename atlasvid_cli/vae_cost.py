@@ -7,11 +7,11 @@ from typing import Any
 
 from .errors import ResourceError
 
-# With a live middle attention tiles differ, so they are blended over this many latents on each side of a border.
+# With a live middle attention tiles differ, so they are blended over this many latents across a border.
 BLEND = 4
 
-# `causal` keeps so many frames for a convolution, the newest among them, and makes so many elements at a time
-TAPS, BAND = 3, 1 << 18
+# elements that `causal` and `decode` take at a time on a CPU where they go over memory again and again
+BAND = 1 << 18
 
 
 def time_factor(config: Mapping[str, Any]) -> int:
@@ -43,8 +43,8 @@ def decode_bytes(config: Mapping[str, Any], h: int, w: int, tile: int | None = N
 
     `width`: bytes a value of the VAE's dtype; frames come out in fp32.
 
-    Counts tensors as the walk in `decode` holds them: two cached frames a convolution, what each level keeps while
-    deeper ones run, and the largest working set on top of it.
+    Counts tensors as the walk in `decode` holds them: two frames a convolution, what each level keeps while deeper
+    ones run, and the largest working set on top of it.
     """
     if tile is not None and tile < max(h, w):
         reach = receptive_radius(config) + BLEND // 2
@@ -54,13 +54,13 @@ def decode_bytes(config: Mapping[str, Any], h: int, w: int, tile: int | None = N
     temporal = [*reversed(config["temperal_downsample"]), False]
     residual, convs = config.get("is_residual", False), 2 * (config["num_res_blocks"] + 1)
     area = h * w
-    cached = (config["z_dim"] + 4 * dims[0]) * area * TAPS
+    cached = (config["z_dim"] + 4 * dims[0]) * area * 2
     peaks = [10 * dims[0] * area]  # the middle attention with its three copies of queries, keys and values
     held = config["z_dim"] * area
     for level, (source, d) in enumerate(itertools.pairwise(dims)):
         c = source // 2 if level and not residual else source
         last = level == len(dims) - 2
-        cached += (c + (convs - 1) * d + (d if temporal[level] else 0)) * area * TAPS
+        cached += (c + (convs - 1) * d + (d if temporal[level] else 0)) * area * 2
         kept = c * area if residual and not last else 0  # what the shortcut will need
         peaks.append(held + _block(c, d, area, kept))
         if last:
@@ -70,16 +70,15 @@ def decode_bytes(config: Mapping[str, Any], h: int, w: int, tile: int | None = N
         peaks.append(held + d * area + 4 * up * (area + min(area, BAND // d)))  # a padded frame and what becomes of it
         area *= 4
     channels = config.get("out_channels", 3)
-    cached += dims[-1] * area * TAPS
+    cached += dims[-1] * area * 2
     peaks.append(held + (dims[-1] + channels) * area + min(channels * area, BAND))
     output = time_factor(config) * 3 * h * w * space_factor(config) ** 2
     return width * (cached + max(peaks)) + 2 * 4 * output  # who takes the frames holds some while more are made
 
 
 def _block(c: int, d: int, area: int, kept: int) -> int:
-    """Elements that residual blocks hold, from c to d channels, beside the inputs that their convolutions keep."""
-    first = c + d * (1 if c == d else 2)  # input, what is made of it, and the shortcut's
-    return max(first * area, kept + 2 * d * area) + min(max(c, d) * area, BAND)
+    """Elements that residual blocks hold, from c to d channels: input, a normed frame, and two terms of a sum."""
+    return max(2 * c + 2 * d, c + 4 * d, (kept and c) + 4 * d) * area
 
 
 def encode_bytes(config: Mapping[str, Any], h: int, w: int, width: int = 4) -> int:
@@ -89,10 +88,10 @@ def encode_bytes(config: Mapping[str, Any], h: int, w: int, width: int = 4) -> i
     residual, blocks = config.get("is_residual", False), config["num_res_blocks"]
     area = h * w * 4 ** (len(dims) - 2)
     frame = 3 * h * w * space_factor(config) ** 2
-    cached, waiting = TAPS * channels * area, 0
+    cached, waiting = 2 * channels * area, 0
     peaks = [(channels + dims[0]) * area]
     for level, (c, d) in enumerate(itertools.pairwise(dims)):
-        cached += TAPS * (c + (2 * blocks - 1) * d) * area
+        cached += 2 * (c + (2 * blocks - 1) * d) * area
         last = level == len(dims) - 2
         kept = c * area if residual and not last else 0  # what the shortcut will need
         peaks.append(_block(c, d, area, kept))
@@ -103,7 +102,7 @@ def encode_bytes(config: Mapping[str, Any], h: int, w: int, width: int = 4) -> i
         peaks.append(kept + 2 * d * area + d * area // 2)  # a padded frame and what becomes of it
         area //= 4
         cached += 2 * d * area if merged else 0
-    cached += TAPS * (4 + 1) * dims[-1] * area
+    cached += 2 * (4 + 1) * dims[-1] * area
     peaks.append(10 * dims[-1] * area)  # the middle attention, as in the decoder
     return width * (cached + waiting + max(peaks)) + 4 * frame  # which comes in fp32
 
@@ -129,6 +128,22 @@ def decode_flops(config: Mapping[str, Any], h: int, w: int) -> int:
     return 2 * (total + 27 * dims[-1] * config.get("out_channels", 3) * area * frames)
 
 
+def spans(size: int, tile: int) -> list[tuple[int, int]]:
+    """Cuts `size` latents into the fewest parts of at most `tile`, as equal as they can be."""
+    parts = math.ceil(size / tile)
+    return [(i * size // parts, (i + 1) * size // parts) for i in range(parts)]
+
+
+def overlap(config: Mapping[str, Any], h: int, w: int, tile: int | None) -> float:
+    """How many times as much decoding tiles are as the whole frame of h x w latents."""
+    if tile is None or tile >= max(h, w):
+        return 1.0
+    reach, seen = receptive_radius(config) + BLEND // 2, 1.0
+    for size in (h, w):
+        seen *= sum(min(size, b + reach) - max(0, a - reach) for a, b in spans(size, tile)) / size
+    return seen
+
+
 def choose_tile(config: Mapping[str, Any], h: int, w: int, budget_bytes: int, width: int = 4) -> int | None:
     """The largest tile side whose decoding fits in `budget_bytes`: None for whole frames, `ResourceError` if none."""
     if decode_bytes(config, h, w, None, width) <= budget_bytes:
@@ -136,7 +151,8 @@ def choose_tile(config: Mapping[str, Any], h: int, w: int, budget_bytes: int, wi
     for tile in range(max(h, w) - 1, 7, -1):
         if decode_bytes(config, h, w, tile, width) <= budget_bytes:
             return tile
+    least = decode_bytes(config, h, w, 8, width) / 2**30
     raise ResourceError(
-        f"Decoding needs at least {decode_bytes(config, h, w, 8, width) / 1e9:.1f} GB of memory even in small tiles,"
-        f" and {budget_bytes / 1e9:.1f} GB are free: close other programs, or use a smaller VAE."
+        f"decoding needs {least:.1f} GiB even in the smallest tiles, and decode_gib of the preset allows"
+        f" {budget_bytes / 2**30:.1f}; raise it in a preset of your own"
     )

@@ -230,6 +230,7 @@ def test_a_batch_passes_over_a_failing_item(run, random_preset, tmp_path, monkey
     assert len(list((tmp_path / "out").glob("*.mp4"))) == 2
     _, out, _ = run(*arguments, "--shard", "2/2")
     assert [json.loads(line)["id"] for line in out.splitlines()] == ["0001-two"]
+    assert "Traceback" not in err and "fail_on_two" in run(*arguments, "--shard", "2/2", "--debug")[2]
 
 
 def test_a_batch_stops_where_a_library_made_an_error_of_an_interruption(run, random_preset, tmp_path, monkeypatch):
@@ -447,7 +448,7 @@ def test_what_a_clip_cannot_give_is_said_before_anything_loads(run, tmp_path, mo
     world(tmp_path / "a.mp4", 16, 8)
     code, _, err = run("proxy", "--from-video", "a.mp4", "--seconds", "2")
     assert code == 3 and "lasts 0.5 s and not 2 s" in err
-    monkeypatch.setattr("atlasvid_cli.batch.MAX_SECONDS", 0.25)
+    monkeypatch.setattr("atlasvid_cli.request.MAX_SECONDS", 0.25)
     code, _, err = run("proxy", "--from-video", "a.mp4")
     assert code == 2 and "--seconds" in err
 

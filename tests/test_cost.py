@@ -99,8 +99,9 @@ def test_a_batch_is_asked_for_the_disk_of_all_its_videos(monkeypatch, tmp_path):
 def test_a_clips_proxy_needs_no_text_encoder(tmp_path, monkeypatch):
     monkeypatch.setattr(cost, "available_ram", lambda: 1)
     request = Request("wan2.1-1.3b", 832, 480, Fraction(1), proxy_only=True, clip=object())
-    assert rows(make_plan(request)) == []
-    check_resources(make_plan(request), tmp_path)
+    assert [row["stage"] for row in rows(make_plan(request))] == ["encode", "preview"]
+    with pytest.raises(ResourceError, match=r"the (encode|preview) stage needs .* close other programs"):
+        check_resources(make_plan(request), tmp_path)
 
 
 def test_what_decoding_lacks_on_a_gpu_decode_gib_gives(monkeypatch, tmp_path):
@@ -118,7 +119,7 @@ def test_the_proxy_alone_is_asked_for_the_proxy_alone(tmp_path):
         check_resources(plan, tmp_path)
     plan = make_plan(Request("tiny", 16384, 9216, Fraction(60), proxy_only=True))
     check_resources(plan, tmp_path)
-    assert [row["stage"] for row in rows(plan)] == ["text", "proxy"]
+    assert [row["stage"] for row in rows(plan)] == ["text", "proxy", "preview"]
 
 
 def test_what_the_text_encoder_lacks_no_size_of_video_gives(tmp_path, monkeypatch):

@@ -139,7 +139,7 @@ def test_tiles_with_attention_are_blended(tmp_path):
 @pytest.mark.parametrize("size, tile", [(7, 3), (34, 12), (136, 50), (5, 5)])
 @pytest.mark.parametrize("blend", [0, 4])
 def test_tile_weights_sum_to_one(size, tile, blend):
-    spans = decode._spans(size, tile)
+    spans = vae_cost.spans(size, tile)
     assert max(b - a for a, b in spans) <= tile
     pixels = [(a * 16, b * 16) for a, b in spans]
     total = sum(decode._ramp(span, blend, size * 16) for span in pixels)

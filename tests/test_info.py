@@ -23,7 +23,7 @@ def test_a_video_of_an_unknown_codec_is_refused(tmp_path):
 
 @pytest.mark.parametrize(
     ("value", "shown"),
-    [(0, "0 bytes"), (1023, "1023 bytes"), (1536, "1.5 KiB"), (3 << 20, "3 MiB"), (5 << 40, "5120 GiB")],
+    [(0, "0 bytes"), (1023, "1023 bytes"), (1536, "1.5 KiB"), (3 << 20, "3 MiB"), (5 << 40, "5 TiB")],
 )
 def test_sizes_have_a_unit(value, shown):
     assert lines({"disk_free_bytes": value, "files_bytes": {"a.mp4": value}}) == [
