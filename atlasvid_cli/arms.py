@@ -131,9 +131,9 @@ def few_step_arm(bench: Bench, plan: Plan, repeats: int) -> tuple[Stages, int | 
     smaller = tile if tile and tile < max(part.h, part.w) else None
     times = decode_sample(bench.vae, picture, plan, smaller, bench.folder, repeats)
     (bench.folder / "sample.mp4").replace(bench.folder / "video.mp4")
-    more = h * w / part.tokens
-    seen = (overlap(bench.vae.config, *size, tile) for size in ((h, w), (part.h, part.w)))  # in tiles of either
-    stages |= {"decode": times[0].times(more * next(seen) / next(seen)), "mux": times[1].times(more)}
+    more, config = h * w / part.tokens, bench.vae.config
+    halos = overlap(config, h, w, tile) / overlap(config, part.h, part.w, smaller)
+    stages |= {"decode": times[0].times(more * halos), "mux": times[1].times(more)}
     return stages, None
 
 

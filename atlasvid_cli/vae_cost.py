@@ -62,7 +62,7 @@ def decode_bytes(config: Mapping[str, Any], h: int, w: int, tile: int | None = N
         last = level == len(dims) - 2
         cached += (c + (convs - 1) * d + (d if temporal[level] else 0)) * area * 2
         kept = c * area if residual and not last else 0  # what the shortcut will need
-        peaks.append(held + _block(c, d, area, kept))
+        peaks.append(held + _block(c, d) * area)
         if last:
             break
         held += kept + (2 * d if temporal[level] else d) * area
@@ -76,9 +76,10 @@ def decode_bytes(config: Mapping[str, Any], h: int, w: int, tile: int | None = N
     return width * (cached + max(peaks)) + 2 * 4 * output  # who takes the frames holds some while more are made
 
 
-def _block(c: int, d: int, area: int, kept: int) -> int:
-    """Elements that residual blocks hold, from c to d channels: input, a normed frame, and two terms of a sum."""
-    return max(2 * c + 2 * d, c + 4 * d, (kept and c) + 4 * d) * area
+def _block(c: int, d: int) -> int:
+    """Channels that residual blocks hold, from c to d: input, a normed frame and two terms of a sum, and before the
+    second convolution what the first made."""
+    return max(2 * c + 2 * d, c + 4 * d)
 
 
 def encode_bytes(config: Mapping[str, Any], h: int, w: int, width: int = 4) -> int:
@@ -94,7 +95,7 @@ def encode_bytes(config: Mapping[str, Any], h: int, w: int, width: int = 4) -> i
         cached += 2 * (c + (2 * blocks - 1) * d) * area
         last = level == len(dims) - 2
         kept = c * area if residual and not last else 0  # what the shortcut will need
-        peaks.append(_block(c, d, area, kept))
+        peaks.append(_block(c, d) * area)
         if last:
             break
         merged = config["temperal_downsample"][level]
