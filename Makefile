@@ -2,6 +2,8 @@
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
+# test files side by side, a process a core
+WORKERS := -n logical --maxprocesses 8 --dist loadfile
 READY := $(VENV)/.ready
 
 .PHONY: demo test check tiny wheel clean
@@ -17,13 +19,13 @@ demo: $(READY)
 		--res 3840x2160 --seconds 12 -o demo.mp4
 
 test: $(READY)
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest $(WORKERS)
 
 check: $(READY)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest $(WORKERS)
 
 tiny: $(READY)
 	$(BIN)/atlasvid train tiny --work training --output training/tiny

@@ -3,7 +3,7 @@
 import itertools
 import shutil
 import time
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from fractions import Fraction
 from pathlib import Path
 from typing import Any
@@ -124,14 +124,15 @@ def few_step_arm(bench: Bench, plan: Plan, repeats: int) -> tuple[Stages, int | 
         latents = read_latents(bench.folder / "run" / "detail.safetensors", bench.proxy)[0][None]
     patch, count = plan.preset.geometry.patch, min(SAMPLED_LATENTS, plan.target.t)
     h, w = plan.target.h * patch, plan.target.w * patch
-    work = decode_flops(bench.vae.config, h, w) * count / (h * w)
+    config = asdict(plan.preset.vae)
+    work = decode_flops(config, h, w) * count / (h * w)
     part = crop(Grid(1, h, w), conv_rate(bench.vae.dtype) * DECODE_EFFICIENCY * bench.seconds / 2 / work)
     picture = F.interpolate(latents, (count, part.h, part.w), mode="trilinear")[0]  # smooth, as a video is
     tile = vae_tile(plan.preset, h, w)
     smaller = tile if tile and tile < max(part.h, part.w) else None
     times = decode_sample(bench.vae, picture, plan, smaller, bench.folder, repeats)
     (bench.folder / "sample.mp4").replace(bench.folder / "video.mp4")
-    more, config = h * w / part.tokens, bench.vae.config
+    more = h * w / part.tokens
     halos = overlap(config, h, w, tile) / overlap(config, part.h, part.w, smaller)
     stages |= {"decode": times[0].times(more * halos), "mux": times[1].times(more)}
     return stages, None

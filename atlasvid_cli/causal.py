@@ -71,9 +71,11 @@ def activated(norm: Module, conv: Module, x: torch.Tensor, history: History) -> 
 
 def causal(conv: Module, x: torch.Tensor, history: History) -> torch.Tensor:
     """WanCausalConv3d at frame `x` (n, C, h, w), after the frames in `history`, which it joins. Stride 1."""
-    if conv.kernel_size[0] == 1:
-        return F.conv2d(x, conv.weight.squeeze(2), conv.bias)
-    past = history.get(conv) or history.setdefault(conv, Past(conv, x))
+    if conv not in history:
+        history[conv] = None if is_still(conv) else Past(conv, x)
+    past = history[conv]
+    if past is None:
+        return F.conv2d(x, conv.weight[:, :, -1], conv.bias, padding=conv.kernel_size[1] // 2)
     return past.convolved(conv, x)
 
 
@@ -81,6 +83,32 @@ def bands(x: torch.Tensor) -> tuple[torch.Tensor, ...]:
     """Views of the rows of (..., h, w), as many at a time as `BAND` allows on a CPU; elsewhere all."""
     height = x.shape[-2]
     return x.split(height if x.is_cuda else max(1, BAND * height // x.numel()), dim=-2)
+
+
+def is_still(conv: Module) -> bool:
+    """Whether a convolution over time sees one frame alone, its weights for the past being zero."""
+    return not bool(conv.weight[:, :, :-1].any())
+
+
+def near_pixels(vae: Module, levels: int) -> list[Module]:
+    """The 3x3x3 convolutions of the `levels` next to the pixels, of encoder and decoder: where most of the work is.
+
+    `vae` is one of Wan 2.2's kind, whose blocks are levels.
+    """
+    if not levels:
+        return []
+    blocks = [*vae.encoder.down_blocks[:levels], *vae.decoder.up_blocks[-levels:]]
+    convs = [conv for block in blocks for part in block.resnets for conv in (part.conv1, part.conv2)]
+    return [vae.encoder.conv_in, *convs, vae.decoder.conv_out]
+
+
+@torch.no_grad()
+def hold_still(vae: Module, levels: int) -> None:
+    """Adds the weights for the past to those for the present in `near_pixels`, which changes nothing where nothing
+    moves."""
+    for conv in near_pixels(vae, levels):
+        conv.weight[:, :, -1] = conv.weight.sum(dim=2)
+        conv.weight[:, :, :-1] = 0
 
 
 def is_live(attention: Module) -> bool:

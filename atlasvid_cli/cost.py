@@ -117,15 +117,14 @@ def _chunks(plan: Plan, stage: Stage) -> int:
 
 
 def _enlarging(plan: Plan, stage: Stage) -> tuple[int, Memory]:
-    """FLOPs and bytes of decoding the level below and encoding it as large as a stage: an encoder takes about the FLOPs
-    of a decoder of its size."""
-    from .vae_cost import decode_flops, encode_bytes, overlap
+    """FLOPs and bytes of decoding the level below and encoding it as large as a stage."""
+    from .vae_cost import decode_flops, encode_bytes, encode_flops, overlap
 
     config, patch = dataclasses.asdict(plan.preset.vae), plan.preset.geometry.patch
     below, grid = plan.below(stage), stage.grid
     h, w = below.h * patch, below.w * patch
     flops = round(below.t * decode_flops(config, h, w) * overlap(config, h, w, vae_tile(plan.preset, h, w)))
-    flops += grid.t * decode_flops(config, grid.h * patch, grid.w * patch)
+    flops += grid.t * encode_flops(config, grid.h * patch, grid.w * patch)
     pixels, size = plan.preset.geometry.token_pixels, decode_dtype(plan.preset.decode_dtype).itemsize
     held = decode_memory(plan.preset, (below.t, h, w), below.w * pixels, below.h * pixels)
     encoder = int(KEPT[size] * encode_bytes(config, grid.h * patch, grid.w * patch, size))
@@ -216,14 +215,14 @@ def _remedy(stage: str, smaller: str) -> str:
 
 
 def _encode_row(plan: Plan, rate: float) -> dict[str, Any]:
-    """A clip as the proxy; an encoder takes about the FLOPs of a decoder of its size."""
-    from .vae_cost import decode_flops, encode_bytes
+    """A clip as the proxy."""
+    from .vae_cost import encode_bytes, encode_flops
 
     config, grid, patch = dataclasses.asdict(plan.preset.vae), plan.proxy.grid, plan.preset.geometry.patch
     size, (h, w) = decode_dtype(plan.preset.decode_dtype).itemsize, (grid.h * patch, grid.w * patch)
     encoder = int(KEPT[size] * encode_bytes(config, h, w, size)) + plan.preset.vae_parameters * size
     on_gpu = compute_device().kind == "cuda"
-    flops = grid.t * decode_flops(config, h, w)
+    flops = grid.t * encode_flops(config, h, w)
     return {
         "stage": "encode",
         "grid": f"{grid.t}x{h}x{w}",

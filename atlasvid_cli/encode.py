@@ -31,8 +31,8 @@ def _encoded(vae: Module, frames: Iterable[torch.Tensor]) -> torch.Tensor:
     history: History = {}
     made = []
     for frame in frames:
-        x = _patched(frame.to(vae.device, vae.dtype), vae.config.patch_size or 1)
-        moments = _latent(vae.encoder, x, history)
+        # bound to no name, so that it is gone after the first convolution
+        moments = _latent(vae.encoder, _patched(frame.to(vae.device, vae.dtype), vae.config.patch_size or 1), history)
         if moments is not None:
             made.append(causal(vae.quant_conv, moments, history).chunk(2, dim=1)[0].float().cpu())
     latents = torch.stack(made, dim=2)

@@ -10,7 +10,6 @@ from . import world
 
 PARTS = ("colour", "shape", "direction", "ground_colour", "ground")
 JOINTS = {"above", "across", "and", "from", "in", "of", "on", "over", "that", "to", "towards", "under", "with"}
-FULL = "a {colour} {shape} moving {direction} over a {ground_colour} {ground}"
 
 
 def extended(prompt: str, seed: int) -> str:
@@ -31,7 +30,7 @@ def extended(prompt: str, seed: int) -> str:
     }
     drawn["ground_colour"] = rng.choice([c for c in colours if c != drawn["colour"]])
     rest = [word for word in words if word not in {*world.FILLERS, *found.values()}]
-    return " ".join([FULL.format(**drawn | found), *rest])
+    return " ".join([world.SENTENCE.format(**drawn | found), *rest])
 
 
 def parts_of(words: list[str]) -> dict[str, str]:

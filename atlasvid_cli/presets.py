@@ -34,7 +34,11 @@ class Transformer:
 
 @dataclass(frozen=True)
 class Vae:
-    """`AutoencoderKLWan`'s own config, as far as planning needs it; the loaded weights must agree."""
+    """`AutoencoderKLWan`'s own config, as far as planning needs it; the loaded weights must agree.
+
+    `still`: so many of its levels, those next to the pixels, convolve each frame by itself: their weights for the past
+    are zero, and their multiplications are left out. Of Wan's own VAEs none.
+    """
 
     base_dim: int
     z_dim: int
@@ -45,6 +49,7 @@ class Vae:
     out_channels: int
     decoder_base_dim: int | None = None
     patch_size: int | None = None
+    still: int = 0
 
 
 @dataclass(frozen=True)
@@ -174,7 +179,7 @@ class Preset:
     training: Training = field(default_factory=Training)
 
 
-MAY_BE_ZERO = ("margin", "guidance_interval", "ema")
+MAY_BE_ZERO = ("margin", "guidance_interval", "ema", "still")
 AT_MOST_ONE = ("strength", "guidance_interval", "ema")
 
 
@@ -204,6 +209,8 @@ def load_preset(name: str) -> Preset:
         raise UsageError(f"preset {path} is not valid TOML ({error}); mend that line") from None
     table |= {"name": path.stem, "folder": path.parent / str(table.get("model", path.stem))}
     preset = _parse(Preset, table, path.name)
+    if preset.vae.still > (len(preset.vae.dim_mult) if preset.vae.is_residual else 0):
+        raise UsageError(f"{path.name}: vae: still must be at most its levels, and 0 where is_residual is false")
     stages = {part: _with_lora(getattr(preset, part), path.parent) for part in ("proxy", "detail")}
     preset = dataclasses.replace(preset, **stages)
     for name, level in (("first", preset.detail.first), ("upper", preset.detail.upper)):

@@ -159,7 +159,8 @@ class Session:
     def vae(self) -> Any:
         if "vae" not in self._parts:
             self._make_room("vae")
-            self._parts["vae"] = load_vae(self.folder, decode_dtype(self.preset.decode_dtype)).to(self.device)
+            dtype, still = decode_dtype(self.preset.decode_dtype), self.preset.vae.still
+            self._parts["vae"] = load_vae(self.folder, dtype, still).to(self.device)
         return self._parts["vae"]
 
     def expect(self, prompts: Iterable[str]) -> None:

@@ -10,7 +10,7 @@ import math
 import random
 from collections.abc import Callable
 from copy import deepcopy
-from functools import lru_cache
+from functools import lru_cache, partial
 from pathlib import Path
 
 import torch
@@ -18,6 +18,7 @@ from diffusers import AutoencoderKLWan, UniPCMultistepScheduler, WanPipeline, Wa
 from transformers import AutoTokenizer, UMT5EncoderModel
 
 from . import dataset, train, train_text, train_vae, world
+from .causal import hold_still
 from .checkpoint import save_folder
 from .encode import encode_clips
 from .presets import load_preset
@@ -26,6 +27,7 @@ from .wear import add_enlarged, add_worn
 from .weights import load_transformer, model_hash
 
 VAE_STEPS, COMPRESSED_STEPS, SETTLED_STEPS, SHARPENED_STEPS = 2200, 1400, 1100, 9000
+STILL_ENCODER_STEPS, STILL_DECODER_STEPS = 2500, 6000
 PROXY_STEPS, DETAIL_STEPS = 10000, 4500
 # cosines, each (steps, peak learning rate, share of single images at its start and end): colours, shapes and grounds,
 # then motion
@@ -52,6 +54,7 @@ SAMPLES = {
 LATENT_CHANNELS = 16  # what is left of the VAE's first 32
 LONG_CLIPS = ((3, 96, 9), (2, 96, 17), (2, 64, 29))  # of the VAE's last training: clips, pixels a side, frames
 PROXY_RANK, DETAIL_RANK = 96, 64
+DECODER = "decoder.", "post_quant_conv."
 
 VAE_CONFIG = {
     "base_dim": 32,
@@ -127,12 +130,12 @@ def make(work: Path, out: Path) -> None:
         vae = train_vae.train(vae, work / "vae-compressed", COMPRESSED_STEPS, lr=2.5e-3, noise=0.25, seed=1)
         teacher, run = deepcopy(vae).requires_grad_(False), work / "vae-settled"
         vae = train_vae.train(vae, run, SETTLED_STEPS, lr=2e-3, noise=0.25, seed=2, shapes=LONG_CLIPS, teacher=teacher)
-        vae.encoder.requires_grad_(False)
-        vae.quant_conv.requires_grad_(False)
-        run = work / "vae-sharpened"
-        vae = train_vae.train(
-            vae, run, SHARPENED_STEPS, lr=2e-3, noise=0.25, seed=3, shapes=LONG_CLIPS, slopes=5.0, cut=True
-        )
+        sharpened = partial(train_vae.train, lr=2e-3, noise=0.25, shapes=LONG_CLIPS, slopes=5.0, cut=True)
+        vae = sharpened(train_vae.let_learn(vae, *DECODER), work / "vae-sharpened", steps=SHARPENED_STEPS, seed=3)
+        teacher, run = deepcopy(vae), work / "vae-still-encoder"
+        hold_still(vae, load_preset("tiny").vae.still)
+        vae = train_vae.distil_encoder(vae, teacher, run, STILL_ENCODER_STEPS, lr=2e-3, seed=12, shapes=LONG_CLIPS)
+        vae = sharpened(train_vae.let_learn(vae, *DECODER), work / "vae-still", steps=STILL_DECODER_STEPS, seed=11)
         finish_vae(vae, out)
     vae = AutoencoderKLWan.from_pretrained(out / "vae", torch_dtype=torch.float32)
     embed = embedder(out)

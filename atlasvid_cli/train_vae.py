@@ -14,11 +14,13 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 from diffusers import AutoencoderKLWan
+from diffusers.models.autoencoders.vae import DiagonalGaussianDistribution
 
 from . import world
 from .checkpoint import load_checkpoint, save_checkpoint
 from .machine import cpu_autocast
 from .optim import Optimizer, learning_rate
+from .vae_clips import clip_moments, clip_pixels
 
 KL_WEIGHT, DRIFT_WEIGHT = 1e-6, 0.2
 HELD_FRAMES = 24  # a multiple of the temporal stride
@@ -30,10 +32,15 @@ def build(config: dict, seed: int = 0) -> AutoencoderKLWan:
     vae = AutoencoderKLWan(**config)
     for part in (vae.encoder, vae.decoder):
         for attention in part.mid_block.attentions:
-            for p in attention.parameters():
-                p.requires_grad_(False)
-            attention.proj.weight.zero_()
-            attention.proj.bias.zero_()
+            torch.nn.init.zeros_(attention.proj.weight)
+            torch.nn.init.zeros_(attention.proj.bias)
+    return let_learn(vae, "")
+
+
+def let_learn(vae: AutoencoderKLWan, *parts: str) -> AutoencoderKLWan:
+    """Lets the parameters learn whose names begin with one of `parts`, and no other; middle attention never."""
+    for name, parameter in vae.named_parameters():
+        parameter.requires_grad_(name.startswith(parts) and "attentions" not in name)
     return vae
 
 
@@ -45,7 +52,7 @@ def compress(vae: AutoencoderKLWan, channels: int) -> AutoencoderKLWan:
     in all the others. `quant_conv` and `post_quant_conv` become identities, folded into their neighbours.
     """
     old = vae.config.z_dim
-    latents = [vae.encode(batch(-1, i, 6, 96, 9)).latent_dist.mode().transpose(0, 1).flatten(1) for i in range(10)]
+    latents = [clip_moments(vae, batch(-1, i, 6, 96, 9))[:, :old].transpose(0, 1).flatten(1) for i in range(10)]
     values = torch.cat(latents, dim=1)
     variance, axes = torch.linalg.eigh(torch.cov(values))
     variance, axes, mean = variance.flip(0)[:channels], axes.flip(1)[:, :channels], values.mean(1)
@@ -126,7 +133,7 @@ def settled(vae: AutoencoderKLWan, x: torch.Tensor) -> torch.Tensor:
     `vae` sees zeros before a clip, and what they do to its latents fades over some 16 frames.
     """
     held = x[:, :, :1].expand(-1, -1, HELD_FRAMES, -1, -1)
-    return vae.encode(torch.cat([held, x], dim=2)).latent_dist.mean[:, :, HELD_FRAMES // 4 :]
+    return clip_moments(vae, torch.cat([held, x], dim=2))[:, : vae.config.z_dim, HELD_FRAMES // 4 :]
 
 
 def cut_sides(latents: torch.Tensor, pixels: torch.Tensor, rng: random.Random) -> tuple[torch.Tensor, torch.Tensor]:
@@ -136,6 +143,12 @@ def cut_sides(latents: torch.Tensor, pixels: torch.Tensor, rng: random.Random) -
     top, left, bottom, right = (rng.randint(0, 1) for _ in range(4))
     kept = latents[..., top : h - bottom, left : w - right]
     return kept, pixels[..., top * scale : (h - bottom) * scale, left * scale : (w - right) * scale]
+
+
+def _optimizer(vae: AutoencoderKLWan, lr: float) -> tuple[list[tuple[str, torch.nn.Parameter]], Optimizer]:
+    """What needs a gradient, by name, and what updates it."""
+    named = [(n, p) for n, p in vae.named_parameters() if p.requires_grad]
+    return named, Optimizer(named, lr, adamw_names=("conv_in", "conv_out", "quant_conv"))
 
 
 def train(
@@ -164,15 +177,14 @@ def train(
     what was encoded: the encoder pads clips with zeros, to the right and below more than elsewhere, and latents that a
     diffusion model makes at the border of a larger grid do not show it. What needs no gradient stays as it is.
     """
-    named = [(n, p) for n, p in vae.named_parameters() if p.requires_grad]
-    optimizer = Optimizer(named, lr, adamw_names=("conv_in", "conv_out", "quant_conv"))
+    named, optimizer = _optimizer(vae, lr)
     step = load_checkpoint(folder, vae, optimizer)
     started = time.monotonic()
     while step < steps:
         count, size, frames = shapes[step % len(shapes)]
         x = batch(seed, step, count, size, frames)
         with cpu_autocast():
-            posterior = vae.encode(x).latent_dist
+            posterior = DiagonalGaussianDistribution(clip_moments(vae, x))
         generator = torch.Generator().manual_seed(seed * 1_000_003 + step)
         latents = posterior.mean + posterior.std * torch.randn(posterior.mean.shape, generator=generator)
         strength = noise * torch.rand(count, 1, 1, 1, 1, generator=generator)
@@ -181,7 +193,7 @@ def train(
         if cut:
             latents, x = cut_sides(latents, x, random.Random(f"{seed}/{step}/cut"))
         with cpu_autocast():
-            reconstruction = vae._decode(latents).sample
+            reconstruction = clip_pixels(vae, latents)
         error = reconstruction.float() - x
         # L1 keeps edges sharp, L2 is what PSNR counts
         loss = error.abs().mean() * 0.5 + error.square().mean()
@@ -209,4 +221,63 @@ def train(
                 save_checkpoint(folder, vae, optimizer, step)
             with (folder / "log.jsonl").open("a") as log:
                 log.write(json.dumps(row) + "\n")
+    return vae
+
+
+def disturbed(clips: torch.Tensor, rng: random.Random) -> torch.Tensor:
+    """Clips (n, 3, f, h, w) by chance as frames enlarged from a smaller and slower video, or with soft noise on them.
+
+    An encoder sees such frames where a level starts from the one below, and in videos of another world.
+    """
+    x, (n, _, frames, h, w) = clips, clips.shape
+    if rng.random() < 0.4:
+        ratio = rng.choice((2.0, 2.4, 3.0, 4.0))
+        small = F.interpolate(x.transpose(1, 2).flatten(0, 1), (round(h / ratio), round(w / ratio)), mode="area")
+        x = F.interpolate(small, (h, w), mode="bicubic").unflatten(0, (n, -1)).transpose(1, 2)
+    if rng.random() < 0.4:
+        slower = rng.choice((2, 4))
+        kept, at = x[:, :, ::slower], torch.arange(frames)
+        before, part = at // slower, (at % slower / slower).view(-1, 1, 1)
+        after = (before + 1).clamp(max=kept.shape[2] - 1)
+        x = torch.lerp(kept[:, :, before], kept[:, :, after], part)
+    if rng.random() < 0.2:
+        generator = torch.Generator().manual_seed(rng.getrandbits(40))
+        side, slower = rng.choice((4, 8, 16, 32)), rng.choice((2, 4, 8))
+        noise = torch.randn(n, 3, max(1, frames // slower), side, side, generator=generator)
+        x = x + rng.random() * F.interpolate(noise, (frames, h, w), mode="trilinear")
+    return x.clamp(-1, 1)
+
+
+def distil_encoder(
+    vae: AutoencoderKLWan,
+    teacher: AutoencoderKLWan,
+    folder: Path,
+    steps: int,
+    lr: float,
+    seed: int = 0,
+    shapes: Sequence[tuple[int, int, int]] = ((3, 96, 9),),
+) -> AutoencoderKLWan:
+    """Trains the encoder of `vae` to give the latents that `teacher`'s gives, resuming and logging as `train` does.
+
+    "error" is the RMS error over the latents' RMS spread. The decoder stays as it is.
+    """
+    named, optimizer = _optimizer(let_learn(vae, "encoder.", "quant_conv."), lr)
+    step, z = load_checkpoint(folder, vae, optimizer), vae.config.z_dim
+    while step < steps:
+        rng = random.Random(f"{seed}/{step}/disturbed")
+        x = disturbed(batch(seed, step, *shapes[step % len(shapes)]), rng)
+        with torch.no_grad(), cpu_autocast():
+            target = clip_moments(teacher, x).float()
+        with cpu_autocast():
+            wrong = (clip_moments(vae, x).float() - target).square()
+        error = wrong[:, :z].mean() / target[:, :z].var(dim=(0, 2, 3, 4)).mean()
+        (error + 0.01 * wrong[:, z:].mean()).backward()
+        torch.nn.utils.clip_grad_norm_([p for _, p in named], 1.0)
+        optimizer.step(learning_rate(step, steps, lr))
+        step += 1
+        if step % 25 == 0 or step == steps:
+            with (folder / "log.jsonl").open("a") as log:
+                log.write(json.dumps({"step": step, "error": round(math.sqrt(error.item()), 4)}) + "\n")
+        if step % 500 == 0 or step == steps:
+            save_checkpoint(folder, vae, optimizer, step)
     return vae

@@ -1,4 +1,7 @@
-"""What decoding takes, from the VAE's config alone: memory, disk and FLOPs, and the tile that fits; and encoding."""
+"""What decoding takes, from the VAE's config alone: memory, disk and FLOPs, and the tile that fits; and encoding.
+
+A config is diffusers', with what a preset says of the weights (`Vae.still`, 0 where it is left out).
+"""
 
 import itertools
 import math
@@ -59,10 +62,10 @@ def decode_bytes(config: Mapping[str, Any], h: int, w: int, tile: int | None = N
     held = config["z_dim"] * area
     for level, (source, d) in enumerate(itertools.pairwise(dims)):
         c = source // 2 if level and not residual else source
-        last = level == len(dims) - 2
-        cached += (c + (convs - 1) * d + (d if temporal[level] else 0)) * area * 2
+        last, still = level == len(dims) - 2, level >= len(dims) - 1 - config.get("still", 0)
+        cached += ((0 if still else c + (convs - 1) * d) + (d if temporal[level] else 0)) * area * 2
         kept = c * area if residual and not last else 0  # what the shortcut will need
-        peaks.append(held + _block(c, d) * area)
+        peaks.append(held + _block(c, d, still) * area)
         if last:
             break
         held += kept + (2 * d if temporal[level] else d) * area
@@ -70,16 +73,16 @@ def decode_bytes(config: Mapping[str, Any], h: int, w: int, tile: int | None = N
         peaks.append(held + d * area + 4 * up * (area + min(area, BAND // d)))  # a padded frame and what becomes of it
         area *= 4
     channels = config.get("out_channels", 3)
-    cached += dims[-1] * area * 2
+    cached += 0 if config.get("still", 0) else dims[-1] * area * 2
     peaks.append(held + (dims[-1] + channels) * area + min(channels * area, BAND))
     output = time_factor(config) * 3 * h * w * space_factor(config) ** 2
     return width * (cached + max(peaks)) + 2 * 4 * output  # who takes the frames holds some while more are made
 
 
-def _block(c: int, d: int) -> int:
-    """Channels that residual blocks hold, from c to d: input, a normed frame and two terms of a sum, and before the
-    second convolution what the first made."""
-    return max(2 * c + 2 * d, c + 4 * d)
+def _block(c: int, d: int, still: bool) -> int:
+    """Channels that residual blocks hold, from c to d: input, a normed frame and two terms of a sum (one where the past
+    has no part), and before the second convolution what the first made."""
+    return max(2 * c + 2 * d, c + 4 * d) - (d if still else 0)
 
 
 def encode_bytes(config: Mapping[str, Any], h: int, w: int, width: int = 4) -> int:
@@ -89,13 +92,13 @@ def encode_bytes(config: Mapping[str, Any], h: int, w: int, width: int = 4) -> i
     residual, blocks = config.get("is_residual", False), config["num_res_blocks"]
     area = h * w * 4 ** (len(dims) - 2)
     frame = 3 * h * w * space_factor(config) ** 2
-    cached, waiting = 2 * channels * area, 0
+    cached, waiting = 0 if config.get("still", 0) else 2 * channels * area, 0
     peaks = [(channels + dims[0]) * area]
     for level, (c, d) in enumerate(itertools.pairwise(dims)):
-        cached += 2 * (c + (2 * blocks - 1) * d) * area
-        last = level == len(dims) - 2
+        last, still = level == len(dims) - 2, level < config.get("still", 0)
+        cached += 0 if still else 2 * (c + (2 * blocks - 1) * d) * area
         kept = c * area if residual and not last else 0  # what the shortcut will need
-        peaks.append(_block(c, d) * area)
+        peaks.append(_block(c, d, still) * area)
         if last:
             break
         merged = config["temperal_downsample"][level]
@@ -118,7 +121,8 @@ def decode_flops(config: Mapping[str, Any], h: int, w: int) -> int:
     total = 27 * (config["z_dim"] * dims[0] + 4 * dims[0] ** 2) * area
     for level, (source, d) in enumerate(itertools.pairwise(dims)):
         c = source // 2 if level and not residual else source
-        total += 27 * (c * d + (2 * blocks - 1) * d * d) * area * frames
+        taps = 9 if level >= len(dims) - 1 - config.get("still", 0) else 27
+        total += taps * (c * d + (2 * blocks - 1) * d * d) * area * frames
         if level == len(dims) - 2:
             break
         if temporal[level]:
@@ -126,7 +130,25 @@ def decode_flops(config: Mapping[str, Any], h: int, w: int) -> int:
             frames *= 2
         area *= 4
         total += 4 * d * (d if residual else d // 2) * area * frames
-    return 2 * (total + 27 * dims[-1] * config.get("out_channels", 3) * area * frames)
+    return 2 * (total + taps * dims[-1] * config.get("out_channels", 3) * area * frames)
+
+
+def encode_flops(config: Mapping[str, Any], h: int, w: int) -> int:
+    """FLOPs of the convolutions that encoding to one latent frame of h x w takes, after the first."""
+    dims = [config["base_dim"] * m for m in (1, *config["dim_mult"])]
+    still, blocks = config.get("still", 0), config["num_res_blocks"]
+    area, frames = h * w * 4 ** (len(dims) - 2), time_factor(config)
+    total = (9 if still else 27) * config.get("out_channels", 3) * dims[0] * area * frames
+    for level, (c, d) in enumerate(itertools.pairwise(dims)):
+        total += (9 if level < still else 27) * (c * d + (2 * blocks - 1) * d * d) * area * frames
+        if level == len(dims) - 2:
+            break
+        area //= 4
+        total += 9 * d * d * area * frames
+        if config["temperal_downsample"][level]:
+            frames //= 2
+            total += 3 * d * d * area * frames
+    return 2 * (total + 27 * dims[-1] * (4 * dims[-1] + 2 * config["z_dim"]) * area)
 
 
 def spans(size: int, tile: int) -> list[tuple[int, int]]:

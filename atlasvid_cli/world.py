@@ -30,6 +30,7 @@ DIRECTIONS: dict[str, tuple[float, float]] = {
     "down": (0.0, 1.0),
 }
 GROUNDS = ("checkerboard", "stripes", "hills", "gradient")
+SENTENCE = "a {colour} {shape} moving {direction} over a {ground_colour} {ground}"  # which names all parts of a scene
 # words of captions that name no part of a scene
 FILLERS = tuple(
     "a an the is that over under on across with in of and moving moves goes slides going sliding rolling rolls flying"  # noqa: SIM905
@@ -129,7 +130,7 @@ def sample_scene(
 def caption(scene: Scene, rng: random.Random | None = None) -> str:
     """A caption of the scene: the plain form, or with `rng` one of many word orders, some leaving a part out."""
     c, s, d, gc, g = scene.attributes
-    plain = f"a {c} {s} moving {d} over a {gc} {g}"
+    plain = SENTENCE.format(colour=c, shape=s, direction=d, ground_colour=gc, ground=g)
     if rng is None or rng.random() < 0.5:
         return plain
     return rng.choice(

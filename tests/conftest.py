@@ -19,7 +19,11 @@ settings.load_profile("atlasvid")
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    """On a machine with a GPU too, all but `pytest -m gpu` runs on the CPU."""
+    """On a machine with a GPU too, all but `pytest -m gpu` runs on the CPU. Workers share the cores."""
+    if workers := int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", 0)):
+        threads = max(1, (os.cpu_count() or 1) // workers)
+        torch.set_num_threads(threads)
+        os.environ["OMP_NUM_THREADS"] = str(threads)  # of the commands that tests run
     if "not gpu" in config.option.markexpr or "gpu" not in config.option.markexpr:
         torch.cuda.is_available = lambda: False
 

@@ -4,7 +4,7 @@ import pytest
 import torch
 from diffusers import AutoencoderKLWan
 
-from atlasvid_cli import decode, vae_cost
+from atlasvid_cli import causal, decode, vae_cost
 from atlasvid_cli.errors import RenderError, ResourceError
 
 RESIDUAL = {
@@ -42,6 +42,7 @@ WAN22 = dict(
     out_channels=12,
 )
 EMBEDDED = dict(RESIDUAL, base_dim=32, decoder_base_dim=32, z_dim=32, latents_mean=[0.0] * 32, latents_std=[1.0] * 32)
+STILL = EMBEDDED | {"still": 2}
 
 
 @pytest.fixture(autouse=True)
@@ -55,7 +56,7 @@ def one_thread():
 
 def build(config: dict, live: bool = True) -> AutoencoderKLWan:
     torch.manual_seed(0)
-    vae = AutoencoderKLWan(**config).eval()
+    vae = AutoencoderKLWan(**{k: v for k, v in config.items() if k != "still"}).eval()
     with torch.no_grad():
         for p in vae.parameters():  # biases and gains that matter
             if p.ndim == 1 or p[0].numel() == 1:
@@ -64,6 +65,7 @@ def build(config: dict, live: bool = True) -> AutoencoderKLWan:
             for attention in vae.decoder.mid_block.attentions:
                 attention.proj.weight.zero_()
                 attention.proj.bias.zero_()
+    causal.hold_still(vae, config.get("still", 0))
     return vae
 
 
@@ -77,7 +79,7 @@ def reference(vae: AutoencoderKLWan, z: torch.Tensor) -> torch.Tensor:
     return vae._decode((z * std + mean)[None]).sample[0].transpose(0, 1) * 0.5 + 0.5
 
 
-@pytest.mark.parametrize("config", [RESIDUAL, WAN21, WAN22], ids=["residual", "wan2.1", "wan2.2"])
+@pytest.mark.parametrize("config", [RESIDUAL, WAN21, WAN22, STILL], ids=["residual", "wan2.1", "wan2.2", "still"])
 @pytest.mark.parametrize("live", [True, False], ids=["attention", "no attention"])
 def test_equals_diffusers(config, live):
     vae, z = build(config, live), latents(config, 3, 4, 6)

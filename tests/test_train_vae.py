@@ -7,7 +7,7 @@ from copy import deepcopy
 import pytest
 import torch
 
-from atlasvid_cli import train_tiny, train_vae
+from atlasvid_cli import causal, train_tiny, train_vae
 
 CONFIG = train_tiny.VAE_CONFIG | {
     "base_dim": 8,
@@ -73,6 +73,31 @@ def test_a_teacher_draws_the_encoder_towards_settled_latents(tmp_path, monkeypat
     assert last < 0.7 * first
 
 
+@pytest.mark.parametrize("part", ["encoder", "decoder"])
+def test_levels_held_still_stay_so_and_learn_what_their_teacher_knows(part, tmp_path, monkeypatch):
+    monkeypatch.setattr(train_vae, "evaluate", lambda vae: {})
+    vae, shapes = train_vae.build(CONFIG), ((2, 32, 9),)
+    teacher = deepcopy(vae)
+    causal.hold_still(vae, 2)
+    if part == "encoder":
+        train_vae.distil_encoder(vae, teacher, tmp_path, 100, lr=2e-3, shapes=shapes)
+        first, *_, last = (json.loads(line)["error"] for line in (tmp_path / "log.jsonl").read_text().splitlines())
+        assert last < 0.8 * first
+    else:
+        train_vae.train(train_vae.let_learn(vae, "decoder."), tmp_path, 4, lr=2e-3, shapes=shapes)
+    assert all(map(causal.is_still, causal.near_pixels(vae, 2)))
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_disturbed_clips_are_clips(seed):
+    clips = train_vae.batch(0, 0, 2, 32, 9)
+    disturbed = train_vae.disturbed(clips, random.Random(seed))
+    assert disturbed.shape == clips.shape and disturbed.abs().max() <= 1
+    assert torch.equal(disturbed, train_vae.disturbed(clips, random.Random(seed)))
+    still = train_vae.batch(0, 0, 2, 32, 1)
+    assert train_vae.disturbed(still, random.Random(seed)).shape == still.shape
+
+
 @pytest.mark.parametrize("seed", range(5))
 def test_cut_sides_are_cut_from_latents_and_pixels_alike(seed):
     y, x = torch.meshgrid(torch.arange(4), torch.arange(5), indexing="ij")
@@ -86,9 +111,7 @@ def test_cut_sides_are_cut_from_latents_and_pixels_alike(seed):
 def test_only_the_decoder_learns_where_the_encoder_is_frozen(tmp_path, monkeypatch):
     """And what it learns with `slopes` are the steps between pixels."""
     monkeypatch.setattr(train_vae, "evaluate", lambda vae: {})
-    vae = train_vae.build(CONFIG)
-    for part in (vae.encoder, vae.quant_conv):
-        part.requires_grad_(False)
+    vae = train_vae.let_learn(train_vae.build(CONFIG), "decoder.", "post_quant_conv.")
     before = {k: v.clone() for k, v in vae.state_dict().items()}
     x = train_vae.batch(1, 0, 2, 64, 1)
 

@@ -6,11 +6,14 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
+from torch.utils.flop_counter import FlopCounterMode
 
 from atlasvid_cli import decode, vae_cost
 from atlasvid_cli.encode import encode_stream
 from atlasvid_cli.errors import ResourceError
-from tests.test_decode import EMBEDDED, WAN21, WAN22, build, latents
+from tests.test_decode import EMBEDDED, STILL, WAN21, WAN22, build, latents
+
+LAYOUTS, NAMES = (EMBEDDED, STILL, WAN21, WAN22), ("embedded", "still", "wan2.1", "wan2.2")
 
 
 class LiveBytes(TorchDispatchMode):
@@ -37,11 +40,12 @@ class LiveBytes(TorchDispatchMode):
         self.live -= size
 
 
-@pytest.mark.parametrize("config", [EMBEDDED, WAN21, WAN22], ids=["embedded", "wan2.1", "wan2.2"])
-@pytest.mark.parametrize("tile", [None, 8])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
+@pytest.mark.parametrize("config", LAYOUTS, ids=NAMES)
+@pytest.mark.parametrize(
+    ("tile", "dtype"), [(None, torch.float32), (8, torch.float32), (None, torch.bfloat16)], ids=str
+)
 def test_memory_is_as_predicted(config, tile, dtype, tmp_path):
-    vae, z = build(config, live=False).to(dtype), latents(config, 4, 6, 40 if tile else 10)
+    vae, z = build(config, live=False).to(dtype), latents(config, 3, 16, 40 if tile else 32)
     list(decode.decode_stream(vae, z[:, :1, :2, :2]))
     with LiveBytes(vae) as counter:
         for _ in decode.decode_stream(vae, z, tile=tile, spool=tmp_path):
@@ -50,15 +54,32 @@ def test_memory_is_as_predicted(config, tile, dtype, tmp_path):
     assert predicted == pytest.approx(counter.peak, rel=0.12)
 
 
-@pytest.mark.parametrize("config", [EMBEDDED, WAN21, WAN22], ids=["embedded", "wan2.1", "wan2.2"])
+@pytest.mark.parametrize("config", LAYOUTS, ids=NAMES)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
 def test_memory_of_encoding_is_as_predicted(config, dtype):
-    vae, (h, w) = build(config, live=False).to(dtype), (6, 10)
+    vae, (h, w) = build(config, live=False).to(dtype), (8, 16)
     side = vae_cost.space_factor(config)
     frames = [torch.rand(3, h * side, w * side) for _ in range(9)]
     with LiveBytes(vae) as counter:
         encode_stream(vae, (frame.clone() for frame in frames))
     assert vae_cost.encode_bytes(config, h, w, dtype.itemsize) == pytest.approx(counter.peak, rel=0.12)
+
+
+@pytest.mark.parametrize("config", LAYOUTS, ids=NAMES)
+def test_work_is_as_predicted(config):
+    """Of a latent frame in the middle of a video; upsamplers compute a row and a column more than they keep."""
+    vae, (h, w), factor = build(config, live=False), (9, 14), vae_cost.time_factor(config)
+    side = vae_cost.space_factor(config)
+    decoded, encoded = [], []
+    for steps in (3, 4):
+        with FlopCounterMode(display=False) as counter:
+            list(decode.decode_stream(vae, latents(config, steps, h, w)))
+        decoded.append(counter.get_total_flops())
+        with FlopCounterMode(display=False) as counter:
+            encode_stream(vae, torch.rand(1 + factor * (steps - 1), 3, h * side, w * side))
+        encoded.append(counter.get_total_flops())
+    assert decoded[1] - decoded[0] == pytest.approx(vae_cost.decode_flops(config, h, w), rel=0.04)
+    assert encoded[1] - encoded[0] == pytest.approx(vae_cost.encode_flops(config, h, w), rel=0.02)
 
 
 def test_embedded_vae_at_4k_fits_whole():
