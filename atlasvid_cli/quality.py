@@ -45,12 +45,8 @@ class Assessment:
 def held_out_prompts(count: int) -> list[tuple[str, Attributes]]:
     """The first `count` held-out combinations of a fixed sequence, as plain captions."""
     rng = random.Random("quality")
-    prompts = []
-    for _ in range(count):
-        attributes = world.sample_attributes(rng, held_out=True)
-        colour, shape, direction, ground_colour, ground = attributes
-        prompts.append((f"a {colour} {shape} moving {direction} over a {ground_colour} {ground}", attributes))
-    return prompts
+    drawn = [world.sample_attributes(rng, held_out=True) for _ in range(count)]
+    return [(world.sentence(attributes), attributes) for attributes in drawn]
 
 
 def window_borders(plan: Plan) -> tuple[list[int], list[int]]:

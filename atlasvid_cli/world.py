@@ -127,10 +127,16 @@ def sample_scene(
     )
 
 
+def sentence(attributes: tuple[str, str, str, str, str]) -> str:
+    """The plain caption of a scene with these attributes, as `Scene.attributes` has them."""
+    colour, shape, direction, ground_colour, ground = attributes
+    return SENTENCE.format(colour=colour, shape=shape, direction=direction, ground_colour=ground_colour, ground=ground)
+
+
 def caption(scene: Scene, rng: random.Random | None = None) -> str:
     """A caption of the scene: the plain form, or with `rng` one of many word orders, some leaving a part out."""
     c, s, d, gc, g = scene.attributes
-    plain = SENTENCE.format(colour=c, shape=s, direction=d, ground_colour=gc, ground=g)
+    plain = sentence(scene.attributes)
     if rng is None or rng.random() < 0.5:
         return plain
     return rng.choice(

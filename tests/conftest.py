@@ -10,7 +10,8 @@ from diffusers import AutoencoderKLWan, UniPCMultistepScheduler, WanPipeline, Wa
 from hypothesis import settings
 from transformers import UMT5Config, UMT5EncoderModel
 
-from atlasvid_cli.presets import presets_folder
+from atlasvid_cli.causal import hold_still
+from atlasvid_cli.presets import load_preset, presets_folder
 from atlasvid_cli.train import lora_config, save_adapter
 from atlasvid_cli.train_text import build_tokenizer
 
@@ -97,6 +98,7 @@ def random_preset(tmp_path_factory: pytest.TempPathFactory) -> Path:
         latents_mean=[0.0] * 4,
         latents_std=[1.0] * 4,
     )
+    hold_still(vae, load_preset("tiny").vae.still)
     pipe = small_pipeline(vae)
     pipe.save_pretrained(folder)
     model = pipe.transformer

@@ -9,7 +9,7 @@ from safetensors.torch import load_file, save_file
 
 from atlasvid_cli.errors import InputError
 from atlasvid_cli.presets import load_preset, preset_names
-from atlasvid_cli.weights import check_config, is_whole, load_transformer, model_folder, model_hash
+from atlasvid_cli.weights import check_config, is_whole, load_transformer, load_vae, model_folder, model_hash
 
 
 @pytest.fixture
@@ -129,6 +129,13 @@ def test_a_snapshot_of_single_files_is_completed(monkeypatch, stock):
     [shard, *_] = sorted((stock / "text_encoder").glob("*.safetensors"))
     shard.rename(stock / "elsewhere")
     assert not is_whole(stock) and model_folder(preset, None) == stock and asked[1:] == [True, False]
+
+
+def test_a_vae_that_looks_at_the_past_is_not_taken_for_a_still_one(random_preset):
+    folder = random_preset.with_suffix("")
+    assert load_vae(folder, still=2).config.z_dim == 4
+    with pytest.raises(InputError, match=r"past frames in the 3 levels.*leave `still` out"):
+        load_vae(folder, still=3)
 
 
 def test_a_part_without_safetensors_has_no_identity(stock):
