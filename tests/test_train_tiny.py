@@ -9,7 +9,7 @@ from atlasvid_cli.plan import Request, make_plan
 from atlasvid_cli.session import Session
 from atlasvid_cli.video import probe
 
-STEPS = ("VAE_STEPS", "COMPRESSED_STEPS", "SETTLED_STEPS", "SHARPENED_STEPS", "PROXY_STEPS", "DETAIL_STEPS")
+STEPS = [name for name in vars(train_tiny) if name.endswith("_STEPS")]
 SMALL = (((2, 3), 1),)
 
 
