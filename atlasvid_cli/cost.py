@@ -25,6 +25,9 @@ EFFICIENCY, DECODE_EFFICIENCY = 0.6, 0.7
 # attention of each new shape (docs/LOG.md)
 LAUNCH = 0.01
 
+# what x264 looks ahead, and bytes a pixel that a frame takes in it (docs/LOG.md)
+ENCODER_FRAMES, ENCODER_BYTES = 40, 3
+
 DECODED = ("preview", "decode")  # stages that make frames of latents
 
 # what the allocator and the convolutions' scratch make of the VAE's tensors, by bytes a value: measured in fp32
@@ -268,8 +271,8 @@ def decode_memory(preset: Preset, latents: tuple[int, int, int], width: int, hei
     size = decode_dtype(preset.decode_dtype).itemsize
     decoder = int(KEPT[size] * decode_bytes(dataclasses.asdict(preset.vae), h, w, vae_tile(preset, h, w), size))
     decoder += preset.vae_parameters * size
-    # and the encoder keeps about 35 frames of 4:2:0
-    host = t * h * w * preset.transformer.channels * 4 + int(35 * 1.5 * width * height)
+    frames = min(ENCODER_FRAMES, 1 + preset.geometry.temporal * (t - 1))
+    host = t * h * w * preset.transformer.channels * 4 + frames * ENCODER_BYTES * width * height
     on_gpu = compute_device().kind == "cuda"
     return Memory(decoder, host) if on_gpu else Memory(0, host + decoder)
 
