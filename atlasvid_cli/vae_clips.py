@@ -1,7 +1,7 @@
 """Whole clips at once through diffusers' Wan VAE (its residual kind), with gradients: what its training runs.
 
 diffusers takes four frames at a time through conv3d; here all frames of all clips go through channels-last conv2d
-together, which on CPUs takes less than half the time. `decode` and `encode` are for long videos in bounded memory.
+together, which on CPUs takes little over half the time. `decode` and `encode` are for long videos in bounded memory.
 """
 
 from typing import Any
