@@ -30,11 +30,11 @@ def enlarge(
     """Latents (C, T, h, w) fp32 of `frames` frames of `size` (height, width) in pixels, `ratio` times as large and
     `time_ratio` times as dense as what normalised `latents` (C, t, y, x) decode to; `tile`, `spool` as there.
     """
-    decoded = (frame for chunk in decode_stream(vae, latents, tile, spool) for frame in chunk)
+    decoded = (frame.mul(2).sub_(1) for chunk in decode_stream(vae, latents, tile, spool) for frame in chunk)
 
     def made() -> Iterator[torch.Tensor]:
         for frame in islice(_between(decoded, time_ratio), frames):
-            yield _resized(frame, ratio, size).mul_(2).sub_(1)
+            yield _resized(frame, ratio, size)
             if on_frame:
                 on_frame()
 
@@ -53,10 +53,27 @@ def _between(frames: Iterator[torch.Tensor], time_ratio: int) -> Iterator[torch.
 
 
 def _resized(frame: torch.Tensor, ratio: Fraction, size: tuple[int, int]) -> torch.Tensor:
-    """The top left `size` of a frame (3, H, W) in 0..1 made `ratio` times as large: no pixel of it moves to fit."""
+    """The top left `size` of a frame (3, H, W) in -1..1 made `ratio` times as large: no pixel of it moves to fit."""
     height, width = size
-    large = F.interpolate(frame[None], scale_factor=float(ratio), mode="bicubic").clamp_(0, 1)
-    missing = (0, max(0, width - large.shape[-1]), 0, max(0, height - large.shape[-2]))  # by rounding, at most a pixel
-    if any(missing):
-        large = F.pad(large, missing, "replicate")
-    return large[0, :, :height, :width]
+    return _taller(_taller(frame.mT, ratio, width).mT, ratio, height).clamp(-1, 1)
+
+
+def _taller(x: torch.Tensor, ratio: Fraction, height: int) -> torch.Tensor:
+    """The first `height` rows of (C, H, W) made `ratio` times as many by PyTorch's bicubic, along that axis alone.
+
+    Every `ratio.numerator` rows weigh the same place of as many periods of `ratio.denominator` rows, and two to either
+    side, so that they are products with one small matrix: a third of the time that `F.interpolate` takes on a CPU.
+    """
+    made, period = ratio.numerator, ratio.denominator
+    places = (torch.arange(made, dtype=torch.float64) + 0.5) / float(ratio) - 0.5
+    weights = _cubic(places[:, None] - torch.arange(-2, period + 2)).to(x)
+    rows = -(-height // made) * period + 2
+    padded = F.pad(x[:, :rows], (0, 0, 2, max(0, rows - x.shape[1])), "replicate")
+    return (weights @ padded.unfold(1, period + 4, period).mT).flatten(1, 2)[:, :height]
+
+
+def _cubic(distance: torch.Tensor, a: float = -0.75) -> torch.Tensor:
+    """Keys' kernel of cubic convolution (IEEE Trans. ASSP 29(6), 1981), whose `a` is PyTorch's."""
+    x = distance.abs()
+    near, far = ((a + 2) * x - (a + 3)) * x * x + 1, (((x - 5) * x + 8) * x - 4) * a
+    return torch.where(x < 1, near, torch.where(x < 2, far, 0.0))

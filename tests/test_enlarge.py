@@ -40,6 +40,14 @@ def test_a_pixel_lands_where_the_ratio_says(ratio):
     torch.testing.assert_close(made[0, 5, inner], places[inner], atol=5e-3, rtol=0)
 
 
+@pytest.mark.parametrize("ratio", [Fraction(1), Fraction(17, 16), Fraction(5, 2), Fraction(3), Fraction(51, 16)])
+def test_resizing_is_pytorchs_bicubic(ratio):
+    frame = torch.rand(3, 32, 48, generator=torch.Generator().manual_seed(0)) * 2 - 1
+    expected = F.interpolate(frame[None], scale_factor=float(ratio), mode="bicubic")[0].clamp(-1, 1)
+    made = module._resized(frame, ratio, tuple(expected.shape[1:]))
+    torch.testing.assert_close(made, expected, atol=5e-5, rtol=0)  # PyTorch finds places in float32
+
+
 def test_outlines_survive_it_better_than_interpolated_latents(vae):
     """A star seen small and slow, made as large and dense, against itself rendered so: half the error or less."""
     ratio, tokens, frames = Fraction(2), 4, 17
