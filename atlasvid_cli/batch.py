@@ -2,9 +2,8 @@
 
 import dataclasses
 import traceback
-from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 from .errors import AtlasError, UsageError, explain, stop_signals, traced
 from .prompts import Item, slug
@@ -17,9 +16,6 @@ if TYPE_CHECKING:
     from .session import Session
 
 
-Maker = Callable[["Session", "Plan", Item, str, Path, Path, "Console"], dict[str, Any]]
-
-
 def run_batch(
     items: list[Item],
     request: "Request",
@@ -28,17 +24,16 @@ def run_batch(
     console: "Console",
     many: bool,
     dry_run: bool,
-    make: Maker,
-    suffix: str,
+    kind: Literal["video", "proxy"],
 ) -> None:
     """One or many items through one session: failures are reported and passed over, finished ones skipped."""
     from .cost import check_resources
     from .plan import make_plan
+    from .session import Session, check_request
     from .video import CODECS, check_target, suffix_for
 
     resolved = make_plan(request)
-    is_video = suffix == ".mp4"
-    suffix = suffix_for(request.codec) if is_video else suffix
+    suffix = suffix_for(request.codec) if kind == "video" else ".safetensors"
     base = (output or Path()).absolute()
     if many and base.exists() and not base.is_dir():
         raise UsageError(f"--output {output} is a file, and many results need a folder; name one")
@@ -50,27 +45,20 @@ def run_batch(
     for item, target in zip(items, targets, strict=True):
         if (first := taken.setdefault(target, item)) is not item:
             raise UsageError(f"{first.id} and {item.id} would both be {target}; give them other outputs")
-        if is_video:
+        if kind == "video":
             check_target(target, request.codec, request.width, request.height)
         elif target.suffix != suffix:
             raise UsageError(f"{target} would hold latents; let --output end in {suffix}")
-    missing = max(1, sum(not target.exists() for target in targets))
+    missing = sum(not target.exists() for target in targets)
     if dry_run:
-        return show_plan(resolved, console, folder, run_dir, missing)
-    check_resources(resolved, folder, run_dir, missing)
+        check_request(request)
+        return show_plan(resolved, console, folder, run_dir, max(1, missing))
+    if missing:  # what is finished needs no room
+        check_resources(resolved, folder, run_dir, missing)
     from .artefacts import run_hash
-    from .block import Kernels
-    from .session import Session
-    from .store import lock, run_directory
 
-    session = Session(
-        request.preset,
-        request.model_path,
-        Kernels(request.attention_backend, request.compiled),
-        request.loras,
-        request.strict,
-        request.weight_dtype,
-    )
+    make = render_one if kind == "video" else proxy_one
+    session = Session.of(request)
     session.check_adapters()
     if session.preset.extend_prompts and not request.clip:
         items = [_extended(item, console) for item in items]
@@ -87,8 +75,7 @@ def run_batch(
         event = {"id": item.id, "prompt": item.prompt, "seed": item.seed}
         try:
             check_writable(target)
-            with lock(run_directory(run.parent, run.name)):
-                event |= {"status": "ok", **make(session, plan, item, negative, run, target, console)}
+            event |= {"status": "ok", **make(session, plan, item, negative, run, target, console)}
         except Exception as error:  # whatever one item does, the others get their turn
             if not many or stop_signals:
                 raise
@@ -96,11 +83,11 @@ def run_batch(
             error_text, _ = explain(error)
             if traced:
                 traceback.print_exc()
-            event |= {"status": "failed", "video" if is_video else "proxy": None, "error": error_text}
+            event |= {"status": "failed", kind: None, "error": error_text}
             console.error(f"{item.id}: {error_text}")
             if not console.json_lines:
                 continue
-        made = str(event.get("video") or event.get("proxy"))
+        made = str(event[kind])
         if event.get("skipped"):
             console.note(f"{made} was finished before")
         console.emit(event, made)
@@ -132,29 +119,31 @@ class BatchFailed(AtlasError):
 def render_one(
     session: "Session", plan: "Plan", item: Item, negative: str, run: Path, target: Path, console: "Console"
 ) -> dict[str, Any]:
-    from . import artefacts, pipeline
+    from . import artefacts, pipeline, store
 
     if (finished := pipeline.finished_video(session, plan, item.prompt, negative, run, target)) is not None:
         return finished
     proxy = artefacts.proxy_metadata(session, plan, item.prompt, negative)
     artefacts.keep_foreign(target, artefacts.result_key(session, plan, proxy))
-    return pipeline.render(session, plan, item.prompt, negative, run, target, console)
+    with store.lock(store.run_directory(run.parent, run.name)):
+        return pipeline.render(session, plan, item.prompt, negative, run, target, console)
 
 
 def proxy_one(
     session: "Session", plan: "Plan", item: Item, negative: str, run: Path, target: Path, console: "Console"
 ) -> dict[str, Any]:
-    from . import artefacts, pipeline
+    from . import artefacts, pipeline, store
 
     wanted = artefacts.proxy_metadata(session, plan, item.prompt, negative)
     skipped = target.exists()
     if skipped and not artefacts.is_current(target, wanted):
         raise UsageError(f"{target} exists and was made from something else; choose another --output")
     kept = run / "proxy.safetensors"
-    if target.exists() and not kept.exists() and artefacts.describe(target)["vae"] == session.vae_hash:
-        pipeline.publish(target, kept)  # its run was deleted
-    made = pipeline.make_proxy(session, plan, item.prompt, negative, run, console)
-    if not target.exists():
-        pipeline.publish(made, target)
+    with store.lock(store.run_directory(run.parent, run.name)):
+        if target.exists() and not kept.exists() and artefacts.describe(target)["vae"] == session.vae_hash:
+            pipeline.publish(target, kept)  # its run was deleted
+        made = pipeline.make_proxy(session, plan, item.prompt, negative, run, console)
+        if not target.exists():
+            pipeline.publish(made, target)
     event = {"proxy": str(target), "preview": str(run / "proxy.mp4"), "run_dir": str(run)}
     return event | ({"status": "skipped", "skipped": True} if skipped else {})

@@ -1,14 +1,15 @@
 """The commands that make something: flags -> Request -> Plan -> pipeline. Heavy imports are in the bodies."""
 
+import dataclasses
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
 from . import options as opt
-from .batch import proxy_one, render_one, run_batch
+from .batch import run_batch
 from .errors import UsageError
-from .parse import parse_frames, parse_lora, parse_offload, parse_region, parse_resolution
+from .parse import parse_frames, parse_region
 from .prompts import items_of
 from .request import make_request, with_clip
 from .show import show_plan
@@ -71,7 +72,7 @@ def render(
     items = items_of(prompt, prompt_file, shard, negative_prompt, seed, from_video)
     if prompt_file and run_dir:
         raise UsageError("--run-dir names one run: leave it out with --prompt-file")
-    run_batch(items, request, output, run_dir, console, bool(prompt_file), dry_run, render_one, ".mp4")
+    run_batch(items, request, output, run_dir, console, bool(prompt_file), dry_run, "video")
 
 
 def proxy(
@@ -124,7 +125,7 @@ def proxy(
     console = Console(as_json)
     request = with_clip(request, from_video, seconds, prompt_file, console)
     items = items_of(prompt, prompt_file, shard, negative_prompt, seed, from_video)
-    run_batch(items, request, output, None, console, bool(prompt_file), dry_run, proxy_one, ".safetensors")
+    run_batch(items, request, output, None, console, bool(prompt_file), dry_run, "proxy")
 
 
 def refine(
@@ -158,40 +159,37 @@ def refine(
     """Stage 2: climb from a saved proxy (or result) to --res; prompt, length and seed come from the file."""
     from .console import Console
 
-    width, height = parse_resolution(res)
-    box = parse_region(region, width, height) if region else None
     span = parse_frames(frames) if frames else None
+    request = make_request(
+        res,
+        None,
+        preset or "",
+        lora,
+        steps=steps,
+        chunk=chunk,
+        codec=codec,
+        frames=span,
+        model_path=model_path,
+        offload=offload,
+        weight_dtype=weight_dtype,
+        attention_backend=attention_backend,
+        compiled=compile_blocks,
+        strict=strict,
+    )
+    width, height = request.width, request.height
+    box = parse_region(region, width, height) if region else None
     console = Console(as_json)
     from . import above, artefacts, pipeline
-    from .block import Kernels
     from .cost import check_resources
-    from .plan import Request, make_plan
-    from .session import Session
+    from .plan import make_plan
+    from .session import Session, check_request
     from .store import lock, run_directory
     from .video import check_target, suffix_for
 
     artefacts.check_preset(latents, preset)
-    known = artefacts.request_defaults(latents)
-    request = Request(
-        width=width,
-        height=height,
-        steps=steps,
-        chunk=chunk,
-        codec=codec,
-        region=box,
-        frames=span,
-        model_path=model_path,
-        offload=parse_offload(offload),
-        weight_dtype=weight_dtype,
-        attention_backend=attention_backend,
-        compiled=compile_blocks,
-        loras=tuple(map(parse_lora, lora or ())),
-        strict=strict,
-        preset=preset or known["preset"],
-        seconds=known["seconds"],
-        fps=fps or known["fps"],
-        seed=known["seed"] if seed is None else seed,
-    )
+    saved, given = artefacts.request_defaults(latents), {"preset": preset, "fps": fps, "seed": seed}
+    given = {name: value for name, value in given.items() if value is not None}
+    request = dataclasses.replace(request, region=box, **saved | given)
     own_seed = "" if seed is None else f"-seed{seed}"
     part = "-region" if box or span else ""
     default = latents.with_name(f"{latents.stem}-{width}x{height}{own_seed}{part}")
@@ -202,22 +200,22 @@ def refine(
     if span and span[1] > plan.frames:
         raise UsageError(f"--frames {frames} ends after the video's {plan.frames} frames; end it there")
     if dry_run:
+        check_request(request)
         return show_plan(plan, console, target.parent, run_dir)
     check_resources(plan, target.parent, run_dir)
-    kernels = Kernels(attention_backend, compile_blocks)
-    session = Session(request.preset, model_path, kernels, request.loras, strict, weight_dtype)
+    session = Session.of(request)
     session.check_adapters()
     folder = run_dir or above.refine_run(session, plan, latents, target.parent / "runs")
     if plan.is_region:
         artefacts.check_base(plan, folder)
         console.note(f"a part of the video in {folder} is sampled again")
-        if request.seed == known["seed"]:
+        if request.seed == saved["seed"]:
             console.warn("with the seed of the video the part comes out much as it was; give another --seed")
     check_writable(target)
+    proxy = artefacts.describe(latents)
+    region = artefacts.region_key(session, plan, proxy, folder) if plan.is_region else None
+    artefacts.keep_foreign(target, region or artefacts.result_key(session, plan, proxy))
     with lock(run_directory(folder.parent, folder.name)):
-        proxy = artefacts.describe(latents)
-        region = artefacts.region_key(session, plan, proxy, folder) if plan.is_region else None
-        artefacts.keep_foreign(target, region or artefacts.result_key(session, plan, proxy))
         result = pipeline.refine(session, plan, latents, folder, console)
         pipeline.decode(session, result, target, codec, console, spool=folder)
     console.emit({"video": str(target), "latents": str(result), "status": "ok"}, str(target))

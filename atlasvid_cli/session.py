@@ -18,11 +18,13 @@ from .machine import available_vram, check_compiler, compute_device, decode_dtyp
 from .memory import Offload, WeightDtype, fits_gpu
 from .offload import check_weight_dtype, narrow, place
 from .parse import Lora
+from .plan import Request
 from .presets import Preset, load_preset
 from .text import encode_prompts, left_out, unknown_words
 from .weights import (
     check_adapter,
     check_config,
+    has_folder,
     load_skeleton,
     load_text,
     load_transformer,
@@ -38,6 +40,35 @@ UNTRAINED = {
     "detail": "preset {preset} has no detail adapter: detail follows the proxy only through what it starts from, so"
     " fine structure may drift or repeat",
 }
+
+
+def check_options(preset: Preset, kernels: Kernels, loras: tuple[Lora, ...], weight_dtype: WeightDtype) -> None:
+    """Raises for what cannot be had here, before a model is looked for."""
+    check_weight_dtype(weight_dtype)
+    for lora in loras:
+        check_lora(lora.path)
+        if lora.expert and not preset.experts:
+            raise UsageError(
+                f"preset {preset.name} has one transformer; give --lora {lora.path} without @{lora.expert}"
+            )
+    if kernels.attention:
+        check_backend(kernels.attention, *_where())
+    if kernels.compiled and weight_dtype == "fp8":
+        raise UsageError("--compile has no gain with --weight-dtype fp8, whose casts split its graphs; take int8")
+    if kernels.compiled:
+        check_compiler(_where()[0])
+
+
+def check_request(request: Request) -> None:
+    """What a session of the request would refuse, as far as it can be told without fetching a model."""
+    preset, kernels = load_preset(request.preset), Kernels(request.attention_backend, request.compiled)
+    check_options(preset, kernels, request.loras, request.weight_dtype)
+    if has_folder(preset, request.model_path):
+        Session.of(request).check_adapters()
+
+
+def _where() -> tuple[torch.device, torch.dtype]:
+    return torch.device(compute_device().kind), getattr(torch, compute_device().dtype)
 
 
 class Session:
@@ -58,23 +89,10 @@ class Session:
     ):
         self.preset = load_preset(preset) if isinstance(preset, str) else preset
         self.kernels, self.loras, self.strict, self.weight_dtype = kernels, loras, strict, weight_dtype
-        check_weight_dtype(weight_dtype)
-        for lora in loras:
-            check_lora(lora.path)
-            if lora.expert and not self.preset.experts:
-                raise UsageError(
-                    f"preset {self.preset.name} has one transformer; give --lora {lora.path} without @{lora.expert}"
-                )
+        check_options(self.preset, kernels, loras, weight_dtype)
         self.folder = model_folder(self.preset, model_path)
         check_config(self.folder, self.preset)
-        self.device = torch.device(compute_device().kind)
-        self.dtype = getattr(torch, compute_device().dtype)
-        if kernels.attention:
-            check_backend(kernels.attention, self.device, self.dtype)
-        if kernels.compiled and weight_dtype == "fp8":
-            raise UsageError("--compile has no gain with --weight-dtype fp8, whose casts split its graphs; take int8")
-        if kernels.compiled:
-            check_compiler(self.device)
+        self.device, self.dtype = _where()
         self._parts: dict[str, Any] = {}
         self._hashes: dict[str, str] = {}
         self._warned: set[str] = set()
@@ -82,6 +100,18 @@ class Session:
         self._expected: list[str] = []
         encoder = model_hash(self.folder, "text_encoder")
         self._cache = EmbeddingCache((cache or cache_folder()) / f"text-{encoder}-{self.device.type}")
+
+    @classmethod
+    def of(cls, request: Request) -> "Session":
+        """What a request asks for."""
+        return cls(
+            request.preset,
+            request.model_path,
+            Kernels(request.attention_backend, request.compiled),
+            request.loras,
+            request.strict,
+            request.weight_dtype,
+        )
 
     def check_adapters(self) -> None:
         """Raises InputError for an adapter of another stage or base and for a LoRA of another model: the detail would

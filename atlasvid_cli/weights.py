@@ -40,18 +40,9 @@ def model_folder(preset: Preset, model_path: str | None) -> Path:
 
     A snapshot that is in the hub's cache is used without asking the network. Raises InputError where there is none.
     """
-    named = model_path or preset.model
-    folder = Path(named) if model_path else preset.folder
-    if folder.is_dir():
-        if not (folder / "model_index.json").is_file() and not original.is_original(folder):
-            raise InputError(
-                f"{folder} is no model folder (it has no model_index.json, {original.VAE} or {original.VAE22}); give"
-                " another --model-path"
-            )
-        return folder
-    if not re.fullmatch(r"\w[\w.-]*/[\w.-]+(@[\w.-]+)?", named):
-        raise InputError(f"{folder} does not exist; give --model-path a model folder or a hub id")
-    name, _, revision = named.partition("@")
+    if has_folder(preset, model_path):
+        return _local(preset, model_path)
+    name, _, revision = (model_path or preset.model).partition("@")
     revision = revision or (preset.revision if name == preset.model else None) or "main"
     fetch = partial(snapshot_download, name, revision=revision, allow_patterns=original.LIST_OF_FILES)
     try:
@@ -66,6 +57,25 @@ def model_folder(preset: Preset, model_path: str | None) -> Path:
             f"the weights {name} (revision {revision}) are not whole in the hub cache and cannot be fetched; run"
             f" `hf download {name} --revision {revision}` where there is a network, or give a folder by --model-path"
         ) from None
+
+
+def has_folder(preset: Preset, model_path: str | None) -> bool:
+    """Whether the weights are a local folder, and no repository of a hub. Raises InputError for what is neither."""
+    folder = _local(preset, model_path)
+    if folder.is_dir():
+        if not (folder / "model_index.json").is_file() and not original.is_original(folder):
+            raise InputError(
+                f"{folder} is no model folder (it has no model_index.json, {original.VAE} or {original.VAE22}); give"
+                " another --model-path"
+            )
+        return True
+    if not re.fullmatch(r"\w[\w.-]*/[\w.-]+(@[\w.-]+)?", model_path or preset.model):
+        raise InputError(f"{folder} does not exist; give --model-path a model folder or a hub id")
+    return False
+
+
+def _local(preset: Preset, model_path: str | None) -> Path:
+    return Path(model_path) if model_path else preset.folder
 
 
 def is_whole(folder: Path) -> bool:

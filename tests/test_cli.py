@@ -186,6 +186,22 @@ def test_a_dry_run_of_a_batch_plans_all_of_it_and_looks_at_its_names(run, tmp_pa
     assert code == 2 and "folder" in err and not (tmp_path / "runs").exists()
 
 
+@pytest.mark.parametrize(
+    ("option", "value", "said"),
+    [
+        ("--lora", "no.safetensors", "no.safetensors cannot be read"),
+        ("--model-path", "nowhere", "nowhere does not exist"),
+        ("--attention-backend", "quick", "quick"),
+    ],
+)
+def test_a_dry_run_refuses_what_a_render_would(run, random_preset, tmp_path, option, value, said):
+    (tmp_path / "no.safetensors").write_bytes(b"not safetensors")
+    assert run("proxy", "a red ball", *RENDER, "--preset", random_preset, "-o", "p.safetensors")[0] == 0
+    for command in ("render", "a red ball"), ("refine", "p.safetensors"):
+        code, _, err = run(*command, *RENDER[:2], "--preset", random_preset, "--dry-run", option, value)
+        assert code in (2, 3) and said in err, err
+
+
 def test_latents_of_another_preset_are_refused_at_once(run, random_preset, tmp_path, monkeypatch):
     assert run("proxy", "a red ball", *RENDER, "--preset", random_preset, "-o", "p.safetensors")[0] == 0
     for command in ("refine", "decode"):
@@ -193,7 +209,7 @@ def test_latents_of_another_preset_are_refused_at_once(run, random_preset, tmp_p
         assert code == 3 and "made with preset random" in err and "leave --preset out" in err
 
 
-def test_render_prints_the_path_and_a_second_time_skips(run, random_preset, tmp_path):
+def test_render_prints_the_path_and_a_second_time_skips(run, random_preset, tmp_path, monkeypatch):
     prompt = "a red ball moving left over blue hills"
     arguments = ["render", prompt, *RENDER, "--preset", random_preset, "-o", "clip.mp4"]
     code, out, _ = run(*arguments)
@@ -203,7 +219,10 @@ def test_render_prints_the_path_and_a_second_time_skips(run, random_preset, tmp_
     assert code == 0 and json.loads(out)["status"] == "skipped"
     assert (tmp_path / "clip.mp4").stat().st_mtime_ns == before
     code, _, err = run(*arguments, "--seed", "5")
-    assert code == 2 and "clip.mp4 exists" in err
+    assert code == 2 and "clip.mp4 exists" in err and len(list((tmp_path / "runs").iterdir())) == 1
+    with monkeypatch.context() as patch:
+        patch.setattr("atlasvid_cli.cost.available_ram", lambda: 1 << 28)
+        assert run(*arguments)[0] == 0 and run(*arguments[:-1], "other.mp4")[0] == 4
     code, out, _ = run("info", "clip.mp4", "--json")
     assert json.loads(out)["metadata"]["prompt"] == prompt
 
