@@ -242,15 +242,7 @@ def region_of(
             f"{path} was made from something else: give the --res of the video and the proxy that it was made from, or"
             " run refine without --region first"
         )
-    pixels = geometry.token_pixels
-    x, y, w, h = plan.request.region or (0, 0, plan.request.width, plan.request.height)
-    x, y, w, h = (v * plan.scale for v in (x, y, w, h))
-    first, end = plan.request.frames or (0, plan.frames)
-    # latent t > 0 holds frames temporal*(t-1)+1 .. temporal*t
-    start = (-(-first // geometry.temporal), y // pixels, x // pixels)
-    stop = (-(-(end - 1) // geometry.temporal) + 1, -(-(y + h) // pixels), -(-(x + w) // pixels))
-    stop = (min(stop[0], grid.t), min(stop[1], grid.h), min(stop[2], grid.w))
-    return Region(start, stop, latents), region_metadata(plan, base, metadata)
+    return Region(*plan.region, latents), region_metadata(plan, base, metadata)
 
 
 def level_path(plan: Plan, run_dir: Path, number: int) -> Path:

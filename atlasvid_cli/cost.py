@@ -42,16 +42,17 @@ def memory(plan: Plan, stage: Stage, offload: Offload) -> Memory:
         return proxy_memory(plan.preset, stage.grid.tokens, offload, compute_device(), narrow)
     from .windows import aligned_span
 
-    detail, below = plan.preset.detail, plan.below(stage)
+    detail, below, grid = plan.preset.detail, plan.below(stage), plan.sampled(stage)
+    copies = 3 + stage.passes + (stage.together if stage.together > 1 else 0) + (3 if plan.is_region else 0)
     spans = (aligned_span(w, below, stage.ratio, stage.time_ratio, detail.margin) for w in detail.windows)
     return detail_memory(
         plan.preset,
-        stage.grid,
+        grid,
         below.tokens,
         plan.chunk,
         stage.passes,
-        # of a region also its noise and what surrounds it
-        3 + stage.passes + (stage.together if stage.together > 1 else 0) + (3 if plan.is_region else 0),
+        # of a region also where it starts and what surrounds it, and the whole video's, as it starts, was and becomes
+        copies * grid.tokens + (3 * stage.grid.tokens if plan.is_region else 0),
         offload,
         compute_device(),
         narrow,
@@ -92,8 +93,8 @@ def rows(plan: Plan) -> list[dict[str, Any]]:
         made.append(
             {
                 "stage": name,
-                "grid": "x".join(map(str, dataclasses.astuple(stage.grid))),
-                "tokens": stage.grid.tokens,
+                "grid": "x".join(map(str, dataclasses.astuple(plan.sampled(stage)))),
+                "tokens": plan.sampled(stage).tokens,
                 "windows": plan.windows(stage),
                 "steps": stage.steps,
                 "flops": flops,
@@ -115,7 +116,10 @@ def _chunks(plan: Plan, stage: Stage) -> int:
     layers, layouts = plan.preset.transformer.layers, plan.preset.detail.layouts
     if stage is plan.proxy:
         return layers
-    cycle = [sum(-(-len(g) // plan.chunk) for g in block_layout(i, layouts, stage.grid)) for i in range(len(layouts))]
+    cycle = [
+        sum(-(-len(g) // plan.chunk) for g in block_layout(i, layouts, plan.sampled(stage)))
+        for i in range(len(layouts))
+    ]
     return sum(cycle[i % len(cycle)] for i in range(layers))
 
 

@@ -7,8 +7,8 @@ import dataclasses
 import math
 from fractions import Fraction
 
-from .presets import Detail, Shape, Transformer
-from .shapes import Grid
+from .presets import Detail, Transformer
+from .shapes import Grid, Shape
 
 PROMPT_KEYS = 24  # of an ordinary prompt, once its padding is one key
 

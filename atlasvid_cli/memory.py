@@ -55,15 +55,15 @@ def detail_memory(
     proxy_tokens: int,
     chunk: int,
     passes: int,
-    latent_copies: int,
+    latents: int,
     offload: Offload,
     device: Device,
     narrow: bool = False,
     guide: int = 0,
     together: int = 1,
 ) -> Memory:
-    """A detail level of `grid`, `chunk` windows at a time, with `together` of its `passes` in one forward; of
-    `proxy_tokens` tokens below a window sees `guide`."""
+    """A detail level of `grid`, `chunk` windows at a time, with `together` of its `passes` in one forward, beside
+    latents of `latents` tokens; of `proxy_tokens` tokens below a window sees `guide`."""
     size, detail = preset.transformer, preset.detail
     a_token = size.dim * device.bytes_per_value
     kept = 2 * size.layers * proxy_tokens * a_token * passes if detail.proxy_attention else 0
@@ -78,7 +78,7 @@ def detail_memory(
         working=chunk * window * _block_bytes(preset, device),
         # of two chunks on their way tokens, keys and values, of two on their way back tokens
         moving=[chunk * window * a_token] * 4 + [chunk * guide * a_token] * 4,
-        latents=latent_copies * grid.tokens * _patch_values(preset) * 4,
+        latents=latents * _patch_values(preset) * 4,
     )
 
 

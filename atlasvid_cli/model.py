@@ -18,8 +18,8 @@ from diffusers import WanTransformer3DModel
 from .attention import rope, rotate
 from .block import EAGER, Kernels, KeyValue, norm_of
 from .offload import Transfers, compute_device, on_device
-from .presets import Layout, Shape, window_cycle
-from .shapes import Grid
+from .presets import Layout, window_cycle
+from .shapes import Grid, Shape
 from .windows import Windows, aligned_proxy, block_layout
 
 PART = 1 << 13  # tokens embedded or projected, or taken through the proxy stream, at a time

@@ -13,7 +13,7 @@ from .flops import context_flops, detail_flops, full_flops, linear_flops
 from .memory import Offload, WeightDtype
 from .parse import Lora
 from .presets import Detail, Experts, Level, Preset, Transformer, Upsample, load_preset
-from .shapes import Grid
+from .shapes import Grid, Shape
 
 if TYPE_CHECKING:
     from .footage import Clip
@@ -145,6 +145,25 @@ class Plan:
     def target(self) -> Grid:
         return self.levels[-1].grid
 
+    @property
+    def region(self) -> tuple[Shape, Shape]:
+        """The first and the end tokens (t, h, w) of the part of the last level that is asked for."""
+        geometry, grid, pixels = self.preset.geometry, self.target, self.preset.geometry.token_pixels
+        x, y, w, h = self.request.region or (0, 0, self.request.width, self.request.height)
+        x, y, w, h = (v * self.scale for v in (x, y, w, h))
+        first, end = self.request.frames or (0, self.frames)
+        # latent t > 0 holds frames temporal*(t-1)+1 .. temporal*t
+        start = (-(-first // geometry.temporal), y // pixels, x // pixels)
+        stop = (-(-(end - 1) // geometry.temporal) + 1, -(-(y + h) // pixels), -(-(x + w) // pixels))
+        return start, (min(stop[0], grid.t), min(stop[1], grid.h), min(stop[2], grid.w))
+
+    def sampled(self, stage: Stage) -> Grid:
+        """The grid that a stage computes: of a region's level that part and its halo."""
+        if not (self.is_region and stage is self.levels[-1]):
+            return stage.grid
+        low, high = shapes.with_halo(*self.region, stage.grid, self.preset.detail.halo)
+        return Grid(*(b - a for a, b in zip(low, high, strict=True)))
+
     def key(self, stage: Stage | None = None) -> dict[str, Any]:
         """The fields that decide a stage's latents, given those below it (or the whole job): what is hashed."""
         if stage is None:
@@ -165,7 +184,7 @@ class Plan:
 
     def flops(self, stage: Stage) -> int:
         """FLOPs of a stage over all its steps, and of a level's proxy stream, which runs once a pass."""
-        size, patch, grid, detail = *self._sizes, stage.grid, self.preset.detail
+        size, patch, grid, detail = *self._sizes, self.sampled(stage), self.preset.detail
         if stage is self.proxy:
             return full_flops(size, patch, grid.tokens) * stage.forwards()
         below = self.below(stage)
@@ -205,7 +224,7 @@ class Plan:
         if stage is self.proxy:
             return 1
         count = 1
-        for size, length in zip(dataclasses.astuple(stage.grid), self.preset.detail.windows[0], strict=True):
+        for size, length in zip(dataclasses.astuple(self.sampled(stage)), self.preset.detail.windows[0], strict=True):
             count *= -(-size // length)
         return count
 
@@ -223,7 +242,9 @@ class Plan:
         }
 
     def own_stages(self) -> list[tuple[str, Stage]]:
-        """The stages that this job samples."""
+        """The stages that this job samples: of a region the last level alone."""
+        if self.is_region:
+            return self.named_stages()[-1:]
         end = 1 if self.request.proxy_only else None
         return self.named_stages()[self.given_proxy or self.request.clip is not None : end]
 
@@ -290,7 +311,9 @@ def make_plan(
         stage_1 = dataclasses.replace(stage_1, guidance_scale=guidance, experts=experts)
     levels = []
     for i, (grid, ratio) in enumerate(shapes.climb(base, target, detail.max_ratio)):
-        stage = level_stage(detail, detail.upper if i else detail.first, grid, ratio, 1 if i else time_ratio)
+        from_proxy = i == 0 and time_ratio == preset.proxy.time_ratio  # and not from an earlier result
+        level = detail.first if from_proxy else detail.upper
+        stage = level_stage(detail, level, grid, ratio, 1 if i else time_ratio)
         levels.append(dataclasses.replace(stage, steps=request.steps) if request.steps and proxy else stage)
     return Plan(request, preset, fps, written, scale, stage_1, tuple(levels), proxy is not None)
 

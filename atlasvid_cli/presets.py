@@ -12,9 +12,8 @@ from typing import Any, Literal
 import tomli
 
 from .errors import UsageError
-from .shapes import Geometry
+from .shapes import Geometry, Shape
 
-Shape = tuple[int, int, int]
 OptimizerName = Literal["muon", "adamw", "prodigy"]
 Layout = tuple[Shape, bool]  # the shape of a block's windows, and whether their grid is shifted by half a window
 
@@ -139,6 +138,12 @@ class Detail:
     def layouts(self) -> tuple[Layout, ...]:
         """What the blocks' windows cycle through."""
         return window_cycle(self.windows, self.shifted)
+
+    @property
+    def halo(self) -> Shape:
+        """Tokens to either side of a region that are computed with it: the longest window along each axis."""
+        t, h, w = (max(lengths) for lengths in zip(*self.windows, strict=True))
+        return t, h, w
 
 
 @dataclass(frozen=True)

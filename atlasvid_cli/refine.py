@@ -10,9 +10,9 @@ from diffusers import WanTransformer3DModel
 from .block import EAGER, Kernels
 from .model import ProxyContext, TextContext, detail_forward, patchify, proxy_context, unpatchify
 from .plan import Stage
-from .presets import Detail, Shape
+from .presets import Detail
 from .schedule import noise, sigmas, upsample
-from .shapes import Grid, proxy_grid
+from .shapes import Grid, Shape, proxy_grid, with_halo
 from .tensor_file import SaveState
 
 
@@ -23,13 +23,6 @@ class Region:
     start: Shape
     end: Shape
     latents: torch.Tensor
-
-    def with_halo(self, grid: Grid, window: Shape) -> tuple[Shape, Shape]:
-        """The region and one window around it, within the grid: what is computed."""
-        sizes = (grid.t, grid.h, grid.w)
-        low = tuple(max(0, a - w) for a, w in zip(self.start, window, strict=True))
-        high = tuple(min(s, b + w) for s, b, w in zip(sizes, self.end, window, strict=True))
-        return low, high  # type: ignore[return-value]
 
 
 def crop_to_stage(latents: torch.Tensor, stage: Stage, patch: int) -> torch.Tensor:
@@ -92,8 +85,7 @@ def sample_detail(
 
     origin, end = (0, 0, 0), (grid.t, grid.h, grid.w)
     if region:
-        largest = tuple(max(w[i] for w in detail.windows) for i in range(3))
-        origin, end = region.with_halo(grid, largest)  # type: ignore[arg-type]
+        origin, end = with_halo(region.start, region.end, grid, detail.halo)
     part = Grid(*(b - a for a, b in zip(origin, end, strict=True)))
     steps = (1, patch, patch)
     ranges = [range(a * p, b * p) for a, b, p in zip(origin, end, steps, strict=True)]

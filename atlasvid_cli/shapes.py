@@ -9,6 +9,8 @@ from fractions import Fraction
 
 RATIO_STEPS = 16  # ratios r_s are multiples of 1/16
 
+Shape = tuple[int, int, int]  # along t, h, w
+
 
 @dataclass(frozen=True)
 class Grid:
@@ -68,6 +70,13 @@ def proxy_grid(detail: Grid, ratio: Fraction, time_ratio: int) -> Grid:
 def proxy_latent(t: int, time_ratio: int) -> int:
     """The proxy latent that covers detail latent t: P covers time_ratio*(P-1)+1 .. time_ratio*P."""
     return -(-t // time_ratio)
+
+
+def with_halo(start: Shape, end: Shape, grid: Grid, halo: Shape) -> tuple[Shape, Shape]:
+    """A box of tokens (t, h, w) and `halo` of them to either side, within the grid."""
+    (t, h, w), (to_t, to_h, to_w), (a, b, c) = start, end, halo
+    low = max(0, t - a), max(0, h - b), max(0, w - c)
+    return low, (min(grid.t, to_t + a), min(grid.h, to_h + b), min(grid.w, to_w + c))
 
 
 def base_grid(target: Grid, base_tokens: int, max_ratio: float, time_ratio: int) -> Grid:

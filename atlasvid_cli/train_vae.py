@@ -190,11 +190,12 @@ def train(
         strength = noise * torch.rand(count, 1, 1, 1, 1, generator=generator)
         scale = posterior.mean.detach().var(dim=(0, 2, 3, 4)).mean().sqrt()
         latents = latents + strength * scale * torch.randn(latents.shape, generator=generator)
+        seen = x
         if cut:
-            latents, x = cut_sides(latents, x, random.Random(f"{seed}/{step}/cut"))
+            latents, seen = cut_sides(latents, x, random.Random(f"{seed}/{step}/cut"))
         with cpu_autocast():
             reconstruction = clip_pixels(vae, latents)
-        error = reconstruction.float() - x
+        error = reconstruction.float() - seen
         # L1 keeps edges sharp, L2 is what PSNR counts
         loss = error.abs().mean() * 0.5 + error.square().mean()
         loss = loss + slopes * sum(error.diff(dim=axis).square().mean() for axis in (-2, -1))

@@ -13,8 +13,8 @@ from itertools import pairwise, product
 
 import torch
 
-from .presets import Layout, Shape
-from .shapes import Grid, proxy_latent
+from .presets import Layout
+from .shapes import Grid, Shape, proxy_latent
 
 
 @dataclass(frozen=True)

@@ -142,7 +142,8 @@ def test_a_result_can_be_refined_further(session, request_, console, tmp_path):
     proxy = pipeline.make_proxy(session, small, PROMPT, "", tmp_path, console)
     result = pipeline.refine(session, small, proxy, tmp_path, console)
     plan = above.plan_from_proxy(result, replace(request_, width=512, height=384))
-    assert [level.time_ratio for level in plan.levels] == [1]
+    upper = plan.preset.detail.upper  # what its adapter has seen above such latents
+    assert [(s.time_ratio, s.strength, s.steps) for s in plan.levels] == [(1, upper.strength, upper.steps)]
     assert latents(pipeline.refine(session, plan, result, tmp_path / "up", console)).shape[2:] == (24, 32)
 
 

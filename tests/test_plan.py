@@ -5,6 +5,7 @@ from fractions import Fraction
 
 import pytest
 
+from atlasvid_cli.cost import memory
 from atlasvid_cli.plan import Request, make_plan
 from atlasvid_cli.presets import load_preset
 
@@ -33,6 +34,21 @@ def test_a_proxy_is_known_by_what_its_preview_shows():
 def test_a_proxy_is_known_by_the_length_and_rate_that_refine_takes_over(change):
     plan, other = make_plan(REQUEST), make_plan(dataclasses.replace(REQUEST, **change))
     assert plan.proxy == other.proxy and plan.key(plan.proxy) != other.key(other.proxy)
+
+
+def test_a_region_is_planned_as_what_is_sampled_of_it():
+    request = dataclasses.replace(REQUEST, width=3840, height=2160)
+    whole = make_plan(request)
+    plan = make_plan(dataclasses.replace(request, region=(1280, 640, 320, 320), frames=(16, 32)))
+    [(name, stage)] = plan.own_stages()
+    assert name == "detail 2/2" and stage.grid == whole.target
+    assert plan.region == ((4, 20, 40), (9, 30, 50))  # of 32 px tokens, and latents of four frames
+    t, h, w = plan.preset.detail.halo
+    part = plan.sampled(stage)
+    assert (part.t, part.h, part.w) == (min(9 + t, stage.grid.t), 10 + 2 * h, 10 + 2 * w)
+    assert plan.flops(stage) < 0.4 * whole.flops(stage) and plan.windows(stage) < 0.4 * whole.windows(stage)
+    assert memory(plan, stage, "none").host < memory(whole, whole.levels[-1], "none").host
+    assert whole.sampled(whole.levels[-1]) == whole.target
 
 
 def test_forwards_are_counted_by_where_guidance_acts():

@@ -64,11 +64,12 @@ def test_settled_latents_of_a_still_clip_are_nearly_still():
     assert moved < 0.25 * raw_moved
 
 
-def test_a_teacher_draws_the_encoder_towards_settled_latents(tmp_path, monkeypatch):
+@pytest.mark.parametrize("cut", [False, True])
+def test_a_teacher_draws_the_encoder_towards_settled_latents(tmp_path, monkeypatch, cut):
     monkeypatch.setattr(train_vae, "evaluate", lambda vae: {})
     vae = train_vae.build(CONFIG)
     teacher = deepcopy(vae).requires_grad_(False)
-    train_vae.train(vae, tmp_path, 100, lr=2e-3, shapes=((1, 32, 9),), teacher=teacher)
+    train_vae.train(vae, tmp_path, 100, lr=2e-3, shapes=((1, 64, 9),), teacher=teacher, cut=cut)
     first, *_, last = (json.loads(line)["drift"] for line in (tmp_path / "log.jsonl").read_text().splitlines())
     assert last < 0.7 * first
 
