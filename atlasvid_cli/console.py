@@ -31,20 +31,20 @@ def duration(seconds: float) -> str:
     return f"{whole // 86400:,} days"
 
 
-def remaining(elapsed_s: float, done: float, total: float) -> str:
-    """Time left if the rest goes as the part so far; rich's own column forgets what is older than 30 s."""
-    return duration(elapsed_s / done * (total - done)) if done else "?"
+def remaining(elapsed_s: float, done: float, left: float) -> float:
+    """Seconds if what is left goes as what was done; rich's own column forgets what is older than 30 s."""
+    return elapsed_s / done * left
 
 
 class _TimeLeft(ProgressColumn):
     """Ticks down between two steps, which may be minutes apart."""
 
     def render(self, task: Task) -> Text:
-        if task.finished or not task.completed or task.total is None:
+        done, at_last_step = task.completed - task.fields["before"], task.fields["at_last_step"]
+        if task.finished or not done or task.total is None:
             return Text("" if task.finished else "-- left")
-        at_last_step = task.fields["at_last_step"]
-        left = at_last_step / task.completed * task.total - (task.elapsed or 0.0)
-        return Text(f"{duration(left)} left")
+        since = (task.elapsed or 0.0) - at_last_step
+        return Text(f"{duration(remaining(at_last_step, done, task.total - task.completed) - since)} left")
 
 
 class Console:
@@ -103,7 +103,8 @@ class Console:
 
     @contextmanager
     def stage(self, name: str, total: int) -> Iterator[Callable[..., None]]:
-        """Shows `total` steps of a stage; yields `advance(n=1)`, which any thread may call. Stages may overlap."""
+        """Shows `total` steps of a stage; yields `advance(n=1, before=False)`, which any thread may call: `before` are
+        those that an interrupted run did. Stages may overlap."""
         with self._bar(name, total) if self._interactive else self._lines(name, total) as advance:
             yield advance
 
@@ -117,15 +118,16 @@ class Console:
             # One live display for all stages: rich allows no second one on a terminal.
             if self._bars is None:
                 columns = (TextColumn("{task.description:<8}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
-                self._bars = Progress(*columns, _TimeLeft(), console=self._rich)
+                self._bars = Progress(*columns, _TimeLeft(), console=self._rich, get_time=time.monotonic)
                 self._bars.start()
             bars = self._bars
             self._open += 1
-        task = bars.add_task(name, total=total, at_last_step=0.0)
+        task = bars.add_task(name, total=total, before=0, at_last_step=0.0)
         start = time.monotonic()
 
-        def advance(n: int = 1) -> None:
-            bars.update(task, advance=n, at_last_step=time.monotonic() - start)
+        def advance(n: int = 1, before: bool = False) -> None:
+            fields = {"before": n} if before else {"at_last_step": time.monotonic() - start}
+            bars.update(task, advance=n, **fields)
 
         try:
             yield advance
@@ -140,18 +142,20 @@ class Console:
     @contextmanager
     def _lines(self, name: str, total: int) -> Iterator[Callable[..., None]]:
         start = last = time.monotonic()
-        done = 0
+        done = earlier = 0
         lock = Lock()
 
-        def advance(n: int = 1) -> None:
-            nonlocal done, last
+        def advance(n: int = 1, before: bool = False) -> None:
+            nonlocal done, earlier, last
             with lock:
                 done += n
+                earlier += n if before else 0
                 now = time.monotonic()
-                if now - last < PLAIN_INTERVAL_S or done >= total:
+                if before or now - last < PLAIN_INTERVAL_S or done >= total:
                     return
                 last = now
-                self._say(f"{name}: {done}/{total}, {remaining(now - start, done, total)} left")
+                left = remaining(now - start, done - earlier, total - done)
+                self._say(f"{name}: {done}/{total}, {duration(left)} left")
 
         yield advance
         self._say(f"{name}: {done}/{total} in {duration(time.monotonic() - start)}")

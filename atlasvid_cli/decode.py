@@ -9,7 +9,7 @@ import errno
 import math
 import os
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -24,14 +24,19 @@ from .vae_cost import BLEND, receptive_radius, space_factor, spans, time_factor
 
 @torch.no_grad()
 def decode_stream(
-    vae: Module, latents: torch.Tensor, tile: int | None = None, spool: Path | None = None
+    vae: Module,
+    latents: torch.Tensor,
+    tile: int | None = None,
+    spool: Path | None = None,
+    on_tile: Callable[[], None] = lambda: None,
 ) -> Iterator[torch.Tensor]:
     """Frames (f, 3, H, W), fp32 on CPU in 0..1, of normalised latents (C, T, h, w): f is 1, then 4 a latent frame.
 
     `vae` is an `AutoencoderKLWan`. With `tile` (side in latents) tiles are decoded one after the other, each through
     all of time, into a file of uint16 in the folder `spool` (`spool_bytes` large), from which the frames are then read:
-    the caches of one tile are all that is in memory. Whole frames stream as they are made. `ResourceError` when the
-    spool does not fit on the disk, `RenderError` when the latents are not finite or not this VAE's.
+    the caches of one tile are all that is in memory, and `on_tile` is called for each latent frame of each tile, before
+    the first frame is there. Whole frames stream as they are made. `ResourceError` when the spool does not fit on the
+    disk, `RenderError` when the latents are not finite or not this VAE's.
     """
     if latents.ndim != 4 or latents.shape[0] != vae.config.z_dim:
         raise RenderError(
@@ -39,12 +44,18 @@ def decode_stream(
         )
     if not bool(torch.isfinite(latents).all()):
         raise RenderError("The latents hold NaN or infinity, so there is nothing to decode: sample them again.")
-    if tile is None or tile >= max(latents.shape[-2:]):
+    if tile is None or not tile_steps(latents, tile):
         history: History = {}
         for t in range(latents.shape[1]):
             yield _step(vae, latents[:, t], history, first=t == 0)
     else:
-        yield from _spooled(vae, latents, tile, spool)
+        yield from _spooled(vae, latents, tile, spool, on_tile)
+
+
+def tile_steps(latents: torch.Tensor, tile: int | None) -> int:
+    """Latent frames that tiles of side `tile` decode, all together: 0 where frames are decoded whole."""
+    _, steps, h, w = latents.shape
+    return 0 if tile is None or tile >= max(h, w) else steps * len(spans(h, tile)) * len(spans(w, tile))
 
 
 def _step(vae: Module, latent: torch.Tensor, history: History, first: bool) -> torch.Tensor:
@@ -148,7 +159,9 @@ def _ramp(span: tuple[int, int], blend: int, size: int) -> torch.Tensor:
     return rise + fall - 1
 
 
-def _spooled(vae: Module, latents: torch.Tensor, tile: int, spool: Path | None) -> Iterator[torch.Tensor]:
+def _spooled(
+    vae: Module, latents: torch.Tensor, tile: int, spool: Path | None, on_tile: Callable[[], None]
+) -> Iterator[torch.Tensor]:
     """`decode_stream` tile by tile. Tiles see a halo as wide as the receptive field, so only attention can differ."""
     _, steps, h, w = latents.shape
     factor, halo = space_factor(vae.config), receptive_radius(vae.config)
@@ -159,7 +172,7 @@ def _spooled(vae: Module, latents: torch.Tensor, tile: int, spool: Path | None) 
         frames = _reserve(file, shape)
         for rows in spans(h, tile):
             for columns in spans(w, tile):
-                _decode_tile(vae, latents, rows, columns, halo, blend / 2, frames)
+                _decode_tile(vae, latents, rows, columns, halo, blend / 2, frames, on_tile)
         start = 0
         for t in range(steps):
             stop = start + (1 if t == 0 else time_factor(vae.config))
@@ -194,6 +207,7 @@ def _decode_tile(
     halo: int,
     blend: float,
     frames: np.ndarray,
+    on_tile: Callable[[], None],
 ) -> None:
     """Adds one tile, weighted, to `frames` (F, 3, H, W) uint16. `blend`: latents of ramp on each side of a border."""
     _, steps, h, w = latents.shape
@@ -217,3 +231,4 @@ def _decode_tile(
         added = (decoded * weight).round_().int().numpy()
         target[...] = np.minimum(target + added, 65535)  # roundings of several tiles may add up to 65536
         start += len(decoded)
+        on_tile()

@@ -48,7 +48,7 @@ def run(
     loss_at: Callable[[int, random.Random, torch.Generator], torch.Tensor],
     accumulate: int = 1,
     validate: Callable[[], float | None] = lambda: None,
-    on_step: Callable[[int], None] = lambda done: None,
+    on_step: Callable[..., None] = lambda done, before=False: None,
     training: Training = MUON,
     show: Callable[[int], None] = lambda step: None,
 ) -> None:
@@ -97,7 +97,7 @@ def run(
     processes.wait_for_everyone()  # who is ahead must not save what another has yet to read
     if processes.is_main_process:
         _cut_log(folder / "log.jsonl", step)
-    on_step(step)
+    on_step(step, before=True)
     started = saved = time.monotonic()
     recent: list[float] = []
     with ThreadPoolExecutor(workers, initializer=torch.set_num_threads, initargs=(threads // workers,)) as pool:

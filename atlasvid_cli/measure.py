@@ -88,7 +88,7 @@ class Stopwatch(Console):
     def stage(self, name: str, total: int) -> Iterator[Callable[..., None]]:
         start = last = time.perf_counter()
 
-        def advance(n: int = 1) -> None:
+        def advance(n: int = 1, before: bool = False) -> None:
             nonlocal last
             last = time.perf_counter()
 

@@ -30,7 +30,7 @@ from .artefacts import (
 )
 from .console import Console
 from .cost import offload_of, vae_tile
-from .decode import decode_stream
+from .decode import decode_stream, tile_steps
 from .encode import encode_stream
 from .enlarge import enlarge
 from .errors import RenderError
@@ -40,7 +40,7 @@ from .plan import Plan, Stage
 from .proxy import Expert, sample_proxy
 from .refine import Region, crop_to_stage, sample_detail
 from .session import Session
-from .video import contact_sheet, suffix_for, write_png, write_video
+from .video import contact_sheet, write_png, write_video
 from .weights import load_scheduler
 
 SHEET_FRAMES = 12
@@ -157,7 +157,7 @@ def _sample_proxy(
 
     resume = _resume(state, key, progress)
     with progress.stage("proxy", stage.steps) as advance:
-        advance(resume[0] if resume else 0)
+        advance(resume[0] if resume else 0, before=True)
         return sample_proxy(
             expert_at,
             load_scheduler(session.folder, stage.flow_shift),
@@ -211,18 +211,17 @@ def decode(
     Decoded tiles wait in the folder `spool`, by default beside the video.
     """
     latents, metadata = read_latents(latents_path, session, "vae")
-    output = output if output.suffix else output.with_suffix(suffix_for(codec))
-    vae = session.vae()
+    vae, tile = session.vae(), vae_tile(session.preset, *latents.shape[2:])
     width, height, scale = int(metadata["width"]), int(metadata["height"]), int(metadata["scale"])
     frames, is_there = int(metadata["frames"]), output.exists()
     wanted = {round(i * (frames - 1) / (SHEET_FRAMES - 1)) for i in range(SHEET_FRAMES)}
     sheet: list[torch.Tensor] = []
-    with progress.stage(stage, frames) as advance:
+    tiles = tile_steps(latents, tile)  # all of them are decoded before the first frame is there
+    with progress.stage(stage, tiles or frames) as advance:
 
         def finished() -> Iterator[torch.Tensor]:
             index = 0
-            tile = vae_tile(session.preset, latents.shape[2], latents.shape[3])
-            for chunk in decode_stream(vae, latents, tile, spool or output.parent):
+            for chunk in decode_stream(vae, latents, tile, spool or output.parent, advance):
                 if scale > 1:
                     chunk = F.avg_pool2d(chunk[..., : height * scale, : width * scale], scale)
                 for frame in chunk:
@@ -245,7 +244,7 @@ def decode(
             metadata={
                 k: metadata[k] for k in ("prompt", "seed", "preset", "version", "model", "dtype", "attention", "key")
             },
-            on_frame=lambda _: advance(),
+            on_frame=lambda _: None if tiles else advance(),
         )
     write_png(_sheet_path(output), contact_sheet(sheet, 4))
     return output
@@ -278,7 +277,7 @@ def _refine_level(
     proxy_texts = texts if proxy_model is model else _contexts(proxy_model, groups, length)
     blocks = len(model.blocks)
     with progress.stage(name, stage.forwards() * blocks) as advance:
-        advance(stage.forwards(resume[0]) * blocks if resume else 0)
+        advance(stage.forwards(resume[0]) * blocks if resume else 0, before=True)
         return sample_detail(
             model,
             proxy_model,

@@ -223,7 +223,7 @@ def train_clips(
     accumulate: int = 1,
     seed: int = 0,
     held_out: Sequence[dict] = (),
-    on_step: Callable[[int], None] = lambda done: None,
+    on_step: Callable[..., None] = lambda done, before=False: None,
     training: Training = MUON,
     show: Callable[[int], None] = lambda step: None,
 ) -> None:
@@ -263,7 +263,7 @@ def train_detail(
     accumulate: int = 3,
     seed: int = 0,
     held_out: Sequence[dict] = (),
-    on_step: Callable[[int], None] = lambda done: None,
+    on_step: Callable[..., None] = lambda done, before=False: None,
     training: Training = MUON,
     show: Callable[[int], None] = lambda step: None,
 ) -> None:

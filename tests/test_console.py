@@ -75,7 +75,25 @@ def test_bars_of_overlapping_stages_and_threads(capsys: pytest.CaptureFixture[st
 
 def test_durations() -> None:
     assert [duration(s) for s in (0.4, 59, 61, 3700)] == ["0 s", "59 s", "1 min 01 s", "1 h 01 min"]
-    assert remaining(10, 1, 10) == "1 min 30 s" and remaining(10, 0, 10) == "?"
+    assert remaining(10, 1, 9) == 90
+
+
+@pytest.mark.parametrize("interactive", [False, True])
+def test_what_an_earlier_run_did_does_not_shorten_the_rest(
+    interactive: bool, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """15 of 20 steps were there, and one took a minute: four minutes are left."""
+    now = 100.0
+    monkeypatch.setattr("time.monotonic", lambda: now)
+    console = Console(interactive=interactive)
+    with console.stage("proxy", 20) as advance:
+        advance(15, before=True)
+        now += 60
+        advance()
+        said = console_module._TimeLeft().render(console._bars.tasks[0]).plain if console._bars else ""
+        now += 240
+        advance(4)
+    assert "4 min 00 s left" in said + capsys.readouterr().err
 
 
 def test_a_reader_that_leaves_is_no_traceback() -> None:

@@ -111,7 +111,11 @@ def test_leaves_the_vae_as_it_was():
 def test_tiles_without_attention_are_exact(config, tmp_path):
     vae, z = build(config, live=False), latents(config, 2, 5, 34)
     whole = torch.cat(list(decode.decode_stream(vae, z)))
-    tiled = torch.cat(list(decode.decode_stream(vae, z, tile=12, spool=tmp_path)))
+    seen: list[int] = []
+    chunks = decode.decode_stream(vae, z, tile=12, spool=tmp_path, on_tile=lambda: seen.append(1))
+    tiled = torch.cat([next(chunks)])
+    assert len(seen) == decode.tile_steps(z, 12) > 0 and decode.tile_steps(z, 100) == 0
+    tiled = torch.cat([tiled, *chunks])
     assert vae_cost.receptive_radius(config) < 34 - 12  # some tile does not see the whole width
     torch.testing.assert_close(tiled, whole, rtol=0, atol=1e-5)
     assert not list(tmp_path.iterdir())
