@@ -64,4 +64,4 @@ def refine_run(session: Session, plan: Plan, latents: Path, runs: Path) -> Path:
     around = latents.absolute().parent
     if level_path(plan, around, len(plan.levels)).exists():
         made.append(around)
-    return next((run for run in made if run.exists()), made[-1])
+    return next((run for run in made if level_path(plan, run, len(plan.levels)).exists()), made[-1])

@@ -198,7 +198,7 @@ def native_arm(bench: Bench, plan: Plan, steps: int, frames: list[torch.Tensor])
         clip = torch.randn(1, bench.vae.config.z_dim, grid.t, h, w, **like)
         stages["decode"] = timed(lambda: bench.vae.decode(clip), bench.repeats, False)
     else:
-        stages["decode"] = native_decode(bench.vae, grid, patch, bench.rate, bench.seconds / 4, bench.repeats)
+        stages["decode"] = native_decode(bench.vae, grid, patch, bench.seconds / 4, bench.repeats)
     stages["mux"] = mux_alone(frames, plan, bench.folder, bench.repeats)
     return stages, peak_rss() if whole and not any(t.projected for t in stages.values()) else None
 
@@ -216,7 +216,7 @@ def native_point(bench: Bench, plan: Plan, steps: int) -> Stages:
     """Native's denoising and decoding at a smaller size, from one forward and two latent frames."""
     grid, patch, share = plan.native_grid, plan.preset.geometry.patch, bench.seconds / 8
     one = native_pass(bench.model, plan.preset.transformer, patch, grid, bench.rate, share, 1)
-    decode = native_decode(bench.vae, grid, patch, bench.rate, share, 1)
+    decode = native_decode(bench.vae, grid, patch, share, 1)
     return {"denoise": one.times(steps * plan.proxy.passes), "decode": decode}
 
 

@@ -3,6 +3,7 @@
 A file's `key` is the hash of all that decides its values: plan, prompts, weights, and the key of the level below.
 """
 
+import re
 from collections.abc import Callable
 from contextlib import suppress
 from fractions import Fraction
@@ -13,8 +14,10 @@ import torch
 
 from . import __version__, store, tensor_file
 from .errors import AtlasError, InputError, UsageError
+from .parse import MAX_FPS, MAX_SECONDS, MAX_SIDE_PX
 from .plan import Plan, Stage
-from .presets import load_preset
+from .presets import load_preset, preset_names
+from .prompts import MAX_SEED
 from .refine import Region
 from .session import Session
 from .video import probe
@@ -22,19 +25,30 @@ from .video import probe
 FORMAT = "atlasvid-latents/1"
 
 
-def _above_zero(text: str) -> Fraction:
-    if (value := Fraction(text)) <= 0:
-        raise ValueError(text)
-    return value
+def _number(most: int, whole: bool = True) -> Callable[[str], object]:
+    """Reads a number above zero and up to `most`, or raises ValueError: the file may be anybody's."""
+
+    def read(text: str) -> Fraction:
+        if not re.fullmatch(r"\d{1,19}" if whole else r"\d{1,19}(/\d{1,19})?", text, re.ASCII):
+            raise ValueError(text)  # Fraction("1e999999999") takes for ever
+        if not 0 < (value := Fraction(text)) <= most:
+            raise ValueError(text)
+        return value
+
+    return read
 
 
 # what readers of a latents file rely on
 FIELDS: dict[str, Callable[[str], object]] = {
     **dict.fromkeys(("kind", "version", "preset", "model", "vae", "dtype", "attention"), str),
     **dict.fromkeys(("prompt", "negative_prompt", "below", "key"), str),
-    "seed": int,
-    **dict.fromkeys(("seconds", "fps"), _above_zero),
-    **dict.fromkeys(("target_fps", "frames", "width", "height", "scale"), lambda text: _above_zero(str(int(text)))),
+    "seed": lambda text: text == "0" or _number(MAX_SEED)(text),
+    "seconds": _number(MAX_SECONDS, whole=False),
+    "fps": _number(MAX_FPS, whole=False),
+    "target_fps": _number(MAX_FPS),
+    "frames": _number(MAX_SECONDS * MAX_FPS),
+    **dict.fromkeys(("width", "height"), _number(MAX_SIDE_PX)),
+    "scale": _number(MAX_SIDE_PX),
 }
 
 
@@ -92,20 +106,29 @@ def region_key(session: Session, plan: Plan, proxy: dict[str, str], run_dir: Pat
 def read_latents(
     path: Path, session: Session, bound_to: Literal["model", "vae"] = "model"
 ) -> tuple[torch.Tensor, dict[str, str]]:
-    """Latents (C, T, H, W) fp32 of a file of ours and its metadata; refuses those of another model.
+    """Latents (C, T, H, W) fp32 of a file of ours that passes `check_latents`, and its metadata."""
+    metadata = check_latents(path, session, bound_to)
+    return tensor_file.open_tensors(path, _expected(session))[0]["latents"], metadata
+
+
+def check_latents(path: Path, session: Session, bound_to: Literal["model", "vae"] = "model") -> dict[str, str]:
+    """The metadata of a file of ours, from its header alone; InputError for other tensors and those of another model.
 
     To be decoded they need only be of the same VAE, as a clip's always do, and what `--lora` adds is free.
     """
-    tensors, metadata = tensor_file.open_tensors(
-        path, {"latents": ("F32", (session.preset.transformer.channels, None, None, None))}
-    )
-    tensor_file.check_artefact(describe(path), {"preset": session.preset.name}, path)
+    tensor_file.check_header(path, _expected(session))
+    metadata = describe(path)
+    tensor_file.check_artefact(metadata, {"preset": session.preset.name}, path)
     if bound_to == "vae" or "clip" in metadata:
         expected = {"vae": session.vae_hash}
     else:
         expected = {"model": session.model_hash(metadata["kind"])}
     tensor_file.check_artefact(metadata, expected, path)
-    return tensors["latents"], metadata
+    return metadata
+
+
+def _expected(session: Session) -> dict[str, tuple[str, tensor_file.Shape]]:
+    return {"latents": ("F32", (session.preset.transformer.channels, None, None, None))}
 
 
 def describe(path: Path) -> dict[str, str]:
@@ -123,16 +146,19 @@ def describe(path: Path) -> dict[str, str]:
 def latents_shape(path: Path) -> tuple[int, int, int]:
     """Latents (t, h, w) of a file, from its header alone. Raises InputError where it holds none."""
     entries = tensor_file.read_header(path)[1]
-    if "latents" not in entries or len(shape := entries["latents"].shape) != 4:
+    if "latents" not in entries or len(shape := entries["latents"].shape) != 4 or not all(shape):
         raise InputError(f"{path} holds no latents of a video: give a proxy or an earlier result")
     return shape[1], shape[2], shape[3]
 
 
 def check_preset(path: Path, preset: str | None) -> None:
-    """Raises InputError where saved latents were made with another preset than the one asked for."""
+    """Raises InputError where saved latents were made with another preset than the one asked for, or, where none is,
+    with one that is not here."""
     made = describe(path)["preset"]
     if preset and load_preset(preset).name != made:
         raise InputError(f"{path} was made with preset {made} and cannot be used with {preset}; leave --preset out")
+    if not preset and made not in preset_names():
+        raise InputError(f"{path} was made with preset {made}, which does not come with atlasvid; give it by --preset")
 
 
 def request_defaults(path: Path) -> dict[str, Any]:

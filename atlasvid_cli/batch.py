@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from .errors import AtlasError, UsageError, explain, stop_signals, traced
 from .prompts import Item, slug
 from .show import show_plan
-from .targets import check_writable, target_of
+from .targets import check_writable, is_made, target_of, usable
 
 if TYPE_CHECKING:
     from .console import Console
@@ -29,17 +29,19 @@ def run_batch(
     """One or many items through one session: failures are reported and passed over, finished ones skipped."""
     from .cost import check_resources
     from .plan import make_plan
-    from .session import Session, check_request
+    from .session import Session, session_of
     from .video import CODECS, check_target, suffix_for
 
     resolved = make_plan(request)
     suffix = suffix_for(request.codec) if kind == "video" else ".safetensors"
     base = (output or Path()).absolute()
-    if many and base.exists() and not base.is_dir():
+    with usable(base):
+        is_there, is_folder = base.exists(), base.is_dir()
+    if many and is_there and not is_folder:
         raise UsageError(f"--output {output} is a file, and many results need a folder; name one")
-    if many and not base.exists() and base.suffix in (suffix, *CODECS[request.codec].suffixes):
+    if many and not is_there and base.suffix in (suffix, *CODECS[request.codec].suffixes):
         raise UsageError(f"--output {output} is named like a file, and many results need a folder; name one")
-    folder = base if many or base.is_dir() else base.parent
+    folder = base if many or is_folder else base.parent
     targets = [_target(item, folder, output, many, suffix) for item in items]
     taken: dict[Path, Item] = {}
     for item, target in zip(items, targets, strict=True):
@@ -49,9 +51,9 @@ def run_batch(
             check_target(target, request.codec, request.width, request.height)
         elif target.suffix != suffix:
             raise UsageError(f"{target} would hold latents; let --output end in {suffix}")
-    missing = sum(not target.exists() for target in targets)
+    missing = sum(not is_made(target) for target in targets)
     if dry_run:
-        check_request(request)
+        session_of(request)
         return show_plan(resolved, console, folder, run_dir, max(1, missing))
     if missing:  # what is finished needs no room
         check_resources(resolved, folder, run_dir, missing)
@@ -120,9 +122,12 @@ def render_one(
     session: "Session", plan: "Plan", item: Item, negative: str, run: Path, target: Path, console: "Console"
 ) -> dict[str, Any]:
     from . import artefacts, pipeline, store
+    from .cost import check_resources
 
     if (finished := pipeline.finished_video(session, plan, item.prompt, negative, run, target)) is not None:
         return finished
+    if target.exists():  # but its run is gone, and all is made again
+        check_resources(plan, target.parent, run)
     proxy = artefacts.proxy_metadata(session, plan, item.prompt, negative)
     artefacts.keep_foreign(target, artefacts.result_key(session, plan, proxy))
     with store.lock(store.run_directory(run.parent, run.name)):

@@ -13,6 +13,7 @@ from transformers import UMT5EncoderModel
 
 from .errors import InputError, one_line
 from .optim import Optimizer
+from .store import sync
 from .tensor_file import save_tensors
 
 
@@ -20,7 +21,10 @@ def save_folder(part: AutoencoderKLWan | WanTransformer3DModel | UMT5EncoderMode
     """`save_pretrained` that leaves no half-written folder, which would count as finished."""
     unfinished = path.with_name(path.name + ".unfinished")
     part.save_pretrained(unfinished)
+    for file in (*unfinished.iterdir(), unfinished):
+        sync(file)
     unfinished.rename(path)
+    sync(path.parent)
 
 
 def save_checkpoint(

@@ -182,7 +182,7 @@ def refine(
     from . import above, artefacts, pipeline
     from .cost import check_resources
     from .plan import make_plan
-    from .session import Session, check_request
+    from .session import Session, session_of
     from .store import lock, run_directory
     from .video import check_target, suffix_for
 
@@ -200,11 +200,13 @@ def refine(
     if span and span[1] > plan.frames:
         raise UsageError(f"--frames {frames} ends after the video's {plan.frames} frames; end it there")
     if dry_run:
-        check_request(request)
+        if session := session_of(request):
+            artefacts.check_latents(latents, session)
         return show_plan(plan, console, target.parent, run_dir)
     check_resources(plan, target.parent, run_dir)
     session = Session.of(request)
     session.check_adapters()
+    artefacts.check_latents(latents, session)
     folder = run_dir or above.refine_run(session, plan, latents, target.parent / "runs")
     if plan.is_region:
         artefacts.check_base(plan, folder)

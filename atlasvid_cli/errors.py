@@ -1,5 +1,6 @@
 """What can go wrong, as one sentence and one exit code each."""
 
+import errno
 from enum import IntEnum
 
 stop_signals: list[int] = []
@@ -55,6 +56,8 @@ def explain(error: BaseException) -> tuple[str, ExitCode]:
     out_of_memory = isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError"
     if out_of_memory or "can't allocate memory" in str(error):
         return "memory ran out: choose a smaller --res, fewer --seconds or a smaller --chunk", ExitCode.RESOURCE
+    if isinstance(error, OSError) and error.errno in (errno.EACCES, errno.EPERM, errno.ENAMETOOLONG) and error.filename:
+        return f"{error.filename} cannot be read ({error.strerror}); check the path and who may read it", ExitCode.INPUT
     return f"{type(error).__name__}: {error} (--debug shows where)", ExitCode.RENDER
 
 

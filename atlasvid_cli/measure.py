@@ -275,7 +275,7 @@ def proxy_sample(model: Any, plan: Plan, rate: float, seconds: float, repeats: i
 # --- decode and mux ------------------------------------------------------------------------------------------------
 
 
-def native_decode(vae: Any, grid: Grid, patch: int, rate: float, seconds: float, repeats: int) -> Timing:
+def native_decode(vae: Any, grid: Grid, patch: int, seconds: float, repeats: int) -> Timing:
     """`AutoencoderKLWan.decode` of a clip, projected from its first two latent frames and, if those take too long,
     from a part of each frame (which spares native the middle attention's square)."""
     h, w = grid.h * patch, grid.w * patch

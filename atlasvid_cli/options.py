@@ -5,6 +5,8 @@ from typing import Annotated, Literal
 
 import typer
 
+from .parse import MAX_FPS
+
 Res = Annotated[str, typer.Option("--res", help="Size in pixels: 3840x2160, 3840*2160, 4k, 1080p, 720p ...")]
 Seconds = Annotated[str, typer.Option("--seconds", help="Length in seconds; exactly seconds * fps frames are written.")]
 ClipSeconds = Annotated[
@@ -16,7 +18,7 @@ FromVideo = Annotated[
         "--from-video", help="A clip to encode as the proxy, cropped around its centre to the aspect of --res."
     ),
 ]
-Fps = Annotated[int | None, typer.Option("--fps", min=1, max=120, help="Frames a second [default: the preset's].")]
+Fps = Annotated[int | None, typer.Option("--fps", min=1, max=MAX_FPS, help="Frames a second [default: the preset's].")]
 Seed = Annotated[int, typer.Option("--seed", min=0, max=2**63 - 1, help="Seed; in a batch each item adds its index.")]
 Steps = Annotated[
     int | None, typer.Option("--steps", min=1, max=1000, help="Denoising steps of the proxy [default: the preset's].")

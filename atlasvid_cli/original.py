@@ -75,6 +75,10 @@ def is_original(folder: Path) -> bool:
     return _vae(folder).is_file()
 
 
+def has_experts(folder: Path) -> bool:
+    return any((folder / name).is_dir() for name in EXPERTS.values())
+
+
 def files(folder: Path, part: str) -> list[Path]:
     """The files that hold the weights of a part, named as diffusers names it."""
     if part in ("vae", "text_encoder"):
@@ -185,9 +189,8 @@ def _vae(folder: Path) -> Path:
 
 
 def _home(folder: Path, part: str) -> Path:
-    """Where the weights and the config of a transformer lie."""
-    expert = folder / EXPERTS.get(part, "")
-    return expert if expert.is_dir() else folder
+    """Where the weights and the config of a transformer lie: in the folder itself where there is one only."""
+    return folder if part == "transformer" and not has_experts(folder) else folder / EXPERTS[part]
 
 
 def _pickled(path: Path) -> dict[str, torch.Tensor]:

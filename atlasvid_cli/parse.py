@@ -23,6 +23,7 @@ RESOLUTIONS = {
 MIN_SIDE_PX = 16
 MAX_SIDE_PX = 16384
 MAX_SECONDS = 600
+MAX_FPS = 120
 
 
 @dataclass(frozen=True)

@@ -40,6 +40,7 @@ from .plan import Plan, Stage
 from .proxy import Expert, sample_proxy
 from .refine import Region, crop_to_stage, sample_detail
 from .session import Session
+from .targets import sheet_of
 from .video import contact_sheet, write_png, write_video
 from .weights import load_scheduler
 
@@ -57,7 +58,7 @@ def render(
     seconds = round(time.monotonic() - started, 2)
     event = {
         "video": str(video),
-        "preview": str(_sheet_path(video)),
+        "preview": str(sheet_of(video)),
         "run_dir": str(run_dir),
         "seconds": seconds,
     }
@@ -103,7 +104,7 @@ def make_proxy(
     path, preview = run_dir / "proxy.safetensors", run_dir / "proxy.mp4"
     metadata = proxy_metadata(session, plan, prompt, negative_prompt)
     if is_current(path, metadata):
-        if not (preview.exists() and _sheet_path(preview).exists()):
+        if not (preview.exists() and sheet_of(preview).exists()):
             decode(session, path, preview, "h264", progress, "preview")
         return path
     keep_others(path)
@@ -114,7 +115,7 @@ def make_proxy(
         latents = encode_proxy(session, plan, clip, progress)
     else:
         latents = _sample_proxy(session, plan, (prompt, negative_prompt), state, metadata["key"], progress)
-    for shown in (preview, _sheet_path(preview)):
+    for shown in (preview, sheet_of(preview)):
         shown.unlink(missing_ok=True)  # a damaged proxy's
     _save_latents(path, latents, metadata)
     state.unlink(missing_ok=True)
@@ -246,7 +247,7 @@ def decode(
             },
             on_frame=lambda _: None if tiles else advance(),
         )
-    write_png(_sheet_path(output), contact_sheet(sheet, 4))
+    write_png(sheet_of(output), contact_sheet(sheet, 4))
     return output
 
 
@@ -333,11 +334,6 @@ def _resume(path: Path, key: str, progress: Console) -> tensor_file.StepState | 
     if warning:
         progress.warn(warning)
     return state
-
-
-def _sheet_path(video: Path) -> Path:
-    """The contact sheet beside a video."""
-    return video.with_name(f"{video.name}.sheet.png")
 
 
 def _state_path(run_dir: Path, number: int) -> Path:

@@ -15,6 +15,7 @@ import torch
 import torch.nn.functional as F
 
 from . import dataset, pipeline, store, world
+from .artefacts import run_hash
 from .console import Console
 from .cost import check_resources
 from .errors import UsageError
@@ -111,7 +112,8 @@ def run(request: Request, count: int, folder: Path, console: Console) -> dict[st
     with store.results(folder):
         for i, (prompt, attributes) in enumerate(held_out_prompts(count)):
             plan = make_plan(dataclasses.replace(request, seed=i))
-            video, run_dir = folder / f"{i:03}.mp4", folder / f"{i:03}"
+            video = folder / f"{i:03}.mp4"
+            run_dir = folder / f"{i:03}-{run_hash(session, plan, prompt, '')}"
             done = pipeline.finished_video(session, plan, prompt, "", run_dir, video)
             if not (done and (run_dir / "proxy.mp4").exists()):
                 console.note(f"{i + 1} of {count}: {prompt}")
@@ -126,7 +128,7 @@ def run(request: Request, count: int, folder: Path, console: Console) -> dict[st
         "seconds": plan.summary["seconds"],
         "prompts": count,
         "right": right | {"all of these": sum(all(s.right.values()) for s in seen)},
-        "not_repeated": sum(s.repetition <= 0 for s in seen),
+        "not_repeated": sum(s.repetition == 0 for s in seen),
         "seam": round(seam_ratio(seen), 3),
         "coherence_db": round(float(np.mean([s.coherence for s in seen])), 1),
         "edge_width_px": round(float(np.median(widths)), 1) if widths else None,

@@ -2,6 +2,7 @@
 
 import gc
 import hashlib
+import json
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -59,12 +60,15 @@ def check_options(preset: Preset, kernels: Kernels, loras: tuple[Lora, ...], wei
         check_compiler(_where()[0])
 
 
-def check_request(request: Request) -> None:
-    """What a session of the request would refuse, as far as it can be told without fetching a model."""
-    preset, kernels = load_preset(request.preset), Kernels(request.attention_backend, request.compiled)
-    check_options(preset, kernels, request.loras, request.weight_dtype)
+def session_of(request: Request) -> "Session | None":
+    """The session of a request, checked as far as it can be without fetching a model: None where it would be."""
+    preset = load_preset(request.preset)
     if has_folder(preset, request.model_path):
-        Session.of(request).check_adapters()
+        session = Session.of(request)
+        session.check_adapters()
+        return session
+    check_options(preset, Kernels(request.attention_backend, request.compiled), request.loras, request.weight_dtype)
+    return None
 
 
 def _where() -> tuple[torch.device, torch.dtype]:
@@ -114,11 +118,17 @@ class Session:
         )
 
     def check_adapters(self) -> None:
-        """Raises InputError for an adapter of another stage or base and for a LoRA of another model: the detail would
-        find it out after hours of the proxy."""
-        for stage in ("proxy", "detail"):
+        """Raises InputError for an adapter of another stage or base, or trained otherwise than the preset says, and for
+        a LoRA of another model: the detail would find it out after hours of the proxy."""
+        time_ratio, detail = str(self.preset.proxy.time_ratio), self.preset.detail
+        windows = json.dumps(detail.windows)
+        trained_for = {
+            "proxy": {"time_ratio": time_ratio},
+            "detail": {"time_ratio": f"{time_ratio},1", "windows": windows, "streams": detail.streams},
+        }
+        for stage, figures in trained_for.items():
             if adapter := self._adapter(stage):
-                check_adapter(self.folder, adapter, stage)
+                check_adapter(self.folder, adapter, stage, self._part(stage), figures)
         skeleton = load_skeleton(self.folder) if self.loras else None
         for lora in self.loras:
             merge_lora(skeleton, lora, self.strict, warn=lambda text: None)

@@ -65,7 +65,7 @@ def lock(run_dir: Path) -> Iterator[None]:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError as error:
             raise UsageError(
-                f"{run_dir} is in use by another atlasvid process: wait for it, or give another --run-dir"
+                f"{run_dir} is in use by another atlasvid process: wait for it, or choose another folder"
             ) from error
         except OSError as error:
             raise _resource_error(error, path) from error
@@ -98,10 +98,9 @@ def replacing(path: Path, suffix: str) -> Iterator[Path]:
     made = temporary(path, suffix)
     try:
         yield made
-        with made.open("rb") as file:
-            os.fsync(file.fileno())
+        sync(made)
         made.replace(path)
-        _sync_directory(path.parent)
+        sync(path.parent)
     except OSError as error:
         if error.errno in OF_THE_PLACE:
             raise _resource_error(error, path) from error
@@ -125,8 +124,9 @@ def temporary(path: Path, suffix: str) -> Path:
     return path.with_name(f"{stem}{os.getpid()}-{threading.get_ident()}{suffix}")
 
 
-def _sync_directory(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY | os.O_DIRECTORY)
+def sync(path: Path) -> None:
+    """Waits until a file, or the names in a folder, are on the disk."""
+    descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
     finally:

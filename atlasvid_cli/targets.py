@@ -1,8 +1,19 @@
 """Where results go, and whether they can."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 from .errors import ResourceError
+
+
+@contextmanager
+def usable(path: Path, option: str = "--output") -> Iterator[None]:
+    """ResourceError where a place cannot even be looked at: no permission, or too long a name."""
+    try:
+        yield
+    except OSError as error:
+        raise ResourceError(f"{path} cannot be written ({error.strerror}); choose another {option}") from None
 
 
 def target_of(output: Path | None, default: Path, suffix: str) -> Path:
@@ -13,19 +24,31 @@ def target_of(output: Path | None, default: Path, suffix: str) -> Path:
     named = default.with_name(default.name + suffix)
     if output is None:
         return named.absolute()
-    if output.is_dir():
+    with usable(output):
+        is_folder = output.is_dir()
+    if is_folder:
         return (output / named.name).absolute()
     return (output if output.suffix else output.with_name(output.name + suffix)).absolute()
+
+
+def sheet_of(video: Path) -> Path:
+    """The contact sheet beside a video."""
+    return video.with_name(f"{video.name}.sheet.png")
+
+
+def is_made(target: Path) -> bool:
+    """Whether a result is there. ResourceError for a name that it or its contact sheet could not have."""
+    with usable(target):
+        sheet_of(target).exists()
+        return target.exists()
 
 
 def check_writable(target: Path, option: str = "--output") -> None:
     """Raises ResourceError for a file that cannot be written, before hours of work; `option` says where it goes."""
     from .store import temporary
 
-    try:
+    with usable(target.parent, option):
         target.parent.mkdir(parents=True, exist_ok=True)
         probe = temporary(target, ".probe")
         probe.touch()
         probe.unlink()
-    except OSError as error:
-        raise ResourceError(f"{target.parent} cannot be written ({error.strerror}); choose another {option}") from None

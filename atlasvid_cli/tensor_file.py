@@ -88,6 +88,11 @@ def read_header(path: Path) -> tuple[dict[str, str], dict[str, TensorEntry]]:
         return _parse_header(file, path)
 
 
+def check_header(path: Path, expect: Mapping[str, tuple[str, Shape | None]]) -> None:
+    """Raises InputError where `open_tensors` would for what the header says."""
+    _check_entries(read_header(path)[1], expect, path)
+
+
 def open_tensors(
     path: Path, expect: Mapping[str, tuple[str, Shape | None]] | None = None
 ) -> "tuple[dict[str, torch.Tensor], dict[str, str]]":

@@ -5,7 +5,6 @@ once it is finished; the result is a plain diffusers folder that `WanPipeline.fr
 are in docs/LOG.md.
 """
 
-import json
 import math
 import random
 from collections.abc import Callable
@@ -22,6 +21,7 @@ from .causal import hold_still
 from .checkpoint import save_folder
 from .encode import encode_clips
 from .presets import load_preset
+from .store import write_json
 from .text import encode_prompts
 from .wear import add_enlarged, add_worn
 from .weights import load_transformer, model_hash
@@ -123,7 +123,7 @@ def make(work: Path, out: Path) -> None:
     """Trains what is missing of the model folder `out`; checkpoints, latents and logs go to `work`."""
     if not (out / "text_encoder").exists():
         accuracy = train_text.train(out)
-        (work / "text.json").write_text(json.dumps({"accuracy": accuracy}))
+        write_json(work / "text.json", {"accuracy": accuracy})
     if not (out / "vae").exists():
         vae = train_vae.train(train_vae.build(VAE_CONFIG, seed=0), work / "vae", VAE_STEPS, lr=3e-3)
         vae = train_vae.compress(vae, LATENT_CHANNELS)

@@ -7,7 +7,7 @@ import dataclasses
 import hashlib
 import json
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from functools import cache, partial
 from pathlib import Path
 from pickle import UnpicklingError
@@ -70,7 +70,8 @@ def has_folder(preset: Preset, model_path: str | None) -> bool:
             )
         return True
     if not re.fullmatch(r"\w[\w.-]*/[\w.-]+(@[\w.-]+)?", model_path or preset.model):
-        raise InputError(f"{folder} does not exist; give --model-path a model folder or a hub id")
+        state = "is no folder" if folder.exists() else "does not exist"
+        raise InputError(f"{folder} {state}; give --model-path a model folder or a hub id")
     return False
 
 
@@ -129,6 +130,11 @@ def model_hash(folder: Path, *names: str | None) -> str:
 
 def check_config(folder: Path, preset: Preset) -> None:
     """Raises InputError where the transformer or VAE in `folder` is not the one that the preset plans with."""
+    if not preset.experts and ((folder / "transformer_2").is_dir() or original.has_experts(folder)):
+        raise InputError(
+            f"the model in {folder} has two experts, and preset {preset.name} knows of one transformer; choose another"
+            " --preset or another --model-path"
+        )
     for part in ("transformer", "transformer_2") if preset.experts else ("transformer",):
         config = _config(folder, part)
         heads = config.get("num_attention_heads", 0)
@@ -175,8 +181,11 @@ def _check_same(part: str, found: dict[str, Any], wanted: Any, folder: Path, pre
             )
 
 
-def check_adapter(folder: Path, lora: str, stage: str) -> None:
-    """Raises InputError for an adapter that says it belongs to another stage or another base."""
+def check_adapter(
+    folder: Path, lora: str, stage: str, part: str = "transformer", trained_for: Mapping[str, str] | None = None
+) -> None:
+    """Raises InputError for an adapter that says it belongs to another stage or another base, the one in `part`, or
+    that it was trained otherwise than `trained_for` says (`train.adapter_metadata`)."""
     try:
         with safe_open(folder / lora, "pt") as file:
             metadata = file.metadata() or {}
@@ -184,7 +193,7 @@ def check_adapter(folder: Path, lora: str, stage: str) -> None:
         raise InputError(
             f"the adapter {folder / lora} cannot be read ({one_line(str(error))}); make it again"
         ) from None
-    for name, found in (("stage", stage), ("base", model_hash(folder, "transformer"))):
+    for name, found in {"stage": stage, "base": model_hash(folder, part), **(trained_for or {})}.items():
         if metadata.get(name, found) != found:
             raise InputError(
                 f"{folder / lora} was trained for {name} {metadata[name]} and this is {name} {found};"
@@ -204,7 +213,7 @@ def load_transformer(
     InputError where the adapter says that it is for another stage or base, or where weights are missing or unknown.
     """
     if lora:
-        check_adapter(folder, lora, stage)
+        check_adapter(folder, lora, stage, part)
     model = _load(WanTransformer3DModel, folder, part, dtype)
     if lora:
         model.load_lora_adapter(folder / lora, prefix="transformer")
@@ -235,8 +244,7 @@ def load_text(folder: Path, dtype: torch.dtype = torch.float32) -> tuple[PreTrai
         if original.is_original(folder):
             encoder, tokenizer = original.load_text(folder, dtype), folder / original.TOKENIZER
         else:
-            encoder = UMT5EncoderModel.from_pretrained(folder / "text_encoder", torch_dtype=dtype, use_safetensors=True)
-            tokenizer = folder / "tokenizer"
+            encoder, tokenizer = _load(UMT5EncoderModel, folder, "text_encoder", dtype), folder / "tokenizer"
         return AutoTokenizer.from_pretrained(tokenizer), encoder.eval().requires_grad_(False)
     except UNREADABLE as error:
         raise InputError(

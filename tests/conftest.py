@@ -166,7 +166,6 @@ def stock_preset(tmp_path_factory: pytest.TempPathFactory) -> Path:
         ("windows = [[21, 30, 52]]", "windows = [[3, 3, 4]]"),
     ):
         assert old in text, old
-        assert old in text, old
         text = text.replace(old, new)
     path = root / "stock.toml"
     path.write_text(text)

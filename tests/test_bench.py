@@ -114,7 +114,7 @@ def test_a_native_decode_scales_by_latents_after_the_first_and_by_area(monkeypat
             ticks(area * (3.0 + 5.0 * (count - 1)))
 
     Vae.config = FrozenDict(config)
-    found = measure.native_decode(Vae(), Grid(9, 34, 60), 2, rate, 1.0, 1)
+    found = measure.native_decode(Vae(), Grid(9, 34, 60), 2, 1.0, 1)
     whole = 4 * 34 * 60
     assert found.seconds == pytest.approx(whole * (3 + 5 * 8))
     assert ({area for _, area in sizes} == {whole}) is not sampled and {n for n, _ in sizes} == {1, 2}

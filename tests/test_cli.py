@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from atlasvid_cli import __version__, cli
+from atlasvid_cli import __version__, cli, tensor_file
 from atlasvid_cli.extend import extended
 from atlasvid_cli.video import probe, write_video
 from atlasvid_cli.world import render, sample_scene
@@ -120,6 +120,10 @@ def test_the_command_line_imports_nothing_heavy():
         (["proxy", "--from-video", "absent.mp4", "--steps", "3"], 2, "--steps"),
         (["refine", "absent.safetensors"], 3, "absent.safetensors"),
         (["info", "absent"], 3, "absent"),
+        (["info", 300 * "a"], 3, "File name too long"),
+        (["render", "x", "-o", 300 * "a" + ".mp4"], 4, "File name too long"),
+        (["render", "x", "-o", 245 * "a" + ".mp4"], 4, "File name too long"),  # of its contact sheet
+        (["proxy", "x", "-o", 300 * "a"], 4, "File name too long"),
         (["train", "wan"], 2, "train tiny"),
         (["bench", "--res", "banana"], 2, "--res"),
         (["bench", "--preset", "nope"], 2, "preset"),
@@ -200,6 +204,21 @@ def test_a_dry_run_refuses_what_a_render_would(run, random_preset, tmp_path, opt
     for command in ("render", "a red ball"), ("refine", "p.safetensors"):
         code, _, err = run(*command, *RENDER[:2], "--preset", random_preset, "--dry-run", option, value)
         assert code in (2, 3) and said in err, err
+
+
+def test_latents_of_other_weights_are_refused_before_a_run_is_there(run, random_preset, tmp_path):
+    assert run("proxy", "a red ball", *RENDER, "--preset", random_preset, "-o", "p.safetensors")[0] == 0
+    shutil.rmtree(tmp_path / "runs")
+    tensors, metadata = tensor_file.open_tensors(tmp_path / "p.safetensors")
+    tensor_file.save_tensors(tmp_path / "other.safetensors", tensors, metadata | {"model": 16 * "0"})
+    half = {"latents": tensors["latents"].half()}
+    tensor_file.save_tensors(tmp_path / "half.safetensors", half, metadata)
+    for name, said in (("other", "says model"), ("half", "F16")):
+        for more in ([], ["--dry-run"]):
+            code, _, err = run("refine", f"{name}.safetensors", *RENDER[:2], "--preset", random_preset, *more)
+            assert code == 3 and said in err and not (tmp_path / "runs").exists(), err
+    code, _, err = run("refine", "p.safetensors", *RENDER[:2])
+    assert code == 3 and "give it by --preset" in err
 
 
 def test_latents_of_another_preset_are_refused_at_once(run, random_preset, tmp_path, monkeypatch):

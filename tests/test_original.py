@@ -184,7 +184,7 @@ def test_the_scheduler_is_that_of_the_converted_repositories(checkpoint):
     assert (found.prediction_type, found.use_flow_sigmas, found.flow_shift) == ("flow_prediction", True, 5.0)
 
 
-def test_two_experts_lie_in_their_own_folders(parts, checkpoint, tmp_path):
+def test_two_experts_lie_in_their_own_folders(parts, checkpoint, preset, tmp_path):
     folder = shutil.copytree(checkpoint, tmp_path / "experts")
     for i, name in enumerate(("high_noise_model", "low_noise_model")):
         (folder / name).mkdir()
@@ -198,6 +198,12 @@ def test_two_experts_lie_in_their_own_folders(parts, checkpoint, tmp_path):
     high, low = (load_transformer(folder, part=part) for part in ("transformer", "transformer_2"))
     assert torch.equal(high.proj_out.bias + 1, low.proj_out.bias)
     assert len({tuple(original.files(folder, part)) for part in ("transformer", "transformer_2")}) == 2
+    with pytest.raises(InputError, match="has two experts"):
+        check_config(folder, load_preset(str(preset)))
+    shutil.rmtree(folder / "low_noise_model")
+    for model in (folder, checkpoint):  # the one there is is never taken for both
+        with pytest.raises(InputError, match="transformer_2"):
+            load_transformer(model, part="transformer_2")
 
 
 def test_other_sizes_than_the_presets_are_refused(checkpoint, preset):

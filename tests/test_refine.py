@@ -4,6 +4,7 @@ from fractions import Fraction
 import pytest
 import torch
 
+from atlasvid_cli import refine
 from atlasvid_cli.model import text_context
 from atlasvid_cli.plan import Stage
 from atlasvid_cli.presets import Detail, Level
@@ -34,6 +35,23 @@ def sample(transformer, prompt, below):
 
 def test_any_chunk_size_gives_the_same_latents(sample):
     torch.testing.assert_close(sample(chunk=1), sample(chunk=100), atol=1e-5, rtol=0)
+
+
+def test_a_proxy_stream_that_is_kept_is_as_good_as_one_made_at_every_step(sample, monkeypatch):
+    kept, made = sample(), []
+    context, forward = refine.proxy_context, refine.detail_forward
+
+    def noted(*figures):
+        made.append(figures)
+        return context(*figures)
+
+    def anew(model, x, grid, timestep, text, proxy, *rest):
+        return forward(model, x, grid, timestep, text, context(*made[0]), *rest)
+
+    monkeypatch.setattr(refine, "proxy_context", noted)
+    monkeypatch.setattr(refine, "detail_forward", anew)
+    torch.testing.assert_close(sample(), kept, atol=1e-5, rtol=0)
+    assert len(made) == 1
 
 
 def test_the_same_seed_gives_the_same_bytes_and_another_does_not(sample):

@@ -9,7 +9,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from atlasvid_cli import artefacts, machine, pipeline, session
+from atlasvid_cli import artefacts, machine, pipeline, session, tensor_file
 from atlasvid_cli.block import Kernels
 from atlasvid_cli.console import Console
 from atlasvid_cli.errors import InputError, UsageError
@@ -122,8 +122,9 @@ def test_training_free_detail_starts_from_the_proxy(stock_preset, console, tmp_p
         run = tmp_path / str(seed)
         proxy = pipeline.make_proxy(ours, plan, "a red ball", "", run, console)
         same_noise = make_plan(Request(str(stock_preset), 240, 128, Fraction(1), seed=9))
-        results.append(pipeline.refine(ours, same_noise, proxy, run, console).read_bytes())
-    assert results[0] != results[1]
+        made = pipeline.refine(ours, same_noise, proxy, run, console)
+        results.append(tensor_file.open_tensors(made)[0]["latents"])
+    assert (results[0] - results[1]).abs().max() > 0.1
 
 
 @pytest.fixture
@@ -213,6 +214,10 @@ def test_what_a_later_stage_would_refuse_is_said_before_the_first(stock_preset, 
     save_file(tensors, adapter, {"stage": "detail", "base": "0" * 16})
     with pytest.raises(InputError, match="trained for base"):
         preset.check_adapters()
+    for figure, other in (("time_ratio", "2,1"), ("windows", "[[1, 2, 2]]"), ("streams", "proxy")):
+        save_file(tensors, adapter, {"stage": "detail", figure: other})
+        with pytest.raises(InputError, match=f"trained for {figure}"):
+            preset.check_adapters()
     name = "transformer.blocks.0.attn1.to_q"
     path = tmp_path / "other.safetensors"
     save_file({f"{name}.lora_A.weight": torch.zeros(2, 7), f"{name}.lora_B.weight": torch.zeros(9, 2)}, path)

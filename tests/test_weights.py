@@ -9,7 +9,15 @@ from safetensors.torch import load_file, save_file
 
 from atlasvid_cli.errors import InputError
 from atlasvid_cli.presets import load_preset, preset_names
-from atlasvid_cli.weights import check_config, is_whole, load_transformer, load_vae, model_folder, model_hash
+from atlasvid_cli.weights import (
+    check_config,
+    is_whole,
+    load_text,
+    load_transformer,
+    load_vae,
+    model_folder,
+    model_hash,
+)
 
 
 @pytest.fixture
@@ -59,6 +67,20 @@ def test_unknown_weights_are_named(stock):
     damage(stock, lambda tensors: tensors.update({"blocks.0.attn9.weight": torch.zeros(1)}))
     with pytest.raises(InputError, match=r"unexpected keys: blocks\.0\.attn9\.weight"):
         load_transformer(stock)
+
+
+def test_a_text_encoders_weights_are_named_too(stock):
+    """What is missing would be random, and its embeddings kept."""
+    load_text(stock)
+    file = stock / "text_encoder" / "model.safetensors"
+    tensors = load_file(file)
+    lost = next(k for k in tensors if k.endswith("SelfAttention.q.weight"))
+    save_file({k: v for k, v in tensors.items() if k != lost}, file, {"format": "pt"})
+    with pytest.raises(InputError, match=f"text_encoder in .* has missing keys: {lost}"):
+        load_text(stock)
+    save_file(tensors | {"bogus.weight": torch.zeros(1)}, file, {"format": "pt"})
+    with pytest.raises(InputError, match=r"unexpected keys: bogus\.weight"):
+        load_text(stock)
 
 
 def test_cut_off_weights_are_refused(stock):
