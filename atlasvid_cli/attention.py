@@ -93,7 +93,8 @@ def attend(
             return _products(q, k, v, bias)
         parts = zip(*(x.split(SCORES // row) for x in (q, k, v)), strict=True)
         return torch.cat([_products(*part) for part in parts])
-    backend = backend if bias is None else "native"
+    # by name: without one diffusers takes what $DIFFUSERS_ATTN_BACKEND says, and metadata would tell another
+    backend = "native" if backend is None or bias is not None else backend
     return dispatch_attention_fn(q, k, v, attn_mask=bias, dropout_p=0.0, is_causal=False, backend=backend)
 
 

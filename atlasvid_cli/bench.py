@@ -9,7 +9,6 @@ import math
 import tempfile
 from dataclasses import asdict, replace
 from fractions import Fraction
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +16,6 @@ import torch
 from diffusers import AutoencoderKLWan
 from diffusers.models.attention_dispatch import _AttentionBackendRegistry
 
-from . import __version__
 from .arms import (
     Bench,
     Stages,
@@ -35,11 +33,11 @@ from .causal import hold_still
 from .console import Console
 from .cost import GIB, rows
 from .errors import ResourceError
-from .machine import available_ram, compute_device, copy_rate, decode_dtype, gemm_rate
+from .machine import available_ram, compute_device, copy_rate, decode_dtype, gemm_rate, versions
 from .measure import KERNELS, Timing, random_model
 from .plan import Plan, Request, make_plan
 from .session import Session
-from .weights import load_text, load_transformer
+from .weights import has_folder, load_text, load_transformer
 
 SIZES = ((1, "1/4"), (1, "1/2"), (0.35, "1"), (0.5, "1"), (0.75, "1"))  # (side, seconds) of the growth fit
 
@@ -54,7 +52,7 @@ def run(request: Request, steps: int | None, repeats: int, seconds: float, conso
     plan = make_plan(request)
     steps = steps or plan.proxy.steps
     # on a GPU sessions load a part whenever it is needed, which would be timed: there, random weights and samples
-    at_hand = bool(request.model_path) or (plan.preset.folder / "model_index.json").is_file()
+    at_hand = bool(request.model_path) or has_folder(plan.preset, None)
     has_weights = at_hand and compute_device().kind == "cpu"
     if has_weights and expected_seconds(plan) * repeats <= seconds:
         _check_memory(plan)
@@ -272,12 +270,12 @@ def result(
         "steps": steps,
         "guidance_scale": plan.proxy.guidance_scale,
         "model": plan.preset.name + ("" if has_weights else " (random weights)"),
-        "baseline": f"diffusers {version('diffusers')} WanPipeline, full attention, {steps} steps x {passes} passes",
+        "baseline": f"diffusers {versions()['diffusers']} WanPipeline, full attention, {steps} steps x {passes} passes",
         "device": compute_device().name,
         "dtype": compute_device().dtype,
         "threads": torch.get_num_threads(),
         "backend": getattr(backend, "value", str(backend)),
-        "versions": {"atlasvid": __version__} | {n: version(n) for n in ("torch", "diffusers", "transformers", "av")},
+        "versions": versions(),
     }
 
 

@@ -124,6 +124,7 @@ def show_quality(request: "Request", count: int, folder: Path, console: "Console
     found = quality.run(request, count, folder, console)
     rows = [{"what": name, "right": f"{n} of {count}"} for name, n in found["right"].items()]
     rows.append({"what": "not repeated", "right": f"{found['not_repeated']} of {count}"})
+    rows.append({"what": "steady", "right": f"{found['steady']} of {count}"})
     console.table(f"{found['size']} x {found['seconds']:g} s, held-out prompts of preset {found['preset']}", rows)
     right = found["right"]["all of these"]
     text = f"{right} of {count} prompts all right; seam {found['seam']}, coherence {found['coherence_db']} dB"

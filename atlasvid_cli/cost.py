@@ -172,12 +172,19 @@ def file_bytes(width: int, height: int, frames: int, codec: str) -> int:
     return int(width * height * frames * VIDEO_BYTES[codec])
 
 
-def check_resources(plan: Plan, output_dir: Path, run_dir: Path | None = None, videos: int = 1) -> None:
+def check_resources(
+    plan: Plan,
+    output_dir: Path,
+    run_dir: Path | None = None,
+    videos: int = 1,
+    costs: list[dict[str, Any]] | None = None,
+) -> None:
     """Raises ResourceError, before anything is loaded, where memory will not do, or the disk for so many `videos`.
 
-    `run_dir` takes the latents; without it they lie beside the video.
+    `run_dir` takes the latents; without it they lie beside the video. `costs` are the plan's `rows`, where they are
+    known.
     """
-    costs = rows(plan)
+    costs = rows(plan) if costs is None else costs
     tightest = max(costs, key=lambda r: r["vram_bytes"], default=None)
     if tightest and tightest["vram_bytes"] > available_vram():
         raise ResourceError(

@@ -12,6 +12,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from datetime import timedelta
 from pathlib import Path
+from typing import Any
 
 import torch
 from accelerate import PartialState
@@ -52,7 +53,8 @@ def run(
     training: Training = MUON,
     show: Callable[[int], None] = lambda step: None,
 ) -> None:
-    """The loop: `loss_at(step, rng, generator)` over `accumulate` draws a step; logs and checkpoints to `folder`.
+    """The loop: `loss_at(step, rng, generator)` over `accumulate` draws a step; logs and checkpoints to `folder`, and
+    losses for TensorBoard where it is installed.
 
     On a CPU the draws of a step run side by side, a thread each: small models keep more cores busy so than by splitting
     every product over all of them. Several processes share the draws, which are as many more as leave none idle, and
@@ -96,7 +98,8 @@ def run(
     step = load_checkpoint(folder, model, optimizer, average)
     processes.wait_for_everyone()  # who is ahead must not save what another has yet to read
     if processes.is_main_process:
-        _cut_log(folder / "log.jsonl", step)
+        cut_log(folder / "log.jsonl", step)
+    board = _board(folder, step) if processes.is_main_process else None
     on_step(step, before=True)
     started = saved = time.monotonic()
     recent: list[float] = []
@@ -128,6 +131,9 @@ def run(
                     row |= {} if held_out is None else {"validation_loss": round(held_out, 5)}
                 with (folder / "log.jsonl").open("a") as log:
                     log.write(json.dumps(row | {"seconds": round(time.monotonic() - started, 1)}) + "\n")
+                for name in ("loss", "validation_loss") if board else ():
+                    if name in row:
+                        board.add_scalar(name, row[name], step)
             due = time.monotonic() - saved > CHECKPOINT_SECONDS
             if step % CHECKPOINT_STEPS == 0 or step == steps or due:
                 save_checkpoint(folder, model, optimizer, step, average)
@@ -135,8 +141,19 @@ def run(
             if step % SAMPLE_STEPS == 0 or step == steps:
                 with averaged():
                     show(step)
+    if board:
+        board.close()
     if average:
         average.copy_to(trained)
+
+
+def _board(folder: Path, step: int) -> Any:
+    """TensorBoard's writer of losses after `step` into `folder`, or None where it is not installed."""
+    try:
+        from torch.utils.tensorboard import SummaryWriter
+    except ImportError:
+        return None
+    return SummaryWriter(str(folder), purge_step=step)
 
 
 def _summed(trained: list[torch.nn.Parameter], loss: float) -> float:
@@ -149,7 +166,7 @@ def _summed(trained: list[torch.nn.Parameter], loss: float) -> float:
     return flat[-1].item()
 
 
-def _cut_log(path: Path, step: int) -> None:
+def cut_log(path: Path, step: int) -> None:
     """Drops what an interrupted run logged after its last checkpoint, and will log again, and a line cut short."""
     if path.exists():
         kept = []

@@ -9,10 +9,12 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import lru_cache
+from importlib.metadata import version
 from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
+from . import __version__
 from .errors import UsageError, one_line
 
 if TYPE_CHECKING:
@@ -94,6 +96,11 @@ def conv_rate(dtype: "torch.dtype", seconds: float = 0.1) -> float:
         for shape in ((1, 64, 270, 480), (64, 64, 3, 3))
     )
     return _rate(lambda: torch.nn.functional.conv2d(x, weight, padding=1), 2 * x.numel() * 64 * 9, seconds)
+
+
+def versions() -> dict[str, str]:
+    """Of this tool, and of the libraries that values come from."""
+    return {"atlasvid": __version__} | {name: version(name) for name in ("torch", "diffusers", "transformers", "av")}
 
 
 def gemm_rate(size: int | None = None, seconds: float = 0.1, dtype: str | None = None) -> float:

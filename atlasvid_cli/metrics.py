@@ -30,7 +30,8 @@ ZOOMS = (1.0, 1.1, 1.2)
 
 @dataclass(frozen=True)
 class Detection:
-    """What was seen: None where nothing was. Positions in frame heights, speed in frame extents a second."""
+    """What was seen: None where nothing was. Speed in frame extents a second; `unsteady` is how far it is off in a
+    quarter of the clip at most, as a part of it."""
 
     colour: str | None
     shape: str | None
@@ -39,6 +40,7 @@ class Detection:
     ground_colour: str | None
     ground: str | None
     speed: float | None
+    unsteady: float | None = None
 
 
 class Component(NamedTuple):
@@ -75,7 +77,7 @@ def detect(frames: list[np.ndarray], seconds: float) -> Detection:
     shape: str | None = max(world.SHAPES, key=lambda s: sum(thing.likeness[s] for _, thing in seen))
     if shape and sum(thing.likeness[shape] for _, thing in seen) < ALIKE * len(seen):
         shape = None
-    direction = speed = None
+    direction = speed = unsteady = None
     if len(seen) >= 2:
         (i, a), (j, b) = seen[0], seen[-1]
         dx, dy = b.x - a.x, b.y - a.y
@@ -85,7 +87,20 @@ def detect(frames: list[np.ndarray], seconds: float) -> Detection:
             direction = ("right" if dx > 0 else "left") if horizontal else ("down" if dy > 0 else "up")
             height, width, _ = frames[0].shape
             speed = abs(dx) / (width / height) / elapsed if horizontal else abs(dy) / elapsed
-    return Detection(colour, shape, direction, count, ground_colour, ground, speed)
+            unsteady = _unsteady([(i, thing.x if horizontal else thing.y) for i, thing in seen])
+    return Detection(colour, shape, direction, count, ground_colour, ground, speed, unsteady)
+
+
+def _unsteady(places: list[tuple[int, float]]) -> float | None:
+    """How far the speed between quarters of the (frame, place) is from the whole's; None where there are too few."""
+    if len(places) < 5:
+        return None
+    ends = [places[round(k * (len(places) - 1) / 4)] for k in range(5)]
+
+    def speed(a: tuple[int, float], b: tuple[int, float]) -> float:
+        return (b[1] - a[1]) / (b[0] - a[0])
+
+    return max(abs(speed(a, b) / speed(ends[0], ends[-1]) - 1) for a, b in itertools.pairwise(ends))
 
 
 def seam_energy(frame: np.ndarray, rows: list[int], columns: list[int]) -> tuple[float, float]:

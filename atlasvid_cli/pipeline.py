@@ -8,6 +8,7 @@ import shutil
 import time
 from collections.abc import Iterator
 from fractions import Fraction
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -35,6 +36,7 @@ from .encode import encode_stream
 from .enlarge import enlarge
 from .errors import RenderError
 from .footage import Clip, read_clip
+from .machine import versions
 from .model import TextContext, text_context
 from .plan import Plan, Stage
 from .proxy import Expert, sample_proxy
@@ -51,11 +53,15 @@ def render(
     session: Session, plan: Plan, prompt: str, negative_prompt: str, run_dir: Path, output: Path, progress: Console
 ) -> dict[str, Any]:
     """The whole path. Returns what a batch event reports."""
-    started = time.monotonic()
+    marks = [time.monotonic()]
     proxy = make_proxy(session, plan, prompt, negative_prompt, run_dir, progress)
+    marks.append(time.monotonic())
     latents = refine(session, plan, proxy, run_dir, progress)
+    marks.append(time.monotonic())
     video = decode(session, latents, output, plan.request.codec, progress, spool=run_dir)
-    seconds = round(time.monotonic() - started, 2)
+    marks.append(time.monotonic())
+    spent = {name: round(b - a, 2) for name, (a, b) in zip(("proxy", "detail", "decode"), pairwise(marks), strict=True)}
+    seconds = round(marks[-1] - marks[0], 2)
     event = {
         "video": str(video),
         "preview": str(sheet_of(video)),
@@ -68,6 +74,9 @@ def render(
         "job": job_hash(session, plan, prompt, negative_prompt),
         "video_bytes": video.stat().st_size,
         "event": event,
+        "weights": {"proxy": session.hash("proxy"), "detail": session.hash("detail"), "vae": session.vae_hash},
+        "versions": versions(),
+        "stage_seconds": spent,
         "render_seconds": seconds,
     }
     store.write_json(run_dir / "run.json", record)

@@ -28,12 +28,14 @@ from .windows import borders
 Attributes = tuple[str, str, str, str, str]  # as `world.sample_attributes` gives them
 
 FRAMES = 9  # looked at in each video, evenly spread
+STEADY = 0.15  # of its speed may an object's be off in a quarter of the video
 
 
 @dataclass(frozen=True)
 class Assessment:
     """What was seen in a video: which attributes came true, how many objects there are beyond the one asked for,
-    [on window borders, elsewhere] the gradient energy, that of a true render, dB of coherence, pixels of edge width."""
+    [on window borders, elsewhere] the gradient energy, that of a true render, dB of coherence, pixels of edge width,
+    and how unsteady the object's speed is."""
 
     right: dict[str, bool]
     repetition: int
@@ -41,6 +43,7 @@ class Assessment:
     true_energy: list[float]
     coherence: float
     edge_width: float | None
+    unsteady: float | None = None
 
 
 def held_out_prompts(count: int) -> list[tuple[str, Attributes]]:
@@ -103,8 +106,8 @@ def check(request: Request, flag: str = "--quality") -> Plan:
 def run(request: Request, count: int, folder: Path, console: Console) -> dict[str, Any]:
     """Renders `count` held-out prompts into `folder` and looks at them; finished identical ones are kept.
 
-    In how many each attribute came true, and all of them; in how many no object shows beside the one asked for; the
-    seam statistic; the mean coherence in dB; the median edge width (DESIGN §9).
+    In how many each attribute came true, and all of them; in how many no object shows beside the one asked for, and in
+    how many its speed is steady; the seam statistic; the mean coherence in dB; the median edge width (DESIGN §9).
     """
     check_resources(check(request), folder.absolute(), videos=count)
     session = Session(request.preset, request.model_path)
@@ -129,6 +132,7 @@ def run(request: Request, count: int, folder: Path, console: Console) -> dict[st
         "prompts": count,
         "right": right | {"all of these": sum(all(s.right.values()) for s in seen)},
         "not_repeated": sum(s.repetition == 0 for s in seen),
+        "steady": sum(s.unsteady is not None and s.unsteady <= STEADY for s in seen),
         "seam": round(seam_ratio(seen), 3),
         "coherence_db": round(float(np.mean([s.coherence for s in seen])), 1),
         "edge_width_px": round(float(np.median(widths)), 1) if widths else None,
@@ -162,6 +166,7 @@ def assess(plan: Plan, frames: list[np.ndarray], proxy: list[np.ndarray], attrib
         true,
         coherence(plan, frames, proxy),
         float(np.median(widths)) if widths else None,
+        found.unsteady,
     )
 
 

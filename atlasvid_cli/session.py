@@ -217,6 +217,11 @@ class Session:
                 if prompt in found:
                     found[prompt] = made
         known = [embedding for p in prompts if (embedding := found[p])]
+        self.tell_ignored(known, console)
+        return [embedding.states for embedding in known]
+
+    def tell_ignored(self, known: list[Embedding], console: Console) -> None:
+        """Warns, once, of words that the model does not know and of what is longer than it reads."""
         for word in dict.fromkeys(word for embedding in known for word in embedding.unknown):
             if f"word {word}" not in self._warned:
                 self._warned.add(f"word {word}")
@@ -226,7 +231,6 @@ class Session:
                 self._warned.add(f"text {text}")
                 length, begins = self.preset.transformer.text_length, " ".join(text.split()[:6])
                 console.warn(f"a prompt is longer than the {length} tokens that are read; left out from {begins!r} on")
-        return [embedding.states for embedding in known]
 
     def _kept(self, prompt: str) -> Embedding | None:
         return self._embeddings.get(prompt) or self._cache.read(prompt)

@@ -23,13 +23,13 @@ def show_plan(plan: "Plan", console: "Console", folder: Path, run_dir: Path | No
     """Prints the plan of so many `videos` in `folder`, a table or with --json an object, and warns where they do not
     fit here."""
     from .console import duration
-    from .cost import check_resources
+    from .cost import check_resources, offload_of
     from .cost import rows as costs_of
 
     rows, misfit = [], None
     try:
         rows = costs_of(plan)
-        check_resources(plan, folder, run_dir, videos)
+        check_resources(plan, folder, run_dir, videos, rows)
     except ResourceError as error:
         misfit = str(error)
         console.warn(misfit)
@@ -55,7 +55,11 @@ def show_plan(plan: "Plan", console: "Console", folder: Path, run_dir: Path | No
     title = f"{summary['size']} x {summary['seconds']:g} s, {frames}, preset {summary['preset']}"
     title += f": about {duration(total)}"
     title += f" each, {duration(total * videos)} for {videos} videos" if videos > 1 else ""
+    title += f", --offload {offload_of(plan)}" if on_gpu else ""
     if console.json_lines:
-        console.emit({**plan.to_json(), "rows": rows, "videos": videos, "fits": misfit is None}, title)
+        console.emit(
+            {**plan.to_json(), "offload": offload_of(plan), "rows": rows, "videos": videos, "fits": misfit is None},
+            title,
+        )
     else:
         console.table(title, shown, asked_for=True)

@@ -114,10 +114,30 @@ def make(session: Session, job: Job, console: Console) -> Path:
         job.stage, base, preset.proxy.time_ratio, ratios, preset.detail.windows, preset.detail.streams
     )
     folder = store.run_directory(job.work, f"{job.stage}-{key}")
-    if job.stage == "detail":
-        with processes.main_process_first():
-            _wear(session, [*trained, *held_out], embed, folder, console)
-            _enlarge(session, [*trained, *held_out], folder, console)
+    with store.lock(folder) if processes.is_main_process else contextlib.nullcontext():
+        if job.stage == "detail":
+            with processes.main_process_first():
+                _wear(session, [*trained, *held_out], embed, folder, console)
+                _enlarge(session, [*trained, *held_out], folder, console)
+        model = _trained(session, job, folder, trained, held_out, embed, lr, console)
+        if processes.is_main_process:
+            train.save_adapter(model, job.output, metadata | {"run": key})
+    processes.wait_for_everyone()
+    return job.output
+
+
+def _trained(
+    session: Session,
+    job: Job,
+    folder: Path,
+    trained: list[dict],
+    held_out: list[dict],
+    embed: train.Embed,
+    lr: float,
+    console: Console,
+) -> WanTransformer3DModel:
+    """The base with the adapter, trained on samples; checkpoints and the log lie in `folder`."""
+    preset = session.preset
     model = _trainable(session)
     bare = _trainable(session) if job.stage == "detail" and preset.detail.streams == "proxy" else model
     torch.manual_seed(job.seed)
@@ -126,8 +146,7 @@ def make(session: Session, job: Job, console: Console) -> Path:
         if parameter.requires_grad:
             parameter.data = parameter.data.float()  # bfloat16 would lose updates as small as theirs
     sampler = Sampler(session, job.stage, bare, model, held_out, embed, folder / "samples")
-    alone = store.lock(folder) if processes.is_main_process else contextlib.nullcontext()
-    with alone, console.stage(f"train {job.stage}", job.steps) as advance:
+    with console.stage(f"train {job.stage}", job.steps) as advance:
         if job.stage == "proxy":
             train.train_clips(
                 model,
@@ -164,10 +183,7 @@ def make(session: Session, job: Job, console: Console) -> Path:
                 training=preset.training,
                 show=sampler.show,
             )
-        if processes.is_main_process:
-            train.save_adapter(model, job.output, metadata | {"run": key})
-    processes.wait_for_everyone()
-    return job.output
+    return model
 
 
 def _wear(session: Session, samples: list[dict], embed: train.Embed, folder: Path, console: Console) -> None:
@@ -202,7 +218,8 @@ def _enlarge(session: Session, samples: list[dict], folder: Path, console: Conso
             kept = tensor_file.open_tensors(path)[0]
         except InputError:  # missing, or damaged
             with console.stage("enlarged proxies", len(samples)) as advance:
-                add_enlarged(session.vae(), samples, time_ratio, advance)
+                vae = load_vae(session.folder).to(session.device)  # of no more use than here
+                add_enlarged(vae, samples, time_ratio, advance)
             kept = {f"{i}.{name}": s[name] for i, s in enumerate(samples) for name in names if name in s}
             tensor_file.save_tensors(path, kept, {})
         for key, tensor in kept.items():
@@ -258,8 +275,7 @@ def embedder(session: Session, prompts: list[str], work: Path, console: Console)
     cache = EmbeddingCache(work / f"text-{model_hash(session.folder, 'text_encoder')}")
     missing = [p for p in dict.fromkeys(("", *prompts)) if cache.read(p) is None]
     made = session.encode(missing) if missing else []
-    if unknown := list(dict.fromkeys(word for embedding in made for word in embedding.unknown)):
-        console.warn(f"preset {session.preset.name} does not know these words and ignores them: {' '.join(unknown)}")
+    session.tell_ignored(made, console)
     for prompt, embedding in zip(missing, made, strict=True):
         cache.write(prompt, embedding)
 

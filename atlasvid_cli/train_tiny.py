@@ -9,6 +9,7 @@ import math
 import random
 from collections.abc import Callable
 from copy import deepcopy
+from dataclasses import asdict
 from functools import lru_cache, partial
 from pathlib import Path
 
@@ -21,7 +22,7 @@ from .causal import hold_still
 from .checkpoint import save_folder
 from .encode import encode_clips
 from .presets import load_preset
-from .store import write_json
+from .store import artefact_hash, write_json
 from .text import encode_prompts
 from .wear import add_enlarged, add_worn
 from .weights import load_transformer, model_hash
@@ -205,7 +206,9 @@ def make(work: Path, out: Path) -> None:
         model = load_transformer(out)
         torch.manual_seed(2)
         model.add_adapter(train.lora_config(DETAIL_RANK))
-        run = work / f"detail-{model_hash(out, 'vae', 'transformer', 'proxy_lora.safetensors')}"
+        told = {"steps": DETAIL_STEPS, "detail": asdict(detail), "samples": SAMPLES, "rank": DETAIL_RANK}
+        weights = model_hash(out, "vae", "transformer", "proxy_lora.safetensors")
+        run = work / f"detail-{weights}-{artefact_hash(told)}"
         train.train_detail(model, model, run, data, embed, DETAIL_STEPS, 3e-3, detail, accumulate=4)
         fits = model_hash(out, "transformer")
         metadata = train.adapter_metadata("detail", fits, 4, dataset.DETAIL_RATIOS, detail.windows)

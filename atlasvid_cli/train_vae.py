@@ -18,6 +18,7 @@ from diffusers.models.autoencoders.vae import DiagonalGaussianDistribution
 
 from . import world
 from .checkpoint import load_checkpoint, save_checkpoint
+from .loop import cut_log
 from .machine import cpu_autocast
 from .optim import Optimizer, learning_rate
 from .vae_clips import clip_moments, clip_pixels
@@ -179,6 +180,7 @@ def train(
     """
     named, optimizer = _optimizer(vae, lr)
     step = load_checkpoint(folder, vae, optimizer)
+    cut_log(folder / "log.jsonl", step)
     started = time.monotonic()
     while step < steps:
         count, size, frames = shapes[step % len(shapes)]
@@ -264,6 +266,7 @@ def distil_encoder(
     """
     named, optimizer = _optimizer(let_learn(vae, "encoder.", "quant_conv."), lr)
     step, z = load_checkpoint(folder, vae, optimizer), vae.config.z_dim
+    cut_log(folder / "log.jsonl", step)
     while step < steps:
         rng = random.Random(f"{seed}/{step}/disturbed")
         x = disturbed(batch(seed, step, *shapes[step % len(shapes)]), rng)

@@ -5,6 +5,7 @@ import os
 import random
 import subprocess
 import sys
+import types
 
 import pytest
 import torch
@@ -49,6 +50,25 @@ def fit(folder, training, steps=40, validate=None):
 def test_each_lowers_the_loss(tmp_path, kind):
     _, rows = fit(tmp_path, Training(kind), steps=150)
     assert rows[-1]["loss"] < 0.6 * rows[0]["loss"]
+
+
+def test_tensorboard_gets_the_losses_where_it_is_installed(tmp_path, monkeypatch):
+    told = []
+
+    class Writer:
+        def __init__(self, folder, purge_step):
+            told.append((folder, purge_step))
+
+        def add_scalar(self, *scalar):
+            told.append(scalar)
+
+        def close(self):
+            told.append("closed")
+
+    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", types.SimpleNamespace(SummaryWriter=Writer))
+    _, rows = fit(tmp_path, Training("adamw"), steps=20, validate=lambda: 0.5)
+    losses = [(name, row[name], row["step"]) for row in rows for name in ("loss", "validation_loss")]
+    assert told == [(str(tmp_path), 0), *losses, "closed"]
 
 
 @pytest.mark.parametrize("ema", [0.0, 0.9])

@@ -77,6 +77,14 @@ def test_speed_is_measured(scenes):
         assert found.speed == pytest.approx(scene.speed / extent, rel=0.05)
 
 
+def test_a_steady_speed_is_and_a_changing_one_is_not(scenes):
+    for scene in scenes[:10]:
+        assert detect(frames_of(scene, count=9), 4.0).unsteady < 0.1
+        pixels = world.render(scene, 4 * torch.linspace(0, 1, 9) ** 1.5, 160, 256)
+        faster = [((f + 1) * 127.5).round().byte().permute(1, 2, 0).numpy() for f in pixels.unbind(1)]
+        assert detect(faster, 4.0).unsteady > 0.15
+
+
 def test_components_of_a_ring_and_a_dot():
     mask = np.zeros((9, 9), bool)
     mask[1:8, 1:8] = True

@@ -1,6 +1,7 @@
 """The whole path on random weights: files, resumption, regions, refusals."""
 
 import hashlib
+import json
 from dataclasses import replace
 from fractions import Fraction
 from itertools import islice
@@ -17,6 +18,7 @@ from atlasvid_cli.errors import InputError, RenderError, UsageError
 from atlasvid_cli.footage import open_clip
 from atlasvid_cli.parse import Lora
 from atlasvid_cli.plan import Request, make_plan
+from atlasvid_cli.presets import presets_folder
 from atlasvid_cli.session import Session
 from atlasvid_cli.video import probe, read_frames, write_video
 
@@ -50,11 +52,17 @@ def latents(path):
     return tensor_file.open_tensors(path)[0]["latents"]
 
 
-def test_the_folder_is_a_plain_diffusers_folder(session):
-    native = WanPipeline.from_pretrained(session.folder, torch_dtype=torch.float32)
+@pytest.mark.parametrize("shipped", [False, True])
+def test_the_folder_is_a_plain_diffusers_folder(session, shipped):
+    folder = presets_folder() / "tiny" if shipped else session.folder
+    native = WanPipeline.from_pretrained(folder, torch_dtype=torch.float32)
     native.set_progress_bar_config(disable=True)
     video = native(PROMPT, height=64, width=64, num_frames=5, num_inference_steps=2, max_sequence_length=512)
     assert video.frames.shape == (1, 5, 64, 64, 3)
+
+
+def test_the_shipped_weights_are_small():
+    assert sum(file.stat().st_size for file in (presets_folder() / "tiny").rglob("*.safetensors")) <= 25_000_000
 
 
 def test_render_makes_exactly_what_was_asked(session, request_, console, tmp_path):
@@ -64,7 +72,10 @@ def test_render_makes_exactly_what_was_asked(session, request_, console, tmp_pat
     assert found["metadata"]["prompt"] == PROMPT and found["color_space"] == "bt709"
     assert event["video"] == str(tmp_path / "a.mp4")
     assert (tmp_path / "run" / "proxy.mp4").exists() and (tmp_path / "run" / "proxy.mp4.sheet.png").exists()
-    assert (tmp_path / "a.mp4.sheet.png").exists() and (tmp_path / "run" / "run.json").exists()
+    assert (tmp_path / "a.mp4.sheet.png").exists()
+    record = json.loads((tmp_path / "run" / "run.json").read_text())
+    assert {"torch", "diffusers", "av"} <= record["versions"].keys() and record["weights"]["vae"] == session.vae_hash
+    assert sum(record["stage_seconds"].values()) == pytest.approx(record["render_seconds"], abs=0.05)
     assert not list((tmp_path / "run").glob("*.state.*"))
 
 
