@@ -131,8 +131,8 @@ def run(
                     row |= {} if held_out is None else {"validation_loss": round(held_out, 5)}
                 with (folder / "log.jsonl").open("a") as log:
                     log.write(json.dumps(row | {"seconds": round(time.monotonic() - started, 1)}) + "\n")
-                for name in ("loss", "validation_loss") if board else ():
-                    if name in row:
+                if board:
+                    for name in row.keys() & {"loss", "validation_loss"}:
                         board.add_scalar(name, row[name], step)
             due = time.monotonic() - saved > CHECKPOINT_SECONDS
             if step % CHECKPOINT_STEPS == 0 or step == steps or due:
