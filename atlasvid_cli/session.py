@@ -16,7 +16,7 @@ from .embeddings import Embedding, EmbeddingCache, cache_folder
 from .errors import ResourceError, UsageError
 from .lora import check_lora, merge_lora
 from .machine import available_vram, check_compiler, compute_device, decode_dtype
-from .memory import Offload, WeightDtype, fits_gpu
+from .memory import Offload, WeightDtype, fits_gpu, model_bytes
 from .offload import check_weight_dtype, narrow, place
 from .parse import Lora
 from .plan import Request
@@ -33,6 +33,8 @@ from .weights import (
     model_folder,
     model_hash,
 )
+
+SMALL = 64 << 20  # bytes of a transformer that a batch keeps beside the next one: no plan notices
 
 # What a stage costs without an adapter of its own, as stock weights have none.
 UNTRAINED = {
@@ -268,10 +270,12 @@ class Session:
         return "transformer_2" if self.preset.experts and (second or stage == "detail") else "transformer"
 
     def _make_room(self, part: str) -> None:
-        """Lets go of what `part` replaces, and on a GPU of everything: 4K leaves no room for two models."""
+        """Lets go of what `part` replaces, unless it is small, and on a GPU of everything: 4K leaves no room for two
+        models."""
+        on_gpu, size = self.device.type == "cuda", model_bytes(self.preset, compute_device())
         for key in list(self._parts):
-            if self.device.type == "cuda" or key.startswith(part):
+            if on_gpu or (key.startswith(part) and size > SMALL):
                 del self._parts[key]
-        if self.device.type == "cuda":
+        if on_gpu:
             gc.collect()
             torch.cuda.empty_cache()

@@ -113,6 +113,18 @@ def test_both_models_of_one_stream_are_loaded_once_a_batch(random_preset, consol
     assert first[0] is not first[1] and ours.detail_models("none", console) == first and len(loads) == 2
 
 
+@pytest.mark.parametrize(("small", "loads"), [(1 << 30, ["proxy", "detail"]), (0, ["proxy", "detail"] * 2)])
+def test_a_batch_keeps_small_models_and_lets_large_ones_go(random_preset, console, tmp_path, monkeypatch, small, loads):
+    monkeypatch.setattr(session, "SMALL", small)
+    ours, seen, load = Session(str(random_preset)), [], session.load_transformer
+    monkeypatch.setattr(session, "load_transformer", lambda *a: seen.append(a[2]) or load(*a))
+    for seed in (1, 2):
+        plan = make_plan(Request(str(random_preset), 256, 192, Fraction(1, 2), seed=seed))
+        run = tmp_path / str(seed)
+        pipeline.render(ours, plan, "a red ball", "", run, run / "a.mp4", console)
+    assert seen == loads
+
+
 def test_training_free_detail_starts_from_the_proxy(stock_preset, console, tmp_path):
     """Windows do not see the proxy, so all that the detail can have of it is where it starts."""
     ours = Session(str(stock_preset))
