@@ -90,9 +90,7 @@ class Console:
         """Prints `rows` on stderr, or what was `asked_for` on stdout, one column a key of the first."""
         if not rows:
             return
-        table = Table(
-            title=Text(title, "bold"), title_justify="left", box=box.SIMPLE, show_edge=False, padding=(0, 1, 0, 0)
-        )
+        table = Table(title=Text(title, "bold"), title_justify="left", box=box.SIMPLE, show_edge=False, padding=0)
         for i, key in enumerate(rows[0]):
             values = [str(row.get(key, "")).replace(",", "").replace(".", "") for row in rows]
             numeric = any(values) and all(value.isdigit() for value in filter(None, values))
