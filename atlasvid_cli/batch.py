@@ -33,6 +33,8 @@ def run_batch(
     from .video import CODECS, check_target, suffix_for
 
     resolved = make_plan(request)
+    if not items:
+        return console.note("no prompt falls to this shard: there are fewer than shards")
     suffix = suffix_for(request.codec) if kind == "video" else ".safetensors"
     base = (output or Path()).absolute()
     with usable(base):

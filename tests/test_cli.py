@@ -186,6 +186,8 @@ def test_a_dry_run_of_a_batch_plans_all_of_it_and_looks_at_its_names(run, tmp_pa
     (tmp_path / "p.txt").write_text("a red ball\na blue star\n")
     code, out, _ = run("render", "--prompt-file", "p.txt", *RENDER, "--dry-run", "--json")
     assert code == 0 and json.loads(out)["videos"] == 2
+    code, out, err = run("render", "--prompt-file", "p.txt", *RENDER, "--shard", "3/3")
+    assert code == 0 and not out and "no prompt falls to this shard" in err
     code, _, err = run("render", "--prompt-file", "p.txt", *RENDER, "--dry-run", "-o", "x.mp4")
     assert code == 2 and "folder" in err and not (tmp_path / "runs").exists()
 
