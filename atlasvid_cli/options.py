@@ -26,6 +26,13 @@ Steps = Annotated[
 LevelSteps = Annotated[
     int | None, typer.Option("--steps", min=1, max=1000, help="Denoising steps of every level [default: the preset's].")
 ]
+LevelGuidance = Annotated[
+    float | None,
+    typer.Option("--guidance-scale", help="Classifier-free guidance of every level; 1 turns it off."),
+]
+LevelShift = Annotated[
+    float | None, typer.Option("--flow-shift", help="Time shift of every level's flow-matching schedule.")
+]
 Guidance = Annotated[
     float | None, typer.Option("--guidance-scale", help="Classifier-free guidance of the proxy; 1 turns it off.")
 ]

@@ -36,7 +36,10 @@ METHOD = (
 
 @dataclass(frozen=True)
 class Request:
-    """What the user asked for. Sizes in pixels; `region` (x, y, w, h), `frames` (first, end), `clip` as the proxy."""
+    """What the user asked for. Sizes in pixels; `region` (x, y, w, h), `frames` (first, end), `clip` as the proxy.
+
+    `steps`, `guidance_scale` and `flow_shift` are of the proxy, or where that is there already of the levels above it.
+    """
 
     preset: str
     width: int
@@ -303,18 +306,19 @@ def make_plan(
             raise UsageError(f"the proxy is shorter than {float(request.seconds):g} s; make a longer one")
         base = proxy
     stage_1 = proxy_stage(preset, base, time_ratio)
-    stage_1 = dataclasses.replace(stage_1, flow_shift=request.flow_shift or stage_1.flow_shift)
-    if request.steps and proxy is None:
-        stage_1 = dataclasses.replace(stage_1, steps=request.steps)
-    if (guidance := request.guidance_scale) is not None:  # both experts follow it
-        experts = preset.experts and dataclasses.replace(preset.experts, guidance_scale=guidance)
-        stage_1 = dataclasses.replace(stage_1, guidance_scale=guidance, experts=experts)
+    given = {name: getattr(request, name) for name in ("steps", "guidance_scale", "flow_shift")}
+    given = {name: value for name, value in given.items() if value is not None}  # of the proxy, or of the levels above
+    if proxy is None:
+        stage_1 = dataclasses.replace(stage_1, **given)
+        if stage_1.experts and "guidance_scale" in given:  # both follow it
+            experts = dataclasses.replace(stage_1.experts, guidance_scale=given["guidance_scale"])
+            stage_1 = dataclasses.replace(stage_1, experts=experts)
     levels = []
     for i, (grid, ratio) in enumerate(shapes.climb(base, target, detail.max_ratio)):
         from_proxy = i == 0 and time_ratio == preset.proxy.time_ratio  # and not from an earlier result
         level = detail.first if from_proxy else detail.upper
         stage = level_stage(detail, level, grid, ratio, 1 if i else time_ratio)
-        levels.append(dataclasses.replace(stage, steps=request.steps) if request.steps and proxy else stage)
+        levels.append(stage if proxy is None else dataclasses.replace(stage, **given))
     return Plan(request, preset, fps, written, scale, stage_1, tuple(levels), proxy is not None)
 
 

@@ -4,11 +4,13 @@ import hashlib
 import json
 import os
 import random
+import resource
 import shutil
 import signal
 import subprocess
 import sys
 import time
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -28,8 +30,8 @@ OPTIONS = {
     " --debug --dry-run --flow-shift --fps --from-video --guidance-scale --json --model-path --negative-prompt --output"
     " --preset --prompt-file --res --seconds --seed --shard --steps",
     "refine": "--attention-backend --compile --lora --offload --weight-dtype --strict"
-    " --chunk --codec --debug --dry-run --fps --frames --json --model-path --output --preset --region --res"
-    " --run-dir --seed --steps",
+    " --chunk --codec --debug --dry-run --flow-shift --fps --frames --guidance-scale --json --model-path --output"
+    " --preset --region --res --run-dir --seed --steps",
     "decode": "--codec --debug --json --model-path --output --preset",
     "plan": "--offload --weight-dtype --chunk --codec --debug --fps --guidance-scale --json --preset --res --seconds"
     " --steps",
@@ -491,6 +493,32 @@ def test_what_a_clip_cannot_give_is_said_before_anything_loads(run, tmp_path, mo
     monkeypatch.setattr("atlasvid_cli.request.MAX_SECONDS", 0.25)
     code, _, err = run("proxy", "--from-video", "a.mp4")
     assert code == 2 and "--seconds" in err
+
+
+@contextmanager
+def files_limited_to(size):
+    """What a full disk or a quota does: files cannot grow beyond `size` bytes."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, hard))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+
+
+def test_a_full_disk_is_told_and_leaves_nothing_half_written(run, random_preset, tmp_path):
+    command = ["render", "a red ball", *RENDER, "--preset", random_preset, "-o", "a.mp4", "--json"]
+    with files_limited_to(1 << 12):
+        code, out, err = run(*command)
+    assert code == 4 and "full" in err and not out
+    code, out, _ = run(*command)
+    assert code == 0
+    [kept] = tmp_path.glob("runs/*/detail.safetensors")
+    before = {path for path in tmp_path.rglob("*") if path.is_file()}
+    with files_limited_to(1 << 12):
+        code, _, err = run("decode", kept, "--preset", random_preset, "--codec", "ffv1", "-o", "b.mkv")
+    assert code == 4 and "full" in err
+    assert {path for path in tmp_path.rglob("*") if path.is_file()} == before
 
 
 @pytest.mark.parametrize("stage", ["proxy.state", "level-1.state", "detail.safetensors"])

@@ -36,6 +36,19 @@ def test_a_proxy_is_known_by_the_length_and_rate_that_refine_takes_over(change):
     assert plan.proxy == other.proxy and plan.key(plan.proxy) != other.key(other.proxy)
 
 
+def test_sampling_flags_are_of_the_proxy_or_where_that_is_there_of_the_levels_above():
+    """As a LoRA for few steps wants them."""
+    few = {"steps": 4, "guidance_scale": 1.0, "flow_shift": 5.0}
+    for preset in ("wan2.1-1.3b", "wan2.2-a14b"):
+        plain = make_plan(Request(preset, 1280, 720, Fraction(5)))
+        of_proxy = make_plan(Request(preset, 1280, 720, Fraction(5), **few))
+        given = make_plan(Request(preset, 1280, 720, Fraction(5), **few), plain.proxy.grid, plain.proxy_fps)
+        sampled = [(s.steps, s.guidance_scale, s.flow_shift) for s in (of_proxy.proxy, *given.levels)]
+        assert set(sampled) == {(4, 1.0, 5.0)}
+        assert of_proxy.levels == plain.levels and plain.levels[0].steps > 4 and given.levels[0].passes == 1
+        assert plain.proxy.experts is None or of_proxy.proxy.experts.guidance_scale == 1.0
+
+
 def test_a_region_is_planned_as_what_is_sampled_of_it():
     request = dataclasses.replace(REQUEST, width=3840, height=2160)
     whole = make_plan(request)
