@@ -37,7 +37,7 @@ from .machine import available_ram, compute_device, copy_rate, decode_dtype, gem
 from .measure import KERNELS, Timing, random_model
 from .plan import Plan, Request, make_plan
 from .session import Session
-from .weights import has_folder, load_text, load_transformer
+from .weights import load_text, load_transformer
 
 SIZES = ((1, "1/4"), (1, "1/2"), (0.35, "1"), (0.5, "1"), (0.75, "1"))  # (side, seconds) of the growth fit
 
@@ -52,7 +52,7 @@ def run(request: Request, steps: int | None, repeats: int, seconds: float, conso
     plan = make_plan(request)
     steps = steps or plan.proxy.steps
     # on a GPU sessions load a part whenever it is needed, which would be timed: there, random weights and samples
-    at_hand = bool(request.model_path) or has_folder(plan.preset, None)
+    at_hand = bool(request.model_path) or plan.preset.folder.is_dir()
     has_weights = at_hand and compute_device().kind == "cpu"
     if has_weights and expected_seconds(plan) * repeats <= seconds:
         _check_memory(plan)
