@@ -90,14 +90,17 @@ class Console:
         """Prints `rows` on stderr, or what was `asked_for` on stdout, one column a key of the first."""
         if not rows:
             return
-        table = Table(title=Text(title, "bold"), title_justify="left", box=box.SIMPLE, show_edge=False, padding=0)
+        table = Table(box=box.SIMPLE, show_edge=False, padding=0)
         for i, key in enumerate(rows[0]):
             values = [str(row.get(key, "")).replace(",", "").replace(".", "") for row in rows]
             numeric = any(values) and all(value.isdigit() for value in filter(None, values))
             table.add_column(key, justify="right" if numeric else "left", overflow="fold", no_wrap=numeric or i == 0)
         for row in rows:
             table.add_row(*(Text(str(row.get(key, ""))) for key in rows[0]))
-        (RichConsole(markup=False, highlight=False, emoji=False) if asked_for else self._rich).print(table)
+        to = RichConsole(markup=False, highlight=False, emoji=False) if asked_for else self._rich
+        if title:
+            to.print(Text(title, "bold"), soft_wrap=True)  # a table's own is no wider than the table
+        to.print(table)
 
     @contextmanager
     def stage(self, name: str, total: int) -> Iterator[Callable[..., None]]:
