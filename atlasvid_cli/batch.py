@@ -148,9 +148,9 @@ def proxy_one(
     kept = run / "proxy.safetensors"
     with store.lock(store.run_directory(run.parent, run.name)):
         if target.exists() and not kept.exists() and artefacts.describe(target)["vae"] == session.vae_hash:
-            pipeline.publish(target, kept)  # its run was deleted
+            store.publish(target, kept)  # its run was deleted
         made = pipeline.make_proxy(session, plan, item.prompt, negative, run, console)
         if not target.exists():
-            pipeline.publish(made, target)
+            store.publish(made, target)
     event = {"proxy": str(target), "preview": str(run / "proxy.mp4"), "run_dir": str(run)}
     return event | ({"status": "skipped", "skipped": True} if skipped else {})

@@ -4,7 +4,6 @@ Stages are separated by files in the run directory, so resuming, rerunning a sta
 """
 
 import json
-import shutil
 import time
 from collections.abc import Iterator
 from fractions import Fraction
@@ -94,12 +93,6 @@ def finished_video(
         return {**record["event"], "status": "skipped", "skipped": True} if same else None
     except (OSError, ValueError, KeyError, TypeError):
         return None
-
-
-def publish(made: Path, target: Path) -> None:
-    """Copies a result of the run directory to where the user wants it."""
-    with store.atomic(target) as file, made.open("rb") as source:
-        shutil.copyfileobj(source, file)
 
 
 def make_proxy(

@@ -151,14 +151,9 @@ class Plan:
     @property
     def region(self) -> tuple[Shape, Shape]:
         """The first and the end tokens (t, h, w) of the part of the last level that is asked for."""
-        geometry, grid, pixels = self.preset.geometry, self.target, self.preset.geometry.token_pixels
         x, y, w, h = self.request.region or (0, 0, self.request.width, self.request.height)
-        x, y, w, h = (v * self.scale for v in (x, y, w, h))
-        first, end = self.request.frames or (0, self.frames)
-        # latent t > 0 holds frames temporal*(t-1)+1 .. temporal*t
-        start = (-(-first // geometry.temporal), y // pixels, x // pixels)
-        stop = (-(-(end - 1) // geometry.temporal) + 1, -(-(y + h) // pixels), -(-(x + w) // pixels))
-        return start, (min(stop[0], grid.t), min(stop[1], grid.h), min(stop[2], grid.w))
+        box = x * self.scale, y * self.scale, w * self.scale, h * self.scale
+        return shapes.tokens_of(box, self.request.frames or (0, self.frames), self.target, self.preset.geometry)
 
     def sampled(self, stage: Stage) -> Grid:
         """The grid that a stage computes: of a region's level that part and its halo."""

@@ -72,6 +72,17 @@ def proxy_latent(t: int, time_ratio: int) -> int:
     return -(-t // time_ratio)
 
 
+def tokens_of(
+    box: tuple[int, int, int, int], frames: tuple[int, int], grid: Grid, geometry: Geometry
+) -> tuple[Shape, Shape]:
+    """The first and the end tokens (t, h, w) of a grid that hold a box (x, y, w, h) in pixels of frames first..end."""
+    (x, y, w, h), (first, end), pixels, temporal = box, frames, geometry.token_pixels, geometry.temporal
+    # latent t > 0 holds frames temporal*(t-1)+1 .. temporal*t
+    start = (-(-first // temporal), y // pixels, x // pixels)
+    stop = (-(-(end - 1) // temporal) + 1, -(-(y + h) // pixels), -(-(x + w) // pixels))
+    return start, (min(stop[0], grid.t), min(stop[1], grid.h), min(stop[2], grid.w))
+
+
 def with_halo(start: Shape, end: Shape, grid: Grid, halo: Shape) -> tuple[Shape, Shape]:
     """A box of tokens (t, h, w) and `halo` of them to either side, within the grid."""
     (t, h, w), (to_t, to_h, to_w), (a, b, c) = start, end, halo

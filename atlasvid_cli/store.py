@@ -6,6 +6,7 @@ import glob
 import hashlib
 import json
 import os
+import shutil
 import threading
 import uuid
 from collections.abc import Iterator, Mapping
@@ -89,6 +90,12 @@ def atomic(path: Path) -> Iterator[IO[bytes]]:
     """A file to write that becomes `path` when the block ends well, and otherwise leaves nothing behind."""
     with replacing(path, ".tmp") as made, made.open("wb") as file:
         yield file
+
+
+def publish(made: Path, target: Path) -> None:
+    """Copies a result of the run directory to where the user wants it."""
+    with atomic(target) as file, made.open("rb") as source:
+        shutil.copyfileobj(source, file)
 
 
 @contextmanager
