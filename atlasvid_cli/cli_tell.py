@@ -27,12 +27,16 @@ def plan(
     chunk: opt.Chunk = None,
     offload: opt.OffloadMode = "auto",
     weight_dtype: opt.WeightDtype = "auto",
+    vram_gib: opt.Vram = None,
     codec: opt.CodecName = "h264",
     as_json: opt.Json = False,
     debug: opt.Debug = False,
 ) -> None:
     """What a render would take: tokens, windows, FLOPs, memory, disk and time. Nothing is loaded."""
     from .console import Console
+
+    if vram_gib is not None:
+        check_finite("--vram-gib", vram_gib, 1)
 
     request = make_request(
         res,
@@ -46,9 +50,11 @@ def plan(
         offload=offload,
         weight_dtype=weight_dtype,
     )
+    from .machine import machine_with_gpu
     from .plan import make_plan
 
-    show_plan(make_plan(request), Console(as_json), Path())
+    machine = None if vram_gib is None else machine_with_gpu(vram_gib)
+    show_plan(make_plan(request), Console(as_json), Path(), machine=machine)
 
 
 def bench(

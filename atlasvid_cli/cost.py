@@ -1,4 +1,4 @@
-"""What a plan costs on this machine: bytes, FLOPs and seconds a stage, before anything loads."""
+"""What a plan costs on a machine, by default this one: bytes, FLOPs and seconds a stage, before anything loads."""
 
 import dataclasses
 import math
@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from .errors import ResourceError
-from .machine import available_ram, available_vram, compute_device, conv_rate, decode_dtype, disk_of, gemm_rate
+from .machine import Machine, available_ram, conv_rate, decode_dtype, disk_of, gemm_rate, this_machine
 from .memory import OFFLOADS, Memory, Offload, detail_memory, model_bytes, proxy_memory, text_memory
 from .plan import Plan, Stage
 from .presets import Preset
@@ -35,11 +35,11 @@ DECODED = ("preview", "decode")  # stages that make frames of latents
 KEPT = {4: 1.15, 2: 1.95}
 
 
-def memory(plan: Plan, stage: Stage, offload: Offload) -> Memory:
+def memory(plan: Plan, stage: Stage, offload: Offload, machine: Machine) -> Memory:
     """What a stage needs beside the program."""
     narrow = plan.request.weight_dtype != "auto"
     if stage is plan.proxy:
-        return proxy_memory(plan.preset, stage.grid.tokens, offload, compute_device(), narrow)
+        return proxy_memory(plan.preset, stage.grid.tokens, offload, machine.device, narrow)
     from .windows import aligned_span
 
     detail, below, grid = plan.preset.detail, plan.below(stage), plan.sampled(stage)
@@ -54,38 +54,43 @@ def memory(plan: Plan, stage: Stage, offload: Offload) -> Memory:
         # of a region also where it starts and what surrounds it, and the whole video's, as it starts, was and becomes
         copies * grid.tokens + (3 * stage.grid.tokens if plan.is_region else 0),
         offload,
-        compute_device(),
+        machine.device,
         narrow,
         max(map(math.prod, spans)) if detail.proxy_attention else 0,
         stage.together,
     )
 
 
-def offload_of(plan: Plan) -> Offload:
+def offload_of(plan: Plan, machine: Machine | None = None) -> Offload:
     """The way to offload that was asked for, or else the least that fits the compute device."""
     if plan.request.offload:
         return plan.request.offload
-    on_cpu, free = compute_device().kind == "cpu", available_vram()
+    machine = machine or this_machine()
     for offload in OFFLOADS[:-1]:
-        needed = max(memory(plan, stage, offload).device for _, stage in plan.own_stages())
-        if on_cpu or needed + PROGRAM_VRAM <= free:
+        needed = max(memory(plan, stage, offload, machine).device for _, stage in plan.own_stages())
+        if machine.device.kind == "cpu" or needed + PROGRAM_VRAM <= machine.vram:
             return offload
     return OFFLOADS[-1]
 
 
-def rows(plan: Plan) -> list[dict[str, Any]]:
-    """One row a stage: tokens, windows, flops, bytes, seconds (a projection from a GEMM timed just now)."""
-    gemm = gemm_rate()
-    convolutions = conv_rate(decode_dtype(plan.preset.decode_dtype)) * DECODE_EFFICIENCY
-    made = [] if plan.request.clip and plan.request.proxy_only else [_text_row(plan, gemm * EFFICIENCY)]
-    made += [_encode_row(plan, convolutions)] if plan.request.clip else []
+def rows(plan: Plan, machine: Machine | None = None) -> list[dict[str, Any]]:
+    """One row a stage: tokens, windows, flops, bytes, seconds (a projection from a GEMM timed just now; None for a
+    machine that is not this one)."""
+    machine = machine or this_machine()
+    gemm = convolutions = math.nan
+    if machine.is_here:
+        gemm = gemm_rate() * EFFICIENCY
+        convolutions = conv_rate(decode_dtype(plan.preset.decode_dtype)) * DECODE_EFFICIENCY
+    made = [] if plan.request.clip and plan.request.proxy_only else [_text_row(plan, gemm, machine)]
+    made += [_encode_row(plan, convolutions, machine)] if plan.request.clip else []
+    offload = offload_of(plan, machine) if plan.own_stages() else "none"
     for name, stage in plan.own_stages():
-        flops, needed = plan.flops(stage), memory(plan, stage, offload_of(plan))
-        seconds = flops / (gemm * EFFICIENCY)
-        if compute_device().kind == "cuda":
+        flops, needed = plan.flops(stage), memory(plan, stage, offload, machine)
+        seconds = flops / gemm
+        if machine.device.kind == "cuda":
             seconds = max(seconds, LAUNCH * _chunks(plan, stage) * stage.forwards())
         if stage.in_pixels:
-            convolved, held = _enlarging(plan, stage)
+            convolved, held = _enlarging(plan, stage, machine)
             flops += convolved
             seconds += convolved / convolutions
             needed = Memory(max(needed.device, held.device), max(needed.host, held.host))
@@ -101,12 +106,17 @@ def rows(plan: Plan) -> list[dict[str, Any]]:
                 "ram_bytes": PROGRAM_BYTES + needed.host,
                 "vram_bytes": needed.device and PROGRAM_VRAM + needed.device,
                 "disk_bytes": disk * 2,
-                "seconds": round(seconds, 1),
+                "seconds": seconds,
             }
         )
     if plan.request.proxy_only:
-        return [*made, _decode_row(plan, "preview", plan.proxy.grid, *plan.proxy_size, convolutions)]
-    return [*made, _decode_row(plan, "decode", plan.target, plan.request.width, plan.request.height, convolutions)]
+        made.append(_decode_row(plan, "preview", plan.proxy.grid, *plan.proxy_size, convolutions, machine))
+    else:
+        size = plan.request.width, plan.request.height
+        made.append(_decode_row(plan, "decode", plan.target, *size, convolutions, machine))
+    for row in made:
+        row["seconds"] = round(row["seconds"], 1) if machine.is_here else None
+    return made
 
 
 def _chunks(plan: Plan, stage: Stage) -> int:
@@ -123,29 +133,29 @@ def _chunks(plan: Plan, stage: Stage) -> int:
     return sum(cycle[i % len(cycle)] for i in range(layers))
 
 
-def _enlarging(plan: Plan, stage: Stage) -> tuple[int, Memory]:
+def _enlarging(plan: Plan, stage: Stage, machine: Machine) -> tuple[int, Memory]:
     """FLOPs and bytes of decoding the level below and encoding it as large as a stage."""
     from .vae_cost import decode_flops, encode_bytes, encode_flops, overlap
 
     config, patch = dataclasses.asdict(plan.preset.vae), plan.preset.geometry.patch
     below, grid = plan.below(stage), stage.grid
     h, w = below.h * patch, below.w * patch
-    flops = round(below.t * decode_flops(config, h, w) * overlap(config, h, w, vae_tile(plan.preset, h, w)))
+    flops = round(below.t * decode_flops(config, h, w) * overlap(config, h, w, vae_tile(plan.preset, h, w, machine)))
     flops += grid.t * encode_flops(config, grid.h * patch, grid.w * patch)
-    pixels, size = plan.preset.geometry.token_pixels, decode_dtype(plan.preset.decode_dtype).itemsize
-    held = decode_memory(plan.preset, (below.t, h, w), below.w * pixels, below.h * pixels)
+    pixels, size = plan.preset.geometry.token_pixels, _vae_itemsize(plan.preset, machine)
+    held = decode_memory(plan.preset, (below.t, h, w), below.w * pixels, below.h * pixels, machine)
     encoder = int(KEPT[size] * encode_bytes(config, grid.h * patch, grid.w * patch, size))
     large = 2 * 4 * 3 * grid.h * grid.w * pixels**2  # a frame in fp32 as it is made, and the last one
     latents = grid.tokens * plan.preset.transformer.channels * patch**2 * 4
-    if compute_device().kind == "cuda":
+    if machine.device.kind == "cuda":
         return flops, Memory(held.device + encoder, held.host + latents + large)
     return flops, Memory(0, held.host + encoder + latents + large)
 
 
-def _text_row(plan: Plan, rate: float) -> dict[str, Any]:
+def _text_row(plan: Plan, rate: float, machine: Machine) -> dict[str, Any]:
     """The text encoder on a prompt of full length, as if no embedding were cached."""
     text, tokens = plan.preset.text, plan.preset.transformer.text_length
-    needed = text_memory(plan.preset, available_vram(), compute_device())
+    needed = text_memory(plan.preset, machine.vram, machine.device)
     flops = 2 * (text.parameters - text.looked_up) * tokens
     return {
         "stage": "text",
@@ -157,7 +167,7 @@ def _text_row(plan: Plan, rate: float) -> dict[str, Any]:
         "ram_bytes": PROGRAM_BYTES + needed.host,
         "vram_bytes": needed.device and PROGRAM_VRAM + needed.device,
         "disk_bytes": 0,
-        "seconds": round(flops / rate, 1),
+        "seconds": flops / rate,
     }
 
 
@@ -178,19 +188,23 @@ def check_resources(
     run_dir: Path | None = None,
     videos: int = 1,
     costs: list[dict[str, Any]] | None = None,
+    machine: Machine | None = None,
 ) -> None:
     """Raises ResourceError, before anything is loaded, where memory will not do, or the disk for so many `videos`.
 
     `run_dir` takes the latents; without it they lie beside the video. `costs` are the plan's `rows`, where they are
-    known.
+    known. Of a `machine` that is not this one only the GPU's memory is known.
     """
-    costs = rows(plan) if costs is None else costs
+    machine = machine or this_machine()
+    costs = rows(plan, machine) if costs is None else costs
     tightest = max(costs, key=lambda r: r["vram_bytes"], default=None)
-    if tightest and tightest["vram_bytes"] > available_vram():
+    if tightest and tightest["vram_bytes"] > machine.vram:
         raise ResourceError(
             f"the {tightest['stage']} stage needs {tightest['vram_bytes'] / GIB:.1f} GiB of GPU memory and"
-            f" {available_vram() / GIB:.1f} GiB are free; {_remedy(tightest['stage'], '--offload host, a smaller')}"
+            f" {machine.vram / GIB:.1f} GiB are free; {_remedy(tightest['stage'], '--offload host, a smaller')}"
         )
+    if not machine.is_here:
+        return
     worst = max(costs, key=lambda r: r["ram_bytes"], default=None)
     available = available_ram()
     if worst and worst["ram_bytes"] > available:
@@ -228,14 +242,14 @@ def _remedy(stage: str, smaller: str) -> str:
     return f"choose --weight-dtype int8, {smaller} --chunk"
 
 
-def _encode_row(plan: Plan, rate: float) -> dict[str, Any]:
+def _encode_row(plan: Plan, rate: float, machine: Machine) -> dict[str, Any]:
     """A clip as the proxy."""
     from .vae_cost import encode_bytes, encode_flops
 
     config, grid, patch = dataclasses.asdict(plan.preset.vae), plan.proxy.grid, plan.preset.geometry.patch
-    size, (h, w) = decode_dtype(plan.preset.decode_dtype).itemsize, (grid.h * patch, grid.w * patch)
+    size, (h, w) = _vae_itemsize(plan.preset, machine), (grid.h * patch, grid.w * patch)
     encoder = int(KEPT[size] * encode_bytes(config, h, w, size)) + plan.preset.vae_parameters * size
-    on_gpu = compute_device().kind == "cuda"
+    on_gpu = machine.device.kind == "cuda"
     flops = grid.t * encode_flops(config, h, w)
     return {
         "stage": "encode",
@@ -247,18 +261,21 @@ def _encode_row(plan: Plan, rate: float) -> dict[str, Any]:
         "ram_bytes": PROGRAM_BYTES + (0 if on_gpu else encoder),
         "vram_bytes": PROGRAM_VRAM + encoder if on_gpu else 0,
         "disk_bytes": 2 * grid.tokens * plan.preset.transformer.channels * patch**2 * 4,
-        "seconds": round(flops / rate, 1),
+        "seconds": flops / rate,
     }
 
 
-def _decode_row(plan: Plan, stage: str, grid: Grid, width: int, height: int, rate: float) -> dict[str, Any]:
+def _decode_row(
+    plan: Plan, stage: str, grid: Grid, width: int, height: int, rate: float, machine: Machine
+) -> dict[str, Any]:
     from .vae_cost import decode_flops, overlap, spool_bytes
 
     config = dataclasses.asdict(plan.preset.vae)
     h, w = grid.h * plan.preset.geometry.patch, grid.w * plan.preset.geometry.patch
-    needed, tile = decode_memory(plan.preset, (grid.t, h, w), width, height), vae_tile(plan.preset, h, w)
-    stays = compute_device().kind == "cpu" and bool(plan.own_stages())  # the transformer, for the next video
-    host = needed.host + (model_bytes(plan.preset, compute_device()) if stays else 0)
+    needed = decode_memory(plan.preset, (grid.t, h, w), width, height, machine)
+    tile = vae_tile(plan.preset, h, w, machine)
+    stays = machine.device.kind == "cpu" and bool(plan.own_stages())  # the transformer, for the next video
+    host = needed.host + (model_bytes(plan.preset, machine.device) if stays else 0)
     flops = round(decode_flops(config, h, w) * grid.t * overlap(config, h, w, tile))
     return {
         "stage": stage,
@@ -270,21 +287,21 @@ def _decode_row(plan: Plan, stage: str, grid: Grid, width: int, height: int, rat
         "ram_bytes": PROGRAM_BYTES + host,
         "vram_bytes": needed.device and PROGRAM_VRAM + needed.device,
         "disk_bytes": (spool_bytes(config, grid.t, h, w) if tile else 0) + video_bytes(plan),
-        "seconds": round(flops / rate, 1),
+        "seconds": flops / rate,
     }
 
 
-def decode_memory(preset: Preset, latents: tuple[int, int, int], width: int, height: int) -> Memory:
+def decode_memory(preset: Preset, latents: tuple[int, int, int], width: int, height: int, machine: Machine) -> Memory:
     """What decoding `latents` (t, h, w) to a video of `width` x `height` pixels needs beside the program."""
     from .vae_cost import decode_bytes
 
     t, h, w = latents
-    size = decode_dtype(preset.decode_dtype).itemsize
-    decoder = int(KEPT[size] * decode_bytes(dataclasses.asdict(preset.vae), h, w, vae_tile(preset, h, w), size))
+    size, tile = _vae_itemsize(preset, machine), vae_tile(preset, h, w, machine)
+    decoder = int(KEPT[size] * decode_bytes(dataclasses.asdict(preset.vae), h, w, tile, size))
     decoder += preset.vae_parameters * size
     frames = min(ENCODER_FRAMES, 1 + preset.geometry.temporal * (t - 1))
     host = t * h * w * preset.transformer.channels * 4 + frames * ENCODER_BYTES * width * height
-    on_gpu = compute_device().kind == "cuda"
+    on_gpu = machine.device.kind == "cuda"
     return Memory(decoder, host) if on_gpu else Memory(0, host + decoder)
 
 
@@ -301,9 +318,10 @@ def check_decode(
             f"decoding writes {(tiles + video) / GIB:.1f} GiB and {folder} has {free / GIB:.1f} GiB free;"
             " free some space or choose another --output"
         )
-    needed = decode_memory(preset, latents, width, height)
+    machine = this_machine()
+    needed = decode_memory(preset, latents, width, height, machine)
     for kind, size, free in (
-        ("GPU memory", needed.device and PROGRAM_VRAM + needed.device, available_vram()),
+        ("GPU memory", needed.device and PROGRAM_VRAM + needed.device, machine.vram),
         ("memory", PROGRAM_BYTES + needed.host, available_ram()),
     ):
         if size > free:
@@ -313,10 +331,14 @@ def check_decode(
             )
 
 
-def vae_tile(preset: Preset, h: int, w: int) -> int | None:
+def vae_tile(preset: Preset, h: int, w: int, machine: Machine | None = None) -> int | None:
     """The tile side in latents with which decoding h x w latents fits in `decode_gib`; None for whole frames."""
     from .vae_cost import choose_tile
 
-    return choose_tile(
-        dataclasses.asdict(preset.vae), h, w, int(preset.decode_gib * GIB), decode_dtype(preset.decode_dtype).itemsize
-    )
+    size = _vae_itemsize(preset, machine or this_machine())
+    return choose_tile(dataclasses.asdict(preset.vae), h, w, int(preset.decode_gib * GIB), size)
+
+
+def _vae_itemsize(preset: Preset, machine: Machine) -> int:
+    """Bytes of a value in the dtype that the VAE computes in."""
+    return decode_dtype(preset.decode_dtype, machine.device).itemsize

@@ -66,6 +66,25 @@ def compute_device() -> Device:
     return Device("cpu", "cpu", "float32", 4, why)
 
 
+@dataclass(frozen=True)
+class Machine:
+    """What a plan is made for: where it computes, the bytes of GPU memory that are free there, and whether it is this
+    machine, whose rates can be timed and whose memory and disk are known."""
+
+    device: Device
+    vram: int
+    is_here: bool = True
+
+
+def this_machine() -> Machine:
+    return Machine(compute_device(), available_vram())
+
+
+def machine_with_gpu(gib: float) -> Machine:
+    """One that has a GPU with so much memory, and nothing else on it."""
+    return Machine(Device("cuda", f"a GPU of {gib:g} GiB", "bfloat16", 2, "not this machine"), int(gib * 2**30), False)
+
+
 def check_compiler(device: "torch.device") -> None:
     """Raises UsageError where torch.compile makes no kernels, as a little one shows."""
     import torch
@@ -80,11 +99,12 @@ def check_compiler(device: "torch.device") -> None:
         ) from None
 
 
-def decode_dtype(wanted: str) -> "torch.dtype":
-    """`wanted`, the dtype that a preset's VAE bears, where this device multiplies it, else float32."""
+def decode_dtype(wanted: str, device: Device | None = None) -> "torch.dtype":
+    """`wanted`, the dtype that a preset's VAE bears, where the device (by default this one's) multiplies it, else
+    float32."""
     import torch
 
-    return getattr(torch, wanted if wanted == compute_device().dtype else "float32")
+    return getattr(torch, wanted if wanted == (device or compute_device()).dtype else "float32")
 
 
 def conv_rate(dtype: "torch.dtype", seconds: float = 0.1) -> float:

@@ -60,6 +60,10 @@ WeightDtype = Annotated[
     Literal["auto", "int8", "fp8"],
     typer.Option("--weight-dtype", help="int8, fp8: blocks' weights in half the memory of bf16, at a small error."),
 ]
+Vram = Annotated[
+    float | None,
+    typer.Option("--vram-gib", help="Plan for a GPU with so much free memory, not for this machine; without times."),
+]
 Chunk = Annotated[int | None, typer.Option("--chunk", min=1, help="Windows computed at a time; bounds memory.")]
 CodecName = Annotated[str, typer.Option("--codec", help="h264 (8 bit), hevc10, av1, prores or ffv1 (10 bit).")]
 Output = Annotated[Path | None, typer.Option("--output", "-o", help="Where the result goes.")]

@@ -7,6 +7,7 @@ from .errors import ResourceError
 
 if TYPE_CHECKING:
     from .console import Console
+    from .machine import Machine
     from .plan import Plan
 
 
@@ -19,21 +20,28 @@ def short(flops: float) -> str:
     return f"{flops:.3g} {unit}" if flops < 1000 else f"{flops:,.0f} {unit}"
 
 
-def show_plan(plan: "Plan", console: "Console", folder: Path, run_dir: Path | None = None, videos: int = 1) -> None:
+def show_plan(
+    plan: "Plan",
+    console: "Console",
+    folder: Path,
+    run_dir: Path | None = None,
+    videos: int = 1,
+    machine: "Machine | None" = None,
+) -> None:
     """Prints the plan of so many `videos` in `folder`, a table or with --json an object, and warns where they do not
-    fit here."""
+    fit the `machine`, by default this one."""
     from .console import duration
     from .cost import check_resources, offload_of
     from .cost import rows as costs_of
 
-    rows, misfit = [], None
+    rows, misfit = costs_of(plan, machine), None
     try:
-        rows = costs_of(plan)
-        check_resources(plan, folder, run_dir, videos, rows)
+        check_resources(plan, folder, run_dir, videos, rows, machine)
     except ResourceError as error:
         misfit = str(error)
         console.warn(misfit)
-    total = sum(r["seconds"] for r in rows)
+    is_timed = all(r["seconds"] is not None for r in rows)
+    total = sum(r["seconds"] for r in rows) if is_timed else None
     on_gpu = any(r["vram_bytes"] for r in rows)
     shown = [
         {
@@ -46,19 +54,22 @@ def show_plan(plan: "Plan", console: "Console", folder: Path, run_dir: Path | No
             **({"VRAM\nGiB": f"{r['vram_bytes'] / 2**30:.2f}"} if on_gpu else {}),
             "RAM\nGiB": f"{r['ram_bytes'] / 2**30:.2f}",
             "disk\nGiB": f"{r['disk_bytes'] / 2**30:.2f}",
-            "time": duration(r["seconds"]),
+            **({"time": duration(r["seconds"])} if is_timed else {}),
         }
         for r in rows
     ]
     summary = plan.summary
     frames = f"{summary['frames']} frame{'s' * (summary['frames'] != 1)}"
     title = f"{summary['size']} x {summary['seconds']:g} s, {frames}, preset {summary['preset']}"
-    title += f": about {duration(total)}"
-    title += f" each, {duration(total * videos)} for {videos} videos" if videos > 1 else ""
-    title += f", --offload {offload_of(plan)}" if on_gpu else ""
+    if total is not None:
+        title += f": about {duration(total)}"
+        title += f" each, {duration(total * videos)} for {videos} videos" if videos > 1 else ""
+    offload = offload_of(plan, machine)
+    title += f", --offload {offload}" if on_gpu else ""
+    title += f", {machine.device.name}" if machine else ""
     if console.json_lines:
         console.emit(
-            {**plan.to_json(), "offload": offload_of(plan), "rows": rows, "videos": videos, "fits": misfit is None},
+            {**plan.to_json(), "offload": offload, "rows": rows, "videos": videos, "fits": misfit is None},
             title,
         )
     else:

@@ -33,8 +33,8 @@ OPTIONS = {
     " --chunk --codec --debug --dry-run --flow-shift --fps --frames --guidance-scale --json --model-path --output"
     " --preset --region --res --run-dir --seed --steps",
     "decode": "--codec --debug --json --model-path --output --preset",
-    "plan": "--offload --weight-dtype --chunk --codec --debug --fps --guidance-scale --json --preset --res --seconds"
-    " --steps",
+    "plan": "--offload --weight-dtype --vram-gib --chunk --codec --debug --fps --guidance-scale --json --preset --res"
+    " --seconds --steps",
     "bench": "--ablation --budget-seconds --count --debug --html --json --large --model-path --output --preset"
     " --quality --quick --repeats --res --seconds --seeds --steps",
     "train": "--data --debug --lr --model-path --output --preset --rank --seed --steps --work",
@@ -182,6 +182,17 @@ def test_a_plan_is_data_and_says_what_does_not_fit(run, monkeypatch):
     monkeypatch.setattr("atlasvid_cli.cost.available_ram", lambda: 1 << 20)
     code, out, err = run("plan", "--res", "960x540", "--json")
     assert code == 0 and json.loads(out)["fits"] is False and "of memory and" in err
+
+
+def test_a_plan_for_another_gpu_has_its_memory_and_no_times(run):
+    command = ["plan", "--preset", "wan2.1-1.3b", "--res", "4k", "--seconds", "12", "--vram-gib"]
+    code, out, err = run(*command, "16")
+    assert code == 0 and not err and "VRAM" in out and "time" not in out and "--offload none, a GPU of 16 GiB" in out
+    found = json.loads(run(*command, "5", "--json")[1])
+    assert not found["fits"] and found["offload"] == "host" and found["rows"][0]["seconds"] is None
+    for wrong in ("nan", "0"):
+        code, _, err = run(*command, wrong)
+        assert code == 2 and "--vram-gib" in err
 
 
 def test_a_dry_run_of_a_batch_plans_all_of_it_and_looks_at_its_names(run, tmp_path):

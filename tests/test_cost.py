@@ -10,7 +10,7 @@ from transformers import UMT5EncoderModel
 from atlasvid_cli import block, cost
 from atlasvid_cli.cost import VIDEO_BYTES, check_resources, rows
 from atlasvid_cli.errors import ResourceError
-from atlasvid_cli.machine import Device
+from atlasvid_cli.machine import Device, Machine, compute_device, machine_with_gpu
 from atlasvid_cli.memory import model_bytes
 from atlasvid_cli.model import TextContext, detail_forward
 from atlasvid_cli.plan import Request, make_plan
@@ -61,7 +61,7 @@ def test_decoding_alone_needs_what_it_needs_in_a_plan(monkeypatch, tmp_path):
     patch = plan.preset.geometry.patch
     latents = plan.target.t, plan.target.h * patch, plan.target.w * patch
     [needed] = [row["ram_bytes"] for row in rows(plan) if row["stage"] == "decode"]
-    needed -= model_bytes(plan.preset, cost.compute_device())  # which stays loaded for the next video
+    needed -= model_bytes(plan.preset, compute_device())  # which stays loaded for the next video
     monkeypatch.setattr(cost, "available_ram", lambda: needed)
     cost.check_decode(plan.preset, latents, plan.request.width, plan.request.height, tmp_path, 0)
     monkeypatch.setattr(cost, "available_ram", lambda: needed - 1)
@@ -105,9 +105,7 @@ def test_a_clips_proxy_needs_no_text_encoder(tmp_path, monkeypatch):
 
 
 def test_what_decoding_lacks_on_a_gpu_decode_gib_gives(monkeypatch, tmp_path):
-    monkeypatch.setattr(cost, "compute_device", lambda: Device("cuda", "gpu", "bfloat16", 2, ""))
-    monkeypatch.setattr(cost, "available_ram", lambda: 1 << 40)
-    monkeypatch.setattr(cost, "available_vram", lambda: 9 << 30)
+    monkeypatch.setattr(cost, "this_machine", lambda: machine_with_gpu(9))
     request = Request("wan2.1-1.3b", 3840, 2160, Fraction(1), offload="host")
     with pytest.raises(ResourceError, match=r"decode stage needs .* GPU memory .* decode_gib"):
         check_resources(make_plan(request), tmp_path)
@@ -148,35 +146,33 @@ def test_a_proxy_is_not_asked_for_the_disk_of_its_video(tmp_path, monkeypatch):
     check_resources(make_plan(request), tmp_path)
 
 
-def test_wan_14b_fits_a_48_gib_gpu_in_fp8_and_not_without(monkeypatch):
+def test_wan_14b_fits_a_48_gib_gpu_in_fp8_and_not_without():
     """4K x 12 s with nothing offloaded; DESIGN §4's goal is 80 GiB, 48 with fp8 weights."""
-    gpu = Device("cuda", "a GPU", "bfloat16", 2, "test")
-    monkeypatch.setattr(cost, "compute_device", lambda: gpu)
     needed = {}
     for dtype in ("auto", "fp8"):
         request = Request("wan2.1-14b", 3840, 2160, Fraction(12), offload="none", weight_dtype=dtype)
         plan = make_plan(request)
-        needed[dtype] = max(cost.memory(plan, stage, "none").device for _, stage in plan.own_stages())
+        needed[dtype] = max(
+            cost.memory(plan, stage, "none", machine_with_gpu(80)).device for _, stage in plan.own_stages()
+        )
     assert needed["fp8"] < 48 * cost.GIB - cost.PROGRAM_VRAM < needed["auto"] < 80 * cost.GIB - cost.PROGRAM_VRAM
 
 
-def test_guidance_in_one_batch_takes_another_hidden_state(monkeypatch):
-    monkeypatch.setattr(cost, "compute_device", lambda: Device("cuda", "gpu", "bfloat16", 2, ""))
+def test_guidance_in_one_batch_takes_another_hidden_state():
     preset = load_preset("wan2.1-1.3b")
 
     def needed(batch):
         first = dataclasses.replace(preset.detail.first, guidance_batch=batch)
         changed = dataclasses.replace(preset, detail=dataclasses.replace(preset.detail, first=first))
         plan = make_plan(Request("wan2.1-1.3b", 1920, 1080, Fraction(4)), preset=changed)
-        return plan, cost.memory(plan, plan.levels[0], "none").device
+        return plan, cost.memory(plan, plan.levels[0], "none", machine_with_gpu(80)).device
 
     (plan, apart), (_, together) = needed(False), needed(True)
     assert together - apart == plan.levels[0].grid.tokens * preset.transformer.dim * 2
 
 
 def test_a_fast_gpu_still_takes_a_while_for_each_chunk_of_windows(random_preset, monkeypatch):
-    monkeypatch.setattr(cost, "compute_device", lambda: Device("cuda", "a GPU", "bfloat16", 2, "test"))
-    monkeypatch.setattr(cost, "available_vram", lambda: 80 * cost.GIB)
+    gpu = Machine(Device("cuda", "a GPU", "bfloat16", 2, "test"), 80 * cost.GIB)
     for rate in ("gemm_rate", "conv_rate"):
         monkeypatch.setattr(cost, rate, lambda *dtype: 1e18)
     plan = make_plan(Request(str(random_preset), 512, 384, Fraction(2), chunk=2))
@@ -187,5 +183,22 @@ def test_a_fast_gpu_still_takes_a_while_for_each_chunk_of_windows(random_preset,
     tokens = torch.zeros(stage.grid.tokens, 16)
     with torch.no_grad():
         detail_forward(weights, tokens, stage.grid, 500, text, None, plan.preset.detail.layouts, plan.chunk)
-    row = next(row for row in rows(plan) if row["stage"] == plan.named_stages()[-1][0])
+    row = next(row for row in rows(plan, gpu) if row["stage"] == plan.named_stages()[-1][0])
     assert row["seconds"] == pytest.approx(cost.LAUNCH * len(calls) * stage.forwards(), abs=0.06)
+
+
+@pytest.mark.parametrize(("gib", "offload"), [(16, "none"), (9, "block"), (8, "host"), (7, None)])
+def test_a_plan_for_another_gpu_offloads_as_little_as_fits_it(tmp_path, monkeypatch, gib, offload):
+    """Wan2.1 1.3B at 4K x 12 s: DESIGN §4's goal is 16 GiB. This machine's memory and disk are not asked for."""
+    for name in ("available_ram", "disk_of", "gemm_rate", "conv_rate"):
+        monkeypatch.setattr(cost, name, lambda *args: pytest.fail("this machine was asked"))
+    preset = dataclasses.replace(load_preset("wan2.1-1.3b"), decode_gib=4.0)
+    plan, machine = make_plan(Request("wan2.1-1.3b", 3840, 2160, Fraction(12)), preset=preset), machine_with_gpu(gib)
+    costs = rows(plan, machine)
+    assert all(row["seconds"] is None for row in costs)
+    if offload:
+        assert cost.offload_of(plan, machine) == offload
+        check_resources(plan, tmp_path, costs=costs, machine=machine)
+    else:
+        with pytest.raises(ResourceError, match="GPU memory"):
+            check_resources(plan, tmp_path, costs=costs, machine=machine)
