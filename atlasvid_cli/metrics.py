@@ -213,8 +213,11 @@ def _nearest(frame: np.ndarray) -> np.ndarray:
 def _objects(frame: np.ndarray) -> tuple[list[Thing], str | None]:
     """The objects in a frame, largest first within a colour, and the ground's colour."""
     height, nearest = frame.shape[0], _nearest(frame)
+    found = np.bincount(nearest.reshape(-1), minlength=len(NAMES))
     things = []
     for index in range(len(world.COLOURS)):
+        if found[index] < SMALLEST * nearest.size:
+            continue
         mask = nearest == index
         for part in sorted(components(mask), reverse=True):
             if SMALLEST <= part.pixels / nearest.size <= LARGEST:
@@ -222,8 +225,10 @@ def _objects(frame: np.ndarray) -> tuple[list[Thing], str | None]:
                 things.append(
                     Thing(NAMES[index], part.x / height, part.y / height, _likeness(mask[top:bottom, left:right]))
                 )
-    grounds = Counter(NAMES[i][7:] for i in nearest[nearest >= len(world.COLOURS)].tolist())
-    return things, grounds.most_common(1)[0][0] if grounds else None
+    grounds: Counter[str] = Counter()
+    for name, pixels in zip(NAMES[len(world.COLOURS) :], found[len(world.COLOURS) :].tolist(), strict=True):
+        grounds[name[7:]] += pixels
+    return things, grounds.most_common(1)[0][0] if grounds.total() else None
 
 
 def _likeness(mask: np.ndarray) -> dict[str, float]:
@@ -255,15 +260,15 @@ def _ground_pattern(frames: list[np.ndarray], colour: str) -> str:
     light, dark = (tone.numpy() for tone in world.ground_tones(colour))
     axis = (dark - light) / ((dark - light) ** 2).sum()
     names, patterns = _patterns(*frames[0].shape[:2])
-    scores = np.zeros(len(names))
-    for frame in frames:
-        ground = _nearest(frame).reshape(-1) >= len(world.COLOURS)
-        darkness = (frame.reshape(-1, 3)[ground] / 255 - light) @ axis
-        there = patterns[:, ground]
-        there = there - there.mean(1, keepdims=True)
-        darkness = darkness - darkness.mean()
-        scores += there @ darkness / np.maximum(np.linalg.norm(there, axis=1) * np.linalg.norm(darkness), 1e-9)
-    return names[int(scores.argmax())]
+    ground = np.stack([_nearest(f).reshape(-1) >= len(world.COLOURS) for f in frames], axis=1)
+    darkness = np.stack([(f.reshape(-1, 3) / 255 - light) @ axis for f in frames], axis=1)
+    pixels = np.maximum(ground.sum(0), 1)
+    darkness = np.where(ground, darkness - (darkness * ground).sum(0) / pixels, 0)
+    # sums over each frame's ground, so that no pattern is copied
+    there = ground.astype(np.float64)
+    variance = np.square(patterns) @ there - np.square(patterns @ there) / pixels
+    scales = np.sqrt(np.maximum(variance, 0)) * np.linalg.norm(darkness, axis=0)
+    return names[int((patterns @ darkness / np.maximum(scales, 1e-9)).sum(1).argmax())]
 
 
 @cache
@@ -277,7 +282,7 @@ def _patterns(height: int, width: int) -> tuple[list[str], np.ndarray]:
             for b in PHASES if ground in ("checkerboard", "hills") else PHASES[:1]:
                 names.append(ground)
                 patterns.append(world.ground_mix(ground, (float(a), float(b)), x, y, pixel).flatten().numpy())
-    return names, np.stack(patterns)
+    return names, np.stack(patterns).astype(np.float64)
 
 
 def components(mask: np.ndarray) -> list[Component]:
@@ -285,8 +290,12 @@ def components(mask: np.ndarray) -> list[Component]:
 
     Runs of each row are joined with the runs above that they touch (union-find).
     """
-    parents: list[int] = []
-    runs: list[tuple[int, int, int]] = []  # (row, first column, end)
+    steps = np.diff(np.pad(mask, ((0, 0), (1, 1))).astype(np.int8), axis=1)
+    y, start = np.nonzero(steps == 1)  # of the runs, row by row and from left to right
+    end = np.nonzero(steps == -1)[1]
+    if len(y) == 0:
+        return []
+    parents = list(range(len(y)))
 
     def root(i: int) -> int:
         while parents[i] != i:
@@ -294,28 +303,30 @@ def components(mask: np.ndarray) -> list[Component]:
             i = parents[i]
         return i
 
-    above: list[int] = []
-    for y, row in enumerate(mask):
-        edges = np.flatnonzero(np.diff(np.concatenate(([0], row.astype(np.int8), [0]))))
-        here = []
-        for a, b in zip(edges[::2].tolist(), edges[1::2].tolist(), strict=True):
-            label = len(parents)
-            parents.append(label)
-            runs.append((y, a, b))
-            for other in above:
-                _, c, d = runs[other]
-                if a < d and c < b:
-                    parents[root(label)] = root(other)
-            here.append(label)
-        above = here
-    members: dict[int, list[tuple[int, int, int]]] = {}
-    for label, run in enumerate(runs):
-        members.setdefault(root(label), []).append(run)
-    return [_component(np.array(parts)) for parts in members.values()]
-
-
-def _component(runs: np.ndarray) -> Component:
-    y, a, b = runs.T
-    pixels = int((b - a).sum())
-    x_mean, y_mean = float(((a + b - 1) / 2 * (b - a)).sum() / pixels), float((y * (b - a)).sum() / pixels)
-    return Component(pixels, x_mean, y_mean, (int(a.min()), int(y.min()), int(b.max()), int(y.max()) + 1))
+    rows, starts, ends, above = y.tolist(), start.tolist(), end.tolist(), 0
+    for run, (row, a, b) in enumerate(zip(rows, starts, ends, strict=True)):
+        while rows[above] < row - 1 or (rows[above] == row - 1 and ends[above] <= a):
+            above += 1
+        touched = above
+        while rows[touched] == row - 1 and starts[touched] < b:
+            parents[root(run)] = root(touched)
+            touched += 1
+    roots = np.array([root(run) for run in range(len(rows))])
+    order = np.argsort(roots, kind="stable")
+    first = np.flatnonzero(np.diff(roots[order], prepend=-1))  # run of each component, in that order
+    y, start, end = y[order], start[order], end[order]
+    pixels = np.add.reduceat(end - start, first)
+    x_mean = np.add.reduceat((start + end - 1) / 2 * (end - start), first) / pixels
+    y_mean = np.add.reduceat(y * (end - start), first) / pixels
+    boxes = (
+        np.minimum.reduceat(start, first),
+        np.minimum.reduceat(y, first),
+        np.maximum.reduceat(end, first),
+        np.maximum.reduceat(y, first) + 1,
+    )
+    return [
+        Component(n, x, y, (left, top, right, bottom))
+        for n, x, y, left, top, right, bottom in zip(
+            *(column.tolist() for column in (pixels, x_mean, y_mean, *boxes)), strict=True
+        )
+    ]
