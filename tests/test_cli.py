@@ -532,28 +532,38 @@ def test_a_full_disk_is_told_and_leaves_nothing_half_written(run, random_preset,
     assert {path for path in tmp_path.rglob("*") if path.is_file()} == before
 
 
-@pytest.mark.parametrize("stage", ["proxy.state", "level-1.state", "detail.safetensors"])
-def test_a_run_killed_by_the_system_continues_to_the_same_bytes(random_preset, tmp_path, stage):
-    def command(name):
-        return [sys.executable, "-m", "atlasvid_cli.cli", "render", "a red ball", "--preset", str(random_preset),
-                "--res", "448x256", "--seconds", "2", "-o", str(tmp_path / name / "a.mp4")]  # fmt: skip
+def render_command(random_preset, folder):
+    return [sys.executable, "-m", "atlasvid_cli.cli", "render", "a red ball", "--preset", str(random_preset),
+            "--res", "448x256", "--seconds", "2", "-o", str(folder / "a.mp4")]  # fmt: skip
 
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    process = subprocess.Popen(command("killed"), env=environment, stderr=subprocess.DEVNULL)
+
+ONE_THREAD = {**os.environ, "OMP_NUM_THREADS": "1"}
+
+
+@pytest.fixture(scope="module")
+def whole(random_preset, tmp_path_factory):
+    """The folder of a render that was never killed."""
+    folder = tmp_path_factory.mktemp("whole")
+    subprocess.run(render_command(random_preset, folder), env=ONE_THREAD, check=True, capture_output=True)
+    return folder
+
+
+@pytest.mark.parametrize("stage", ["proxy.state", "level-1.state", "detail.safetensors"])
+def test_a_run_killed_by_the_system_continues_to_the_same_bytes(random_preset, whole, tmp_path, stage):
+    command = render_command(random_preset, tmp_path)
+    process = subprocess.Popen(command, env=ONE_THREAD, stderr=subprocess.DEVNULL)
     deadline = time.monotonic() + 60
     while process.poll() is None and time.monotonic() < deadline:
-        if list((tmp_path / "killed").glob(f"runs/*/{stage}*")):
+        if list(tmp_path.glob(f"runs/*/{stage}*")):
             process.send_signal(signal.SIGKILL)
             break
         time.sleep(0.002)
     process.wait()
-    assert not (tmp_path / "killed" / "a.mp4").exists(), "the run ended before it could be killed"
-    for name in ("killed", "whole"):
-        subprocess.run(command(name), env=environment, check=True, capture_output=True)
-    assert digest(tmp_path / "killed" / "a.mp4") == digest(tmp_path / "whole" / "a.mp4")
-    for file in ("proxy.safetensors", "detail.safetensors"):
-        killed, whole = (next((tmp_path / n).glob(f"runs/*/{file}")) for n in ("killed", "whole"))
-        assert digest(killed) == digest(whole)
+    assert not (tmp_path / "a.mp4").exists(), "the run ended before it could be killed"
+    subprocess.run(command, env=ONE_THREAD, check=True, capture_output=True)
+    for file in ("a.mp4", "runs/*/proxy.safetensors", "runs/*/detail.safetensors"):
+        killed, never = (next(folder.glob(file)) for folder in (tmp_path, whole))
+        assert digest(killed) == digest(never)
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
