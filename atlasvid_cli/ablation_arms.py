@@ -100,7 +100,7 @@ def _native(session: Session) -> Arm:
     @cache
     def load() -> WanPipeline:
         text, model = load_text(session.folder), load_transformer(session.folder, dtype=session.dtype)
-        scheduler = load_scheduler(session.folder, session.preset.proxy.flow_shift)
+        scheduler = load_scheduler(session.folder, session.preset.proxy.flow_shift, session.preset.proxy.sampler)
         pipe = WanPipeline(*text, session.vae(), scheduler, model).to(session.device)
         pipe.set_progress_bar_config(disable=True)
         return pipe

@@ -167,7 +167,7 @@ def native_arm(bench: Bench, plan: Plan, steps: int, frames: list[torch.Tensor])
     reset_peak()
     pipe = None
     if bench.proxy:
-        scheduler = load_scheduler(bench.proxy.folder, plan.proxy.flow_shift)
+        scheduler = load_scheduler(bench.proxy.folder, plan.proxy.flow_shift, plan.proxy.sampler)
         pipe = WanPipeline(*bench.text, bench.vae, scheduler, bench.model)
         pipe.set_progress_bar_config(disable=True)
         texts = (PROMPT, config.negative_prompt, passes > 1)

@@ -37,6 +37,10 @@ Guidance = Annotated[
     float | None, typer.Option("--guidance-scale", help="Classifier-free guidance of the proxy; 1 turns it off.")
 ]
 Shift = Annotated[float | None, typer.Option("--flow-shift", help="Time shift of the proxy's flow-matching schedule.")]
+ProxySampler = Annotated[
+    Literal["unipc", "euler"] | None,
+    typer.Option("--sampler", help="Of the proxy [default: the preset's]; few-step LoRAs mostly want euler."),
+]
 PresetName = Annotated[str, typer.Option("--preset", help="A preset by name, or the path of a .toml file.")]
 SavedPreset = Annotated[str | None, typer.Option("--preset", help="Preset [default: the one the file names].")]
 ModelPath = Annotated[str | None, typer.Option("--model-path", help="Model folder or hub id instead of the preset's.")]

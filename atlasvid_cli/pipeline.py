@@ -163,7 +163,7 @@ def _sample_proxy(
         advance(resume[0] if resume else 0, before=True)
         return sample_proxy(
             expert_at,
-            load_scheduler(session.folder, stage.flow_shift),
+            load_scheduler(session.folder, stage.flow_shift, stage.sampler),
             stage,
             size.channels,
             session.preset.geometry.patch,

@@ -12,7 +12,7 @@ from .errors import UsageError
 from .flops import context_flops, detail_flops, full_flops, linear_flops
 from .memory import Offload, WeightDtype
 from .parse import Lora
-from .presets import Detail, Experts, Level, Preset, Transformer, Upsample, load_preset
+from .presets import Detail, Experts, Level, Preset, Sampler, Transformer, Upsample, load_preset
 from .shapes import Grid, Shape
 
 if TYPE_CHECKING:
@@ -50,6 +50,7 @@ class Request:
     steps: int | None = None
     guidance_scale: float | None = None
     flow_shift: float | None = None
+    sampler: Sampler | None = None  # of the proxy
     chunk: int | None = None
     codec: str = "h264"
     region: tuple[int, int, int, int] | None = None
@@ -77,6 +78,7 @@ class Stage:
     strength: float
     guidance_scale: float
     flow_shift: float
+    sampler: Sampler = "euler"
     experts: Experts | None = None
     scaled_time: bool = True
     guidance_interval: tuple[float, float] = (0.0, 1.0)
@@ -304,7 +306,7 @@ def make_plan(
     given = {name: getattr(request, name) for name in ("steps", "guidance_scale", "flow_shift")}
     given = {name: value for name, value in given.items() if value is not None}  # of the proxy, or of the levels above
     if proxy is None:
-        stage_1 = dataclasses.replace(stage_1, **given)
+        stage_1 = dataclasses.replace(stage_1, **given, sampler=request.sampler or stage_1.sampler)
         if stage_1.experts and "guidance_scale" in given:  # both follow it
             experts = dataclasses.replace(stage_1.experts, guidance_scale=given["guidance_scale"])
             stage_1 = dataclasses.replace(stage_1, experts=experts)
@@ -321,7 +323,7 @@ def proxy_stage(preset: Preset, grid: Grid, time_ratio: int) -> Stage:
     """Stage 1 on a grid as a preset samples it."""
     proxy, whole = preset.proxy, Fraction(1)
     scales = 1.0, proxy.guidance_scale, proxy.flow_shift
-    return Stage(grid, whole, time_ratio, proxy.steps, *scales, preset.experts, proxy.scaled_time)
+    return Stage(grid, whole, time_ratio, proxy.steps, *scales, proxy.sampler, preset.experts, proxy.scaled_time)
 
 
 def level_stage(detail: Detail, level: Level, grid: Grid, ratio: Fraction, time_ratio: int) -> Stage:

@@ -59,9 +59,13 @@ class Text:
     looked_up: int
 
 
+Sampler = Literal["unipc", "euler"]
+
+
 @dataclass(frozen=True)
 class Proxy:
-    """Stage 1: `base_tokens` a latent frame, `time_ratio` r_t, and its sampling.
+    """Stage 1: `base_tokens` a latent frame, `time_ratio` r_t, and its sampling: by the base's own multistep `sampler`
+    (UniPC), or by Euler steps, for which most few-step LoRAs were distilled.
 
     Without `scaled_time` its positions are (t, y, x) and not (r_t t, y, x).
     """
@@ -71,6 +75,7 @@ class Proxy:
     steps: int
     guidance_scale: float
     flow_shift: float
+    sampler: Sampler = "unipc"
     scaled_time: bool = True
     lora: str | None = None
 

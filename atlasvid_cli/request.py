@@ -34,7 +34,8 @@ def with_clip(
     """The request with the clip of --from-video, which decides the length where `seconds` was not given."""
     if path is None:
         return request
-    sampling = {"steps": request.steps, "guidance-scale": request.guidance_scale, "flow-shift": request.flow_shift}
+    names = "steps", "guidance_scale", "flow_shift", "sampler"
+    sampling = {name.replace("_", "-"): getattr(request, name) for name in names}
     for option, value in {"prompt-file": prompt_file, **sampling}.items():
         if value is not None:
             raise UsageError(f"--{option} cannot be used with --from-video; leave one of the two out")

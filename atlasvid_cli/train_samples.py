@@ -54,7 +54,7 @@ class Sampler:
         stage = proxy_stage(preset, grid, preset.proxy.time_ratio)
         prompt, negative = self._texts(self.model, sample["caption"], preset.negative_prompt)
         expert = Expert(self.model, prompt, negative, stage.guidance_scale)
-        scheduler = load_scheduler(self.session.folder, stage.flow_shift)
+        scheduler = load_scheduler(self.session.folder, stage.flow_shift, stage.sampler)
         return sample_proxy(lambda _: expert, scheduler, stage, preset.transformer.channels, PATCH, SEED)
 
     def _detail(self, sample: dict) -> torch.Tensor:

@@ -25,7 +25,7 @@ from transformers.utils.logging import disable_progress_bar
 from . import original
 from .causal import is_still, near_pixels
 from .errors import InputError, one_line
-from .presets import Preset
+from .presets import Preset, Sampler
 
 # what reading damaged weights raises
 UNREADABLE = (OSError, ValueError, KeyError, RuntimeError, UnpicklingError, SafetensorError)
@@ -252,11 +252,16 @@ def load_text(folder: Path, dtype: torch.dtype = torch.float32) -> tuple[PreTrai
         ) from None
 
 
-def load_scheduler(folder: Path, flow_shift: float) -> UniPCMultistepScheduler:
+def load_scheduler(folder: Path, flow_shift: float, sampler: Sampler) -> UniPCMultistepScheduler:
+    """The model's own scheduler with a shift. `euler` is UniPC of the first order without its corrector, on flow sigmas
+    x - (sigma - next sigma) v exactly."""
+    settings: dict[str, Any] = {"flow_shift": flow_shift}
+    if sampler == "euler":
+        settings |= {"solver_order": 1, "disable_corrector": list(range(1000))}
     if original.is_original(folder):  # what diffusers' converted repositories say
-        return UniPCMultistepScheduler(prediction_type="flow_prediction", use_flow_sigmas=True, flow_shift=flow_shift)
+        return UniPCMultistepScheduler(prediction_type="flow_prediction", use_flow_sigmas=True, **settings)
     try:
-        return UniPCMultistepScheduler.from_pretrained(folder / "scheduler", flow_shift=flow_shift)
+        return UniPCMultistepScheduler.from_pretrained(folder / "scheduler", **settings)
     except UNREADABLE as error:
         raise InputError(
             f"the scheduler in {folder} cannot be read ({one_line(str(error))}); give another --model-path"

@@ -25,10 +25,10 @@ RENDER = ["--res", "256x192", "--seconds", "0.5"]
 OPTIONS = {
     "render": "--attention-backend --compile --lora --offload --weight-dtype --strict"
     " --chunk --codec --debug --dry-run --flow-shift --fps --from-video --guidance-scale --json --model-path"
-    " --negative-prompt --output --preset --prompt-file --res --run-dir --seconds --seed --shard --steps",
+    " --negative-prompt --output --preset --prompt-file --res --run-dir --sampler --seconds --seed --shard --steps",
     "proxy": "--attention-backend --compile --lora --offload --weight-dtype --strict"
     " --debug --dry-run --flow-shift --fps --from-video --guidance-scale --json --model-path --negative-prompt --output"
-    " --preset --prompt-file --res --seconds --seed --shard --steps",
+    " --preset --prompt-file --res --sampler --seconds --seed --shard --steps",
     "refine": "--attention-backend --compile --lora --offload --weight-dtype --strict"
     " --chunk --codec --debug --dry-run --flow-shift --fps --frames --guidance-scale --json --model-path --output"
     " --preset --region --res --run-dir --seed --steps",
@@ -120,6 +120,7 @@ def test_the_command_line_imports_nothing_heavy():
         (["render", "x", "--from-video", "absent.mp4"], 3, "absent.mp4"),
         (["proxy", "--from-video", "absent.mp4", "--prompt-file", "-"], 2, "--prompt-file"),
         (["proxy", "--from-video", "absent.mp4", "--steps", "3"], 2, "--steps"),
+        (["proxy", "--from-video", "absent.mp4", "--sampler", "euler"], 2, "--sampler"),
         (["refine", "absent.safetensors"], 3, "absent.safetensors"),
         (["info", "absent"], 3, "absent"),
         (["info", 300 * "a"], 3, "File name too long"),

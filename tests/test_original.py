@@ -178,7 +178,7 @@ def test_it_renders(checkpoint, preset, tmp_path):
 
 
 def test_the_scheduler_is_that_of_the_converted_repositories(checkpoint):
-    scheduler = load_scheduler(checkpoint, 5.0)
+    scheduler = load_scheduler(checkpoint, 5.0, "unipc")
     assert isinstance(scheduler, UniPCMultistepScheduler)
     found = scheduler.config
     assert (found.prediction_type, found.use_flow_sigmas, found.flow_shift) == ("flow_prediction", True, 5.0)

@@ -1,14 +1,17 @@
 import copy
+import itertools
 from dataclasses import replace
 
 import pytest
 import torch
 from diffusers import AutoencoderKLWan, UniPCMultistepScheduler, WanPipeline
 
-from atlasvid_cli.model import text_context
+from atlasvid_cli.model import clip_forward, patchify, text_context, unpatchify
 from atlasvid_cli.plan import Stage
 from atlasvid_cli.proxy import Expert, sample_proxy
+from atlasvid_cli.schedule import noise, sigmas
 from atlasvid_cli.shapes import Grid
+from atlasvid_cli.weights import load_scheduler
 
 
 def scheduler():
@@ -37,7 +40,8 @@ def sample(experts):
         def expert_at(timestep):
             return experts[0] if count == 1 or timestep >= 700 else experts[1]
 
-        return sample_proxy(expert_at, scheduler(), stage, 4, 2, seed, **options)
+        by = options.pop("scheduler", None) or scheduler()
+        return sample_proxy(expert_at, by, stage, 4, 2, seed, **options)
 
     return run
 
@@ -79,6 +83,39 @@ def test_a_resumed_run_ends_with_the_same_bytes(sample, killed_after, count):
     whole = sample(stage(4), 9, count, save=save)
     resumed = sample(stage(4), 9, count, resume=(killed_after, states[killed_after]))
     assert torch.equal(whole, resumed)
+
+
+@pytest.fixture
+def euler(tmp_path):
+    scheduler().save_pretrained(tmp_path / "scheduler")
+    return lambda: load_scheduler(tmp_path, 5.0, "euler")
+
+
+@torch.no_grad()
+def test_euler_steps_follow_the_velocity(sample, experts, euler):
+    """x - (sigma - next sigma) v at even times, shifted: few-step LoRAs are made for that. UniPC ends elsewhere."""
+    first, by = stage(4), euler()
+    by.set_timesteps(4)
+    torch.testing.assert_close(by.sigmas, torch.tensor(sigmas(4, 1.0, 5.0)), atol=3e-3, rtol=0)
+    x = noise(0, 0, 4, range(3), range(8), range(10))
+    for timestep, (at, after) in zip(by.timesteps, itertools.pairwise(by.sigmas), strict=True):
+        tokens = patchify(x, 2)[None]
+        prompt, negative = (
+            clip_forward(experts[0].model, tokens, first.grid, timestep[None], text, 4)[0]
+            for text in (experts[0].prompt, experts[0].negative)
+        )
+        x = x - (at - after) * unpatchify(negative + 3.0 * (prompt - negative), first.grid, 2)
+    made = sample(replace(first, steps=4), scheduler=euler())
+    torch.testing.assert_close(made, x, atol=1e-5, rtol=1e-5)
+    assert (sample(replace(first, steps=4), scheduler=euler()) - sample(replace(first, steps=4))).abs().max() > 1e-3
+
+
+def test_a_resumed_run_of_euler_steps_ends_with_the_same_bytes(sample, euler):
+    states = {}
+    whole = sample(
+        stage(4), scheduler=euler(), save=lambda step, tensors: states.update({step: copy.deepcopy(tensors)})
+    )
+    assert torch.equal(sample(stage(4), scheduler=euler(), resume=(2, states[2])), whole)
 
 
 def test_without_scaled_time_positions_are_those_of_time_ratio_one(sample):
