@@ -1,6 +1,7 @@
 """Training checkpoints: safetensors and JSON only."""
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -28,9 +29,15 @@ def save_folder(part: AutoencoderKLWan | WanTransformer3DModel | UMT5EncoderMode
 
 
 def save_checkpoint(
-    folder: Path, model: nn.Module, optimizer: Optimizer, step: int, average: EMAModel | None = None
+    folder: Path,
+    model: nn.Module,
+    optimizer: Optimizer,
+    step: int,
+    average: EMAModel | None = None,
+    losses: Sequence[float] = (),
 ) -> None:
-    """Writes trainable weights and their `average`, optimiser state and the step into `folder/checkpoint.safetensors`.
+    """Writes trainable weights and their `average`, optimiser state, the step and the `losses` that are not in the log
+    yet into `folder/checkpoint.safetensors`.
 
     Frozen weights are the caller's to make again: the base of an adapter is far larger than the adapter.
     """
@@ -49,15 +56,18 @@ def save_checkpoint(
                     scalars[f"{i}.{index}.{key}"] = value
         groups.append([{k: v for k, v in g.items() if isinstance(v, int | float)} for g in state["param_groups"]])
     path = folder / "checkpoint.safetensors"
-    save_tensors(path, tensors, {"step": str(step), "scalars": json.dumps(scalars), "groups": json.dumps(groups)})
+    texts = {"scalars": json.dumps(scalars), "groups": json.dumps(groups), "losses": json.dumps(list(losses))}
+    save_tensors(path, tensors, {"step": str(step), **texts})
 
 
-def load_checkpoint(folder: Path, model: nn.Module, optimizer: Optimizer, average: EMAModel | None = None) -> int:
-    """Restores what `save_checkpoint` wrote and returns its step; 0 where there is none."""
+def load_checkpoint(
+    folder: Path, model: nn.Module, optimizer: Optimizer, average: EMAModel | None = None
+) -> tuple[int, list[float]]:
+    """Restores what `save_checkpoint` wrote and returns its step and losses; 0 and none where there is none."""
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / "checkpoint.safetensors"
     if not path.exists():
-        return 0
+        return 0, []
     try:
         tensors = load_file(path)
         with safe_open(path, "pt") as file:
@@ -89,4 +99,4 @@ def load_checkpoint(folder: Path, model: nn.Module, optimizer: Optimizer, averag
         for group, saved in zip(state["param_groups"], groups, strict=True):
             group |= saved
     optimizer.load_state_dict(states)
-    return int(metadata["step"])
+    return int(metadata["step"]), json.loads(metadata.get("losses", "[]"))

@@ -95,14 +95,13 @@ def run(
 
     optimizer = Optimizer(named, lr, heads, training.optimizer)
     average = EMAModel(trained, decay=training.ema) if training.ema else None
-    step = load_checkpoint(folder, model, optimizer, average)
+    step, recent = load_checkpoint(folder, model, optimizer, average)
     processes.wait_for_everyone()  # who is ahead must not save what another has yet to read
     if processes.is_main_process:
         cut_log(folder / "log.jsonl", step)
     board = _board(folder, step) if processes.is_main_process else None
     on_step(step, before=True)
     started = saved = time.monotonic()
-    recent: list[float] = []
     with ThreadPoolExecutor(workers, initializer=torch.set_num_threads, initargs=(threads // workers,)) as pool:
         while step < steps:
             total = 0.0
@@ -136,7 +135,7 @@ def run(
                         board.add_scalar(name, row[name], step)
             due = time.monotonic() - saved > CHECKPOINT_SECONDS
             if step % CHECKPOINT_STEPS == 0 or step == steps or due:
-                save_checkpoint(folder, model, optimizer, step, average)
+                save_checkpoint(folder, model, optimizer, step, average, recent)
                 saved = time.monotonic()
             if step % SAMPLE_STEPS == 0 or step == steps:
                 with averaged():

@@ -153,10 +153,17 @@ class Detail:
 
 @dataclass(frozen=True)
 class Training:
-    """How adapters are trained. `ema`, where above 0, is the decay a step of the average of weights that is saved."""
+    """How adapters are trained. `ema`, where above 0, is the decay a step of the average of weights that is saved.
+
+    A step of stage 1 sees `accumulate` batches of `batch` clips (of shorter ones more), a step of stage 2
+    `detail_accumulate` crops, or several stills for one. A batch is in memory at once, what accumulates is not.
+    """
 
     optimizer: OptimizerName = "muon"
     ema: float = 0.0
+    batch: int = 5
+    accumulate: int = 1
+    detail_accumulate: int = 3
 
 
 @dataclass(frozen=True)

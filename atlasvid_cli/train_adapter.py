@@ -4,6 +4,7 @@ The same command continues an interrupted training from its checkpoint; other da
 """
 
 import contextlib
+import dataclasses
 import random
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -28,8 +29,6 @@ WORLD = "world"
 WORLD_SAMPLES = {"proxy": {"proxy": 1200}, "detail": {"first": 150, "upper": 150}}
 HELD_OUT = 10  # every tenth clip is not trained on
 VALIDATED = 16  # samples of held-out clips that a validation takes at most
-BATCH = 5  # longest clips of stage 1 a step
-ACCUMULATED = 3  # crops of stage 2 a step
 LEARNING_RATES = {"muon": 3e-3, "adamw": 3e-3, "prodigy": 1.0}
 
 
@@ -96,7 +95,7 @@ def make(session: Session, job: Job, console: Console) -> Path:
             "windows": [preset.detail.layouts, preset.detail.margin, preset.detail.proxy_window],
             "centre": preset.detail.proxy_centre,
             "job": [job.stage, job.steps, lr, job.rank, job.seed],
-            "training": [preset.training.optimizer, preset.training.ema, train.OBJECT_WEIGHT],
+            "training": [dataclasses.astuple(preset.training), train.OBJECT_WEIGHT],
             "samples": corpus.figures(session, job.stage),
             "data": [[group[0].get("clip"), group[0]["caption"]] for group in groups],
         }
@@ -157,8 +156,9 @@ def _trained(
                 job.steps,
                 lr,
                 time_ratio=preset.proxy.time_ratio,
-                tokens=BATCH * preset.proxy.base_tokens * corpus.proxy_latents(preset),
+                tokens=preset.training.batch * preset.proxy.base_tokens * corpus.proxy_latents(preset),
                 shift_of=lambda latents: preset.proxy.flow_shift,
+                accumulate=preset.training.accumulate,
                 seed=job.seed,
                 held_out=held_out,
                 on_step=advance,
@@ -176,7 +176,7 @@ def _trained(
                 lr,
                 preset.detail,
                 time_ratio=preset.proxy.time_ratio,
-                accumulate=ACCUMULATED,
+                accumulate=preset.training.detail_accumulate,
                 seed=job.seed,
                 held_out=held_out,
                 on_step=advance,

@@ -179,7 +179,7 @@ def train(
     diffusion model makes at the border of a larger grid do not show it. What needs no gradient stays as it is.
     """
     named, optimizer = _optimizer(vae, lr)
-    step = load_checkpoint(folder, vae, optimizer)
+    step, _ = load_checkpoint(folder, vae, optimizer)
     cut_log(folder / "log.jsonl", step)
     started = time.monotonic()
     while step < steps:
@@ -265,7 +265,7 @@ def distil_encoder(
     "error" is the RMS error over the latents' RMS spread. The decoder stays as it is.
     """
     named, optimizer = _optimizer(let_learn(vae, "encoder.", "quant_conv."), lr)
-    step, z = load_checkpoint(folder, vae, optimizer), vae.config.z_dim
+    (step, _), z = load_checkpoint(folder, vae, optimizer), vae.config.z_dim
     cut_log(folder / "log.jsonl", step)
     while step < steps:
         rng = random.Random(f"{seed}/{step}/disturbed")

@@ -126,7 +126,7 @@ def test_a_slow_training_is_saved_by_the_clock(tmp_path, monkeypatch):
     monkeypatch.setattr(loop, "CHECKPOINT_STEPS", 1000)
     monkeypatch.setattr(loop, "CHECKPOINT_SECONDS", 0)
     steps = []
-    monkeypatch.setattr(loop, "save_checkpoint", lambda folder, model, optimizer, step, average: steps.append(step))
+    monkeypatch.setattr(loop, "save_checkpoint", lambda folder, model, optimizer, step, *rest: steps.append(step))
     fit(tmp_path, Training(), steps=3)
     assert steps == [1, 2, 3]
 

@@ -18,6 +18,7 @@ from atlasvid_cli import dataset, loop, tensor_file, train, train_adapter, weigh
 from atlasvid_cli.console import Console
 from atlasvid_cli.corpus import load_samples
 from atlasvid_cli.errors import UsageError
+from atlasvid_cli.presets import Training, load_preset
 from atlasvid_cli.session import Session
 from atlasvid_cli.train_adapter import Job, embedder, make, split_groups
 from tests.test_corpus import pairs
@@ -30,9 +31,13 @@ def clips(tmp_path_factory):
     return pairs(folder, **{f"clip{i}": 2.1 for i in range(10)})
 
 
+def session_with(random_preset, **training):
+    return Session(replace(load_preset(str(random_preset)), training=Training(**training)))
+
+
 @pytest.fixture
 def session(random_preset):
-    return Session(str(random_preset))
+    return session_with(random_preset, detail_accumulate=1)
 
 
 @pytest.fixture(scope="module")
@@ -49,7 +54,6 @@ def job(request, clips, encoded, tmp_path, monkeypatch):
     shutil.copytree(encoded, tmp_path / "work")
     for name, steps in (("CHECKPOINT_STEPS", 4), ("VALIDATION_STEPS", 4), ("LOG_STEPS", 2), ("SAMPLE_STEPS", 6)):
         monkeypatch.setattr(loop, name, steps)
-    monkeypatch.setattr(train_adapter, "ACCUMULATED", 1)
     return Job(request.param, clips, tmp_path / "a.safetensors", tmp_path / "work", steps=9, lr=0.03, rank=4)
 
 
@@ -90,6 +94,8 @@ def test_an_adapter_is_trained_validated_and_loads(session, job, tmp_path):
 
 
 def test_a_killed_training_goes_on_to_the_same_losses_and_weights(session, job, tmp_path, monkeypatch):
+    for name in ("LOG_STEPS", "VALIDATION_STEPS"):  # so that a checkpoint falls between two lines of the log
+        monkeypatch.setattr(loop, name, 3)
     make(session, job, quiet())
     whole, weights_ = rows(job), tensor_file.open_tensors(job.output)[0]
     shutil.rmtree(next(job.work.glob(f"{job.stage}-*")))
@@ -115,6 +121,26 @@ def test_a_killed_training_goes_on_to_the_same_losses_and_weights(session, job, 
         assert a.get("validation_loss") == pytest.approx(b.get("validation_loss"), abs=1e-6)
     for name, tensor in tensor_file.open_tensors(job.output)[0].items():
         torch.testing.assert_close(tensor, weights_[name], atol=1e-6, rtol=0)
+
+
+@pytest.mark.parametrize("job", ["proxy"], indirect=True)
+def test_a_preset_says_what_a_step_sees(random_preset, job, monkeypatch):
+    draw = train.draw_batch
+    seen: list[int] = []
+
+    def spy(*arguments):
+        picked, latents = draw(*arguments)
+        seen.append(len(picked))
+        return picked, latents
+
+    monkeypatch.setattr(train, "draw_batch", spy)
+    monkeypatch.setattr(train_adapter.Sampler, "show", lambda *arguments: None)
+    make(session_with(random_preset), replace(job, steps=1), quiet())
+    [at_once] = seen
+    seen.clear()
+    another = replace(job, steps=1, output=job.output.with_name("b.safetensors"))
+    make(session_with(random_preset, batch=1, accumulate=4), another, quiet())
+    assert len(seen) == 4 and at_once >= 5 * seen[0] >= 5
 
 
 def test_other_settings_start_anew_and_do_not_overwrite(session, job):
