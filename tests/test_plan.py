@@ -6,6 +6,7 @@ from fractions import Fraction
 import pytest
 
 from atlasvid_cli.cost import memory
+from atlasvid_cli.machine import this_machine
 from atlasvid_cli.plan import Request, make_plan
 from atlasvid_cli.presets import load_preset
 
@@ -60,7 +61,8 @@ def test_a_region_is_planned_as_what_is_sampled_of_it():
     part = plan.sampled(stage)
     assert (part.t, part.h, part.w) == (min(9 + t, stage.grid.t), 10 + 2 * h, 10 + 2 * w)
     assert plan.flops(stage) < 0.4 * whole.flops(stage) and plan.windows(stage) < 0.4 * whole.windows(stage)
-    assert memory(plan, stage, "none").host < memory(whole, whole.levels[-1], "none").host
+    machine = this_machine()
+    assert memory(plan, stage, "none", machine).host < memory(whole, whole.levels[-1], "none", machine).host
     assert whole.sampled(whole.levels[-1]) == whole.target
 
 
