@@ -62,12 +62,12 @@ def memory(plan: Plan, stage: Stage, offload: Offload, machine: Machine) -> Memo
 
 
 def offload_of(plan: Plan, machine: Machine | None = None) -> Offload:
-    """The way to offload that was asked for, or else the least that fits the compute device."""
+    """The way to offload that was asked for, or else the least with which all that is sampled fits the machine's."""
     if plan.request.offload:
         return plan.request.offload
     machine = machine or this_machine()
     for offload in OFFLOADS[:-1]:
-        needed = max(memory(plan, stage, offload, machine).device for _, stage in plan.own_stages())
+        needed = max((memory(plan, stage, offload, machine).device for _, stage in plan.own_stages()), default=0)
         if machine.device.kind == "cpu" or needed + PROGRAM_VRAM <= machine.vram:
             return offload
     return OFFLOADS[-1]
@@ -83,7 +83,7 @@ def rows(plan: Plan, machine: Machine | None = None) -> list[dict[str, Any]]:
         convolutions = conv_rate(decode_dtype(plan.preset.decode_dtype)) * DECODE_EFFICIENCY
     made = [] if plan.request.clip and plan.request.proxy_only else [_text_row(plan, gemm, machine)]
     made += [_encode_row(plan, convolutions, machine)] if plan.request.clip else []
-    offload = offload_of(plan, machine) if plan.own_stages() else "none"
+    offload = offload_of(plan, machine)
     for name, stage in plan.own_stages():
         flops, needed = plan.flops(stage), memory(plan, stage, offload, machine)
         seconds = flops / gemm

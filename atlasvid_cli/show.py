@@ -34,8 +34,9 @@ def show_plan(
     from .cost import check_resources, offload_of
     from .cost import rows as costs_of
 
-    rows, misfit = costs_of(plan, machine), None
+    rows, misfit = [], None
     try:
+        rows = costs_of(plan, machine)
         check_resources(plan, folder, run_dir, videos, rows, machine)
     except ResourceError as error:
         misfit = str(error)

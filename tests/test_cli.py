@@ -185,6 +185,21 @@ def test_a_plan_is_data_and_says_what_does_not_fit(run, monkeypatch):
     assert code == 0 and json.loads(out)["fits"] is False and "of memory and" in err
 
 
+def test_a_plan_says_of_a_vae_without_room_that_it_does_not_fit(run, random_preset):
+    tight = random_preset.with_name("tight.toml")
+    tight.write_text(random_preset.read_text().replace("decode_gib = 3.0", "decode_gib = 0.0001"))
+    code, out, err = run("plan", "--preset", tight, "--res", "960x540", "--json")
+    assert code == 0 and json.loads(out)["fits"] is False and "decode_gib" in err
+
+
+def test_a_clips_proxy_is_planned_without_sampling(run, tmp_path):
+    world(tmp_path / "c.mp4", 20, 30)
+    command = ["proxy", "--from-video", "c.mp4", "--seconds", "1", "--dry-run"]
+    code, out, err = run(*command)
+    assert code == 0 and "encode" in out and "detail" not in out and not err
+    assert [row["stage"] for row in json.loads(run(*command, "--json")[1])["rows"]] == ["encode", "preview"]
+
+
 def test_a_plan_for_another_gpu_has_its_memory_and_no_times(run):
     command = ["plan", "--preset", "wan2.1-1.3b", "--res", "4k", "--seconds", "12", "--vram-gib"]
     code, out, err = run(*command, "16")
