@@ -135,8 +135,8 @@ def figures(session: Session, stage: str) -> dict[str, Any]:
         "stage": stage,
         "fps": [preset.fps, preset.proxy.time_ratio],
         "geometry": [preset.geometry.temporal, preset.geometry.spatial, preset.geometry.patch],
-        "size": proxy_size if stage == "proxy" else detail_size(preset),
-        "ratios": [] if stage == "proxy" else detail_ratios(preset),
+        "size": proxy_size if stage == "proxy" else preset.training_crop,
+        "ratios": [] if stage == "proxy" else preset.training_ratios,
     }
 
 
@@ -158,22 +158,6 @@ def _save(path: Path, encoded: Encoded) -> None:
 def proxy_latents(preset: Preset) -> int:
     """Latent frames of the longest training clip of stage 1: its training grid, which bounds the proxy's attention."""
     return preset.detail.proxy_window[0]
-
-
-def detail_size(preset: Preset) -> tuple[int, int]:
-    """Latent frames and tokens a side of a training crop of stage 2: two latents of its proxy after the first, and one
-    and a half windows, so that windows have neighbours."""
-    side = max(max(h, w) for _, h, w in preset.detail.windows)
-    multiple = int(preset.detail.max_ratio)
-    return 2 * preset.proxy.time_ratio + 1, -(-(3 * side // 2) // multiple) * multiple
-
-
-def detail_ratios(preset: Preset) -> list[Fraction]:
-    """The ratios r_s that stage 2 trains at, from 2 to the preset's largest, which is drawn twice as often: those that
-    make a crop a whole number of proxy tokens."""
-    _, tokens = detail_size(preset)
-    fewest = math.ceil(tokens / preset.detail.max_ratio)
-    return [Fraction(tokens, proxy) for proxy in range(max(fewest, tokens // 2), fewest - 1, -1)]
 
 
 def cut(frames: int, longest: int, shortest: int, step: int) -> list[int]:
@@ -202,7 +186,7 @@ def encode_for_detail(vae: AutoencoderKLWan, preset: Preset, clip: Clip) -> Enco
     """Square crops of the clip at any zoom that it has the pixels for, each with its own proxies; a piece has one crop
     and one ratio, drawn from the clip's content."""
     geometry, time_ratio = preset.geometry, preset.proxy.time_ratio
-    latents, tokens = detail_size(preset)
+    latents, tokens = preset.training_crop
     side, length = tokens * geometry.token_pixels, (latents - 1) * geometry.temporal + 1
     pieces = cut(math.ceil(clip.seconds * preset.fps), length, length, geometry.temporal)
     _check_length(clip, pieces, Fraction(length - 1, preset.fps))
@@ -210,7 +194,7 @@ def encode_for_detail(vae: AutoencoderKLWan, preset: Preset, clip: Clip) -> Enco
     if most < 1:
         raise InputError(f"{clip.path} is {clip.width:.0f}x{clip.height:.0f}: detail needs {side} px a side or more")
     rng = random.Random(clip.sha256)
-    ratios = detail_ratios(preset)
+    ratios = preset.training_ratios
     drawn = [
         (Crop(most ** rng.random(), rng.random(), rng.random()), rng.choice([*ratios, ratios[-1]])) for _ in pieces
     ]

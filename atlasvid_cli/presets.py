@@ -6,6 +6,7 @@ import types
 import typing
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from fractions import Fraction
 from pathlib import Path
 from typing import Any, Literal
 
@@ -194,6 +195,22 @@ class Preset:
     decode_dtype: Literal["float32", "bfloat16"] = "float32"
     extend_prompts: bool = False
     training: Training = field(default_factory=Training)
+
+    @property
+    def training_crop(self) -> tuple[int, int]:
+        """Latent frames and tokens a side of a training crop of stage 2: two latents of its proxy after the first, and
+        one and a half windows, so that windows have neighbours."""
+        side = max(max(h, w) for _, h, w in self.detail.windows)
+        multiple = int(self.detail.max_ratio)
+        return 2 * self.proxy.time_ratio + 1, -(-(3 * side // 2) // multiple) * multiple
+
+    @property
+    def training_ratios(self) -> list[Fraction]:
+        """The ratios r_s that stage 2 trains at, from 2 to the largest, which is drawn twice as often: those at which a
+        crop is of whole proxy tokens."""
+        _, tokens = self.training_crop
+        fewest = math.ceil(tokens / self.detail.max_ratio)
+        return [Fraction(tokens, proxy) for proxy in range(max(fewest, tokens // 2), fewest - 1, -1)]
 
 
 MAY_BE_ZERO = ("margin", "guidance_interval", "ema", "still")

@@ -130,7 +130,8 @@ class Session:
         }
         for stage, figures in trained_for.items():
             if adapter := self._adapter(stage):
-                check_adapter(self.folder, adapter, stage, self._part(stage), figures)
+                largest = self.preset.training_ratios[-1] if stage == "detail" else None
+                check_adapter(self.folder, adapter, stage, self._part(stage), figures, largest)
         skeleton = load_skeleton(self.folder) if self.loras else None
         for lora in self.loras:
             merge_lora(skeleton, lora, self.strict, warn=lambda text: None)

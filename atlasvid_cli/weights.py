@@ -8,6 +8,7 @@ import hashlib
 import json
 import re
 from collections.abc import Iterable, Mapping
+from fractions import Fraction
 from functools import cache, partial
 from pathlib import Path
 from pickle import UnpicklingError
@@ -182,10 +183,16 @@ def _check_same(part: str, found: dict[str, Any], wanted: Any, folder: Path, pre
 
 
 def check_adapter(
-    folder: Path, lora: str, stage: str, part: str = "transformer", trained_for: Mapping[str, str] | None = None
+    folder: Path,
+    lora: str,
+    stage: str,
+    part: str = "transformer",
+    trained_for: Mapping[str, str] | None = None,
+    ratio: Fraction | None = None,
 ) -> None:
-    """Raises InputError for an adapter that says it belongs to another stage or another base, the one in `part`, or
-    that it was trained otherwise than `trained_for` says (`train.adapter_metadata`)."""
+    """Raises InputError for an adapter that says it belongs to another stage or another base, the one in `part`, that
+    it was trained otherwise than `trained_for` says (`train.adapter_metadata`), or for no ratio r_s as large as
+    `ratio`."""
     try:
         with safe_open(folder / lora, "pt") as file:
             metadata = file.metadata() or {}
@@ -199,6 +206,18 @@ def check_adapter(
                 f"{folder / lora} was trained for {name} {metadata[name]} and this is {name} {found};"
                 f" give the preset's {stage} stage the adapter that was trained for it"
             )
+    try:
+        largest = max(Fraction(each) for each in metadata["ratio"].split(",")) if "ratio" in metadata else None
+    except (ValueError, ZeroDivisionError):
+        raise InputError(
+            f"the adapter {folder / lora} says that its ratio is {metadata['ratio']!r}, which are no numbers; make it"
+            " again"
+        ) from None
+    if ratio is not None and largest is not None and ratio > largest:
+        raise InputError(
+            f"{folder / lora} was trained for ratios up to {float(largest):g} and this preset climbs by up to"
+            f" {float(ratio):g}; set max_ratio = {float(largest):g} in the preset's [detail]"
+        )
 
 
 def load_transformer(

@@ -100,7 +100,7 @@ def test_stage_1_gets_the_clip_at_the_proxys_rate(session, tmp_path, console, mo
 def test_stage_2_gets_crops_with_their_proxies(session, tmp_path, console):
     pairs(tmp_path, a=4.3)
     [samples] = corpus.load_samples(session, "detail", tmp_path, tmp_path / "work", console)
-    latents, tokens = corpus.detail_size(session.preset)
+    latents, tokens = session.preset.training_crop
     assert len(samples) == 2  # of 33 frames at 16 fps
     for sample in samples:
         ratio = int(sample["ratio"])
@@ -195,7 +195,7 @@ def test_sizes_of_the_embedded_preset_are_those_it_was_trained_with():
     from atlasvid_cli.presets import load_preset
 
     tiny = load_preset("tiny")
-    assert corpus.detail_size(tiny) == ((dataset.CLIP_FRAMES - 1) // 4 + 1, dataset.DETAIL_TOKENS)
-    assert set(corpus.detail_ratios(tiny)) == set(dataset.DETAIL_RATIOS)
+    assert tiny.training_crop == ((dataset.CLIP_FRAMES - 1) // 4 + 1, dataset.DETAIL_TOKENS)
+    assert set(tiny.training_ratios) == set(dataset.DETAIL_RATIOS)
     assert (corpus.proxy_latents(tiny) - 1) * 4 + 1 == 49
     assert math.isclose(tiny.fps, dataset.FPS)

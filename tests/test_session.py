@@ -230,6 +230,13 @@ def test_what_a_later_stage_would_refuse_is_said_before_the_first(stock_preset, 
         save_file(tensors, adapter, {"stage": "detail", figure: other})
         with pytest.raises(InputError, match=f"trained for {figure}"):
             preset.check_adapters()
+    largest = preset.preset.training_ratios[-1]
+    for ratios, message in (("1,3/2", "ratios up to 1.5"), ("2,x", "no numbers"), ("1/0", "no numbers")):
+        save_file(tensors, adapter, {"stage": "detail", "ratio": ratios})
+        with pytest.raises(InputError, match=message):
+            preset.check_adapters()
+    save_file(tensors, adapter, {"stage": "detail", "ratio": f"2,{largest}"})
+    preset.check_adapters()
     name = "transformer.blocks.0.attn1.to_q"
     path = tmp_path / "other.safetensors"
     save_file({f"{name}.lora_A.weight": torch.zeros(2, 7), f"{name}.lora_B.weight": torch.zeros(9, 2)}, path)
