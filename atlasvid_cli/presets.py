@@ -85,11 +85,13 @@ class Proxy:
 class Experts:
     """Two experts, as in Wan2.2 A14B: `transformer` works at sigmas from `boundary` up, `transformer_2` below.
 
-    `guidance_scale` is the second's, in the proxy. Detail levels start below the boundary and need the second alone.
+    `guidance_scale` and `lora` are the second's, in the proxy; the first takes the proxy's own. Detail levels start
+    below the boundary and need the second alone.
     """
 
     boundary: float
     guidance_scale: float
+    lora: str | None = None
 
 
 Upsample = Literal["latents", "pixels"]

@@ -129,9 +129,10 @@ class Session:
             "detail": {"time_ratio": f"{time_ratio},1", "windows": windows, "streams": detail.streams},
         }
         for stage, figures in trained_for.items():
-            if adapter := self._adapter(stage):
-                largest = self.preset.training_ratios[-1] if stage == "detail" else None
-                check_adapter(self.folder, adapter, stage, self._part(stage), figures, largest)
+            largest = self.preset.training_ratios[-1] if stage == "detail" else None
+            for part, adapter in self._weights(stage):
+                if adapter:
+                    check_adapter(self.folder, adapter, stage, part, figures, largest)
         skeleton = load_skeleton(self.folder) if self.loras else None
         for lora in self.loras:
             merge_lora(skeleton, lora, self.strict, warn=lambda text: None)
@@ -148,8 +149,8 @@ class Session:
     def model_hash(self, stage: str) -> str:
         """Identity of the preset's weights of a stage, which its latents are bound to."""
         if stage not in self._hashes:
-            parts = dict.fromkeys(self._part(stage, second) for second in (False, True))
-            self._hashes[stage] = model_hash(self.folder, *parts, "text_encoder", self._adapter(stage))
+            parts, adapters = zip(*self._weights(stage), strict=True)
+            self._hashes[stage] = model_hash(self.folder, *parts, "text_encoder", *adapters)
         return self._hashes[stage]
 
     def hash(self, stage: str) -> str:
@@ -170,7 +171,7 @@ class Session:
     def transformer(self, stage: str, offload: Offload, console: Console, second: bool = False) -> Any:
         """The model with the adapter of stage `proxy` or `detail`, on the compute device as far as `offload` says;
         of the proxy's two experts, if it has two, the `second` on demand."""
-        adapter, part = self._adapter(stage), self._part(stage, second)
+        part, adapter = self._weights(stage)[-1 if second else 0]
         key = f"{part} {adapter or 'base'} {offload}"
         if key not in self._parts:
             self._make_room("transformer")
@@ -187,7 +188,8 @@ class Session:
             return proxy_stream, proxy_stream
         key = f"transformer without adapter {offload}"  # beside the other until both make room
         if key not in self._parts:
-            self._parts[key] = self._load(self._part("detail"), None, "detail", offload, console)
+            [(part, _)] = self._weights("detail")
+            self._parts[key] = self._load(part, None, "detail", offload, console)
         return self._parts[key], proxy_stream
 
     def _load(self, part: str, adapter: str | None, stage: str, offload: Offload, console: Console) -> Any:
@@ -263,12 +265,13 @@ class Session:
             for prompt, states in zip(prompts, made, strict=True)
         ]
 
-    def _adapter(self, stage: str) -> str | None:
-        return self.preset.proxy.lora if stage == "proxy" else self.preset.detail.lora
-
-    def _part(self, stage: str, second: bool = False) -> str:
-        """The folder of the weights: of two experts, the detail's are the second's."""
-        return "transformer_2" if self.preset.experts and (second or stage == "detail") else "transformer"
+    def _weights(self, stage: str) -> list[tuple[str, str | None]]:
+        """The folders of the weights that work in a stage, each with its adapter: of two experts both in the proxy, and
+        in the detail the second alone."""
+        preset, experts = self.preset, self.preset.experts
+        if stage == "detail":
+            return [("transformer_2" if experts else "transformer", preset.detail.lora)]
+        return [("transformer", preset.proxy.lora), *([("transformer_2", experts.lora)] if experts else [])]
 
     def _make_room(self, part: str) -> None:
         """Lets go of what `part` replaces, unless it is small, and on a GPU of everything: 4K leaves no room for two

@@ -20,6 +20,7 @@ from atlasvid_cli.plan import Request, make_plan
 from atlasvid_cli.session import Session
 from atlasvid_cli.shapes import Grid
 from atlasvid_cli.video import probe
+from atlasvid_cli.weights import model_hash
 
 
 @pytest.fixture
@@ -269,6 +270,26 @@ def test_a_lora_may_be_for_one_expert(experts_preset, stock_preset, console, tmp
     assert weights[0][0].equal(weights[0][1]) and not weights[1][0].equal(weights[1][1])
     with pytest.raises(UsageError, match="without @low"):
         Session(str(stock_preset), loras=(Lora(path, expert="low"),))
+
+
+def test_each_expert_has_an_adapter_of_its_own(experts_preset, console, tmp_path):
+    bare = Session(str(experts_preset))
+    models = [bare.transformer("proxy", "none", console, second) for second in (False, True)]
+    shutil.copytree(experts_preset.parent, tmp_path, dirs_exist_ok=True)
+    path = _small_lora(tmp_path / "stock" / "second.safetensors", models[1])
+    preset = tmp_path / "experts.toml"
+    preset.write_text(experts_preset.read_text() + f'lora = "{path.name}"\n')
+    ours = Session(str(preset))
+    ours.check_adapters()
+    found = [ours.transformer("proxy", "none", console, second) for second in (False, True)]
+    same = [
+        a.blocks[0].attn1.to_q.weight.equal(b.blocks[0].attn1.to_q.weight) for a, b in zip(models, found, strict=True)
+    ]
+    assert same == [True, False]
+    assert ours.hash("proxy") != bare.hash("proxy") and ours.hash("detail") == bare.hash("detail")
+    save_file(load_file(path), path, {"stage": "proxy", "base": model_hash(ours.folder, "transformer")})
+    with pytest.raises(InputError, match="trained for base"):  # of the first expert
+        Session(str(preset)).check_adapters()
 
 
 def test_a_second_expert_that_is_missing_is_said(experts_preset, tmp_path):
