@@ -90,7 +90,7 @@ def _render(bench: Bench, plan: Plan, decode: bool = True) -> dict[str, float]:
     end = time.perf_counter()
     marks = watch.marks
     seconds = {"text": marks["proxy"][0] - start}
-    seconds |= {name: stop - first for name, (first, _, stop) in marks.items() if name != "decode"}
+    seconds |= {name: stop - first for name, (first, _, stop) in marks.items() if name not in ("text", "decode")}
     if decode:
         last_frame = marks["decode"][1]
         seconds |= {"decode": last_frame - begun, "mux": end - last_frame}

@@ -217,7 +217,7 @@ class Session:
         found = {p: self._kept(p) for p in prompts}
         if None in found.values():
             missing = [p for p in dict.fromkeys((*prompts, *self._expected)) if self._kept(p) is None]
-            for prompt, made in zip(missing, self.encode(missing), strict=True):
+            for prompt, made in zip(missing, self.encode(missing, console), strict=True):
                 self._keep(prompt, made, console)
                 if prompt in found:
                     found[prompt] = made
@@ -250,20 +250,23 @@ class Session:
                 self._warned.add("cache")
                 console.note(f"{error}; embeddings are not kept")
 
-    def encode(self, prompts: list[str]) -> list[Embedding]:
-        """What the text encoder makes of prompts; it is loaded for them and let go."""
+    def encode(self, prompts: list[str], console: Console) -> list[Embedding]:
+        """What the text encoder makes of prompts; it is loaded for them, which is a step of its stage, and let go."""
         self._make_room("text")
-        gpu = self.device.type == "cuda"
-        tokenizer, encoder = load_text(self.folder, self.dtype if gpu else torch.float32)
-        size = sum(p.nbytes for p in encoder.parameters())
-        on_gpu = gpu and fits_gpu(size, available_vram())
-        encoder = encoder.to(self.device) if on_gpu else encoder.float()  # a GPU without room leaves it to the CPU
-        length = self.preset.transformer.text_length
-        made = encode_prompts(prompts, tokenizer, encoder, length)
-        return [
-            Embedding(states.cpu(), tuple(unknown_words(prompt, tokenizer)), left_out(prompt, tokenizer, length))
-            for prompt, states in zip(prompts, made, strict=True)
-        ]
+        gpu, length = self.device.type == "cuda", self.preset.transformer.text_length
+        with console.stage("text", 1 + len(prompts)) as advance:
+            tokenizer, encoder = load_text(self.folder, self.dtype if gpu else torch.float32)
+            size = sum(p.nbytes for p in encoder.parameters())
+            on_gpu = gpu and fits_gpu(size, available_vram())
+            encoder = encoder.to(self.device) if on_gpu else encoder.float()  # a GPU without room leaves it to the CPU
+            advance()
+            made = []
+            for prompt in prompts:
+                [states] = encode_prompts([prompt], tokenizer, encoder, length)
+                unread = left_out(prompt, tokenizer, length)
+                made.append(Embedding(states.cpu(), tuple(unknown_words(prompt, tokenizer)), unread))
+                advance()
+        return made
 
     def _weights(self, stage: str) -> list[tuple[str, str | None]]:
         """The folders of the weights that work in a stage, each with its adapter: of two experts both in the proxy, and

@@ -274,7 +274,7 @@ def embedder(session: Session, prompts: list[str], work: Path, console: Console)
     """Prompt -> embedding (tokens, text_dim) fp32, of `prompts` and the empty one, encoded once and kept in `work`."""
     cache = EmbeddingCache(work / f"text-{model_hash(session.folder, 'text_encoder')}")
     missing = [p for p in dict.fromkeys(("", *prompts)) if cache.read(p) is None]
-    made = session.encode(missing) if missing else []
+    made = session.encode(missing, console) if missing else []
     session.tell_ignored(made, console)
     for prompt, embedding in zip(missing, made, strict=True):
         cache.write(prompt, embedding)

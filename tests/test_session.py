@@ -158,11 +158,12 @@ def test_what_of_a_prompt_is_not_read_is_said_once(console, capsys, tmp_path):
     assert said.count("512 tokens") == 1 and "star moving left over" in said
 
 
-def test_the_text_encoder_is_loaded_once_for_a_batch(stock_preset, console, loaded):
+def test_the_text_encoder_is_loaded_once_for_a_batch(stock_preset, console, loaded, capsys):
     ours = Session(str(stock_preset))
     ours.expect(["a red ball", "a blue star", ""])
     first = ours.embeddings(("a blue star", ""), console)
     assert len(loaded) == 1 and len(first) == 2
+    assert "text: 4/4" in capsys.readouterr().err  # its loading, and three prompts
     ours.embeddings(("a red ball", ""), console)
     assert len(loaded) == 1
     ours.embeddings(("a green ring",), console)
