@@ -23,6 +23,7 @@ DETECTION_HEIGHT, GROUND_HEIGHT = 160, 40
 TEMPLATE = 64
 ALIKE = 0.8  # the part of component and outline together that both cover; a square's and its ball's is pi / 4
 OUTLINE_POINTS = 200
+BRIDGE = 0.04  # of the frame's height: objects joined by less are two
 PHASES = np.arange(10) / 10  # tried of each of a ground's two
 # how much larger than in a whole frame a ground may be: a video shows its proxy's top left part, less up to a token
 ZOOMS = (1.0, 1.1, 1.2)
@@ -53,12 +54,14 @@ class Component(NamedTuple):
 
 
 class Thing(NamedTuple):
-    """An object in a frame: position in frame heights, and how well each shape covers it, 0..1."""
+    """An object in a frame: position in frame heights, how well each shape covers it, 0..1, and how many it is, since
+    several may have grown together."""
 
     colour: str
     x: float
     y: float
     likeness: dict[str, float]
+    number: int
 
 
 def detect(frames: list[np.ndarray], seconds: float) -> Detection:
@@ -71,7 +74,7 @@ def detect(frames: list[np.ndarray], seconds: float) -> Detection:
     if not votes:
         return Detection(None, None, None, 0, ground_colour, ground, None)
     colour = votes.most_common(1)[0][0]
-    count = Counter(len(things) for things, _ in found).most_common(1)[0][0]
+    count = Counter(sum(thing.number for thing in things) for things, _ in found).most_common(1)[0][0]
     firsts = [next((thing for thing in things if thing.colour == colour), None) for things, _ in found]
     seen = [(i, thing) for i, thing in enumerate(firsts) if thing is not None]
     shape: str | None = max(world.SHAPES, key=lambda s: sum(thing.likeness[s] for _, thing in seen))
@@ -222,13 +225,26 @@ def _objects(frame: np.ndarray) -> tuple[list[Thing], str | None]:
         for part in sorted(components(mask), reverse=True):
             if SMALLEST <= part.pixels / nearest.size <= LARGEST:
                 left, top, right, bottom = part.box
-                things.append(
-                    Thing(NAMES[index], part.x / height, part.y / height, _likeness(mask[top:bottom, left:right]))
-                )
+                own = mask[top:bottom, left:right]
+                number = _number(own, round(BRIDGE * height / 2))
+                things.append(Thing(NAMES[index], part.x / height, part.y / height, _likeness(own), number))
     grounds: Counter[str] = Counter()
     for name, pixels in zip(NAMES[len(world.COLOURS) :], found[len(world.COLOURS) :].tolist(), strict=True):
         grounds[name[7:]] += pixels
     return things, grounds.most_common(1)[0][0] if grounds.total() else None
+
+
+def _number(mask: np.ndarray, depth: int) -> int:
+    """How many large parts a mask falls into without its outermost `depth` pixels; at least one."""
+    inner = np.pad(mask, 1)
+    for _ in range(depth):
+        within = inner.copy()
+        for axis in (0, 1):
+            for step in (1, -1):
+                within &= np.roll(inner, step, axis)
+        inner = within
+    sizes = [part.pixels for part in components(inner)]
+    return max(1, sum(size >= max(sizes) / 4 for size in sizes))
 
 
 def _likeness(mask: np.ndarray) -> dict[str, float]:

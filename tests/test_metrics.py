@@ -39,6 +39,20 @@ def test_corrupted_renders_fail(scenes):
     assert np.mean(swapped) < 0.6  # white, black, green and purple survive a swap of red and blue
 
 
+def test_objects_that_a_bar_joins_are_two(scenes):
+    def joined(scene):
+        dx, dy = world.DIRECTIONS[scene.direction]
+        colour = (np.array(world.COLOURS[scene.colour]) * 255).round()
+        for t, frame in zip(np.linspace(0, 4, 5), frames_of(scene), strict=True):
+            both = np.concatenate((frame, frame), axis=1)
+            x, y = (round(160 * (at + d * scene.speed * t)) for at, d in zip(scene.start, (dx, dy), strict=True))
+            both[y - 2 : y + 3, x : x + frame.shape[1]] = colour
+            yield both
+
+    found = [detect(list(joined(s)), 4.0) for s in scenes[:20]]
+    assert np.mean([d.count == 2 for d in found]) >= 0.95
+
+
 def test_shapes_that_are_not_what_was_asked_for_fail(scenes):
     scenes = scenes[:30]
 
