@@ -10,7 +10,8 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
-from .vae_cost import BAND
+from . import rows
+from .rows import Bands, bands, joined
 
 Module = Any  # diffusers' modules, whose attributes are not typed
 
@@ -50,6 +51,20 @@ def middle(block: Module, x: torch.Tensor, history: History) -> torch.Tensor:
     return x
 
 
+def resnets(blocks: Module, parts: Bands, height: int, history: History) -> Bands:
+    """diffusers' WanResidualBlocks, one after the other, on one frame in bands: whole where they are not all still."""
+    if blocks not in history:
+        history[blocks] = all(is_still(conv) for block in blocks for conv in (block.conv1, block.conv2))
+    if history[blocks]:
+        for block in blocks:
+            parts = rows.resnet(block, parts, height)
+        return parts
+    x = joined(parts, height)
+    for block in blocks:
+        x = resnet(block, x, history)
+    return [x]
+
+
 def resnet(block: Module, x: torch.Tensor, history: History) -> torch.Tensor:
     """diffusers' WanResidualBlock on one frame (n, C, h, w)."""
     h = activated(block.norm1, block.conv1, x, history)
@@ -61,11 +76,7 @@ def activated(norm: Module, conv: Module, x: torch.Tensor, history: History) -> 
     """`causal` at SiLU of WanRMS_norm of frame `x` (n, C, h, w)."""
     made = torch.empty_like(x)
     for part, into in zip(bands(x), bands(made), strict=True):
-        length = torch.linalg.vector_norm(part, dim=1, keepdim=True).clamp_min_(1e-12)
-        torch.mul(part, length.reciprocal_(), out=into).mul_(norm.gamma.view(1, -1, 1, 1) * norm.scale)
-        if torch.is_tensor(norm.bias):
-            into.add_(norm.bias.view(1, -1, 1, 1))
-        F.silu(into, inplace=True)
+        rows.normed(norm, part, into)
     return causal(conv, made, history)
 
 
@@ -77,12 +88,6 @@ def causal(conv: Module, x: torch.Tensor, history: History) -> torch.Tensor:
     if past is None:
         return F.conv2d(x, conv.weight[:, :, -1], conv.bias, padding=conv.kernel_size[1] // 2)
     return past.convolved(conv, x)
-
-
-def bands(x: torch.Tensor) -> tuple[torch.Tensor, ...]:
-    """Views of the rows of (..., h, w), as many at a time as `BAND` allows on a CPU; elsewhere all."""
-    height = x.shape[-2]
-    return x.split(height if x.is_cuda else max(1, BAND * height // x.numel()), dim=-2)
 
 
 def is_still(conv: Module) -> bool:

@@ -17,8 +17,10 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-from .causal import History, Module, activated, bands, causal, is_live, middle, resnet
+from . import rows
+from .causal import History, Module, activated, causal, is_live, is_still, middle, resnets
 from .errors import RenderError, ResourceError
+from .rows import Bands, bands, empty_like, joined
 from .vae_cost import BLEND, receptive_radius, space_factor, spans, time_factor
 
 
@@ -70,9 +72,9 @@ def _step(vae: Module, latent: torch.Tensor, history: History, first: bool) -> t
     h, w = (side * space_factor(config) for side in latent.shape[-2:])
     out = torch.empty(count, 3, h, w)
     x = middle(vae.decoder.mid_block, causal(vae.decoder.conv_in, z, history), history)
-    for i, frame in enumerate(_frames(vae.decoder, x, history, first)):
+    for i, frame in enumerate(_frames(vae.decoder, bands(x), x.shape[2], history, first)):
         top = 0
-        for band in bands(frame):
+        for band in frame:
             values = band.float().clamp_(-1.0, 1.0).add_(1.0).mul_(0.5)
             bottom = top + p * band.shape[2]
             # diffusers' unpatchify: the column within a patch is the slower channel index, the row the faster one
@@ -82,58 +84,68 @@ def _step(vae: Module, latent: torch.Tensor, history: History, first: bool) -> t
     return out
 
 
-def _frames(decoder: Module, x: torch.Tensor, history: History, first: bool, level: int = 0) -> Iterator[torch.Tensor]:
-    """Frames (1, out_channels, H, W) that come from one frame `x` at up block `level`, in order."""
-    if level == len(decoder.up_blocks):
-        yield activated(decoder.norm_out, decoder.conv_out, x, history)
-        return
+def _frames(
+    decoder: Module, parts: Bands, height: int, history: History, first: bool, level: int = 0
+) -> Iterator[Bands]:
+    """The frames that come from one of `height` rows, in bands, at up block `level`, in order: bands of out_channels
+    channels, to be taken before the next frame."""
     block = decoder.up_blocks[level]
+    if level == len(decoder.up_blocks) - 1:
+        parts = resnets(block.resnets, parts, height, history)
+        if is_still(decoder.conv_out):
+            yield rows.activated(decoder.norm_out, decoder.conv_out, parts, height)
+        else:
+            yield bands(activated(decoder.norm_out, decoder.conv_out, joined(parts, height), history))
+        return
+    x = joined(parts, height)
     shortcut = getattr(block, "avg_shortcut", None)
     source = x if shortcut is not None else None
-    for part in block.resnets:
-        x = resnet(part, x, history)
-    upsampler = block.upsampler if hasattr(block, "upsampler") else (block.upsamplers or [None])[0]
-    if upsampler is None:
-        yield from _frames(decoder, x, history, first, level + 1)
-        return
-    parts = [x]
+    x = joined(resnets(block.resnets, bands(x), height, history), height)
+    upsampler = block.upsampler if hasattr(block, "upsampler") else block.upsamplers[0]
+    frames = [x]
     if upsampler.mode == "upsample3d" and not first:  # Wan: the first frame neither doubles nor enters the history
-        parts = list(causal(upsampler.time_conv, x, history).chunk(2, dim=1))
+        frames = list(causal(upsampler.time_conv, x, history).chunk(2, dim=1))
     del x
-    for i in range(len(parts)):
-        # nothing below is bound to a name: the next level owns its input and can drop it
-        phase = 0 if shortcut is None else shortcut.factor_t - len(parts) + i
-        yield from _frames(decoder, _upsample(upsampler, parts[i], shortcut, source, phase), history, first, level + 1)
+    for i, frame in enumerate(frames):
+        phase = 0 if shortcut is None else shortcut.factor_t - len(frames) + i
+        upsampled = _upsampled(upsampler, frame, shortcut, source, phase)
+        yield from _frames(decoder, upsampled, 2 * height, history, first, level + 1)
 
 
-def _upsample(upsampler: Module, x: torch.Tensor, shortcut: Module | None, source: Any, phase: int) -> torch.Tensor:
-    """Twice the height and width of `x`, plus diffusers' DupUp3D of `source` at frame `phase` of its time factor.
+def _upsampled(
+    upsampler: Module, x: torch.Tensor, shortcut: Module | None, source: Any, phase: int
+) -> Iterator[torch.Tensor]:
+    """Twice the height and width of `x` in bands, plus diffusers' DupUp3D of `source` at frame `phase` of its time
+    factor.
 
     A 3x3 convolution of a picture whose pixels are doubled is four 2x2 ones of the picture itself, one for each place
-    of a pixel's copies: 4 multiply-adds where the doubled picture takes 9.
+    of a pixel's copies: 4 multiply-adds where the doubled picture takes 9. Those of a row are one of twice the
+    channels: all four in one are slower.
     """
     conv = upsampler.resample[1]
-    (n, _, h, w), c = x.shape, conv.out_channels
-    y = torch.empty((n, c, 2 * h, 2 * w), dtype=x.dtype, device=x.device, memory_format=torch.channels_last)
-    kernels = torch.cat([kernel for tall in _folded(conv.weight, 2) for kernel in _folded(tall, 3)])
-    bias = conv.bias.repeat(4)
-    padded = F.pad(x, (1, 1, 1, 1)).contiguous(memory_format=torch.channels_last)
+    (_, _, height, w), c = x.shape, conv.out_channels
+    kernels = [torch.cat(_folded(tall, 3)) for tall in _folded(conv.weight, 2)]
+    bias = conv.bias.repeat(2)
     top = 0
     for band in bands(x):
         bottom = top + band.shape[2]
-        parts = F.conv2d(padded[:, :, top : bottom + 2], kernels, bias).view(n, 4, c, bottom - top + 1, w + 1)
-        for place in range(4):
-            row, column = divmod(place, 2)
-            part = parts[:, place, :, row : row + bottom - top, column : column + w]
-            if shortcut is not None:
-                added = source[:, :, top:bottom]
-                if shortcut.in_channels != shortcut.out_channels:
-                    copy = shortcut.factor * torch.arange(shortcut.out_channels, device=x.device)
-                    added = added[:, (copy + 4 * phase + place) // shortcut.repeats]
-                part += added
-            y[:, :, 2 * top + row : 2 * bottom : 2, column::2] = part
+        y = empty_like(x, c, 2 * (bottom - top), 2 * w)
+        for row, kernel in enumerate(kernels):
+            above, below = top + row - 1, bottom + row
+            seen = F.pad(x[:, :, max(0, above) : below], (0, 0, max(0, -above), max(0, below - height)))
+            made = F.conv2d(seen, kernel, bias, padding=(0, 1)).unflatten(1, (2, c))
+            for column in range(2):
+                own = made[:, column, ..., column : column + w]
+                if shortcut is not None:
+                    added = source[:, :, top:bottom]
+                    if shortcut.in_channels != shortcut.out_channels:
+                        copy = shortcut.factor * torch.arange(shortcut.out_channels, device=x.device)
+                        added = added[:, (copy + 4 * phase + 2 * row + column) // shortcut.repeats]
+                    own += added
+                y[:, :, row::2, column::2] = own
+            del seen, made, own
+        yield y
         top = bottom
-    return y
 
 
 def _folded(kernel: torch.Tensor, axis: int) -> tuple[torch.Tensor, torch.Tensor]:

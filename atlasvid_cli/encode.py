@@ -4,12 +4,14 @@ As in `decode`, frames are apart (`causal`): that equals `vae._encode`. A frame 
 the next one goes no deeper, and waits in the history.
 """
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 
 import torch
 import torch.nn.functional as F
 
-from .causal import History, Module, activated, causal, middle, resnet
+from . import rows
+from .causal import History, Module, activated, causal, is_still, middle, resnet, resnets
+from .rows import Bands, bands, joined
 
 
 @torch.no_grad()
@@ -31,8 +33,9 @@ def _encoded(vae: Module, frames: Iterable[torch.Tensor]) -> torch.Tensor:
     history: History = {}
     made = []
     for frame in frames:
-        # bound to no name, so that it is gone after the first convolution
-        moments = _latent(vae.encoder, _patched(frame.to(vae.device, vae.dtype), vae.config.patch_size or 1), history)
+        patch = vae.config.patch_size or 1
+        parts = _patched(frame.to(vae.device, vae.dtype), patch)
+        moments = _latent(vae.encoder, parts, frame.shape[2] // patch, history)
         if moments is not None:
             made.append(causal(vae.quant_conv, moments, history).chunk(2, dim=1)[0].float().cpu())
     latents = torch.stack(made, dim=2)
@@ -40,41 +43,48 @@ def _encoded(vae: Module, frames: Iterable[torch.Tensor]) -> torch.Tensor:
     return ((latents - mean) / std).contiguous()
 
 
-def _patched(frame: torch.Tensor, patch: int) -> torch.Tensor:
-    """diffusers' patchify of a frame (n, 3, H, W): a patch's column is the slower channel index, its row the faster."""
-    n, channels, height, width = frame.shape
-    x = frame.view(n, channels, height // patch, patch, width // patch, patch).permute(0, 2, 4, 1, 5, 3)
-    return x.flatten(3).permute(0, 3, 1, 2)  # channels last
+def _patched(frame: torch.Tensor, patch: int) -> Iterator[torch.Tensor]:
+    """diffusers' patchify of a frame (n, 3, H, W), in bands: a patch's column is the slower channel index, its row the
+    faster."""
+    for band in bands(frame.unflatten(3, (-1, patch)).unflatten(2, (-1, patch)).permute(0, 1, 5, 3, 2, 4)):
+        yield band.permute(0, 4, 5, 1, 2, 3).flatten(3).permute(0, 3, 1, 2)  # channels last
 
 
-def _latent(encoder: Module, x: torch.Tensor, history: History) -> torch.Tensor | None:
-    """The moments (n, 2 z_dim, h, w) that frame `x` completes, or None where it waits for the next one."""
-    x = causal(encoder.conv_in, x, history)
+def _latent(encoder: Module, parts: Bands, height: int, history: History) -> torch.Tensor | None:
+    """The moments (n, 2 z_dim, h, w) that a frame in bands completes, or None where it waits for the next one."""
+    if is_still(encoder.conv_in):
+        parts = rows.convolved(encoder.conv_in, parts, height)
+    else:
+        parts = [causal(encoder.conv_in, joined(parts, height), history)]
     for block in encoder.down_blocks:
-        made: torch.Tensor | None
         if hasattr(block, "avg_shortcut"):  # Wan 2.2's
-            made = x
-            for part in block.resnets:
-                made = resnet(part, made, history)
-            if block.downsampler is not None:
-                made = _smaller(block.downsampler, made, history)
-            added = _averaged(block.avg_shortcut, x, history)
-            made = None if made is None or added is None else made + added
+            x = _level(block, parts, height, history)
         elif hasattr(block, "resample"):
-            made = _smaller(block, x, history)
+            x = _smaller(block, parts, height, history)
         else:
-            made = resnet(block, x, history)
-        if made is None:
+            x = resnet(block, joined(parts, height), history)
+        if x is None:
             return None
-        x = made
-    x = middle(encoder.mid_block, x, history)
+        parts, height = bands(x), x.shape[2]
+    x = middle(encoder.mid_block, joined(parts, height), history)
     return activated(encoder.norm_out, encoder.conv_out, x, history)
 
 
-def _smaller(downsampler: Module, x: torch.Tensor, history: History) -> torch.Tensor | None:
-    """diffusers' WanResample at frame `x`: half the height and width, and after the first frame every other frame."""
-    conv = downsampler.resample[1]
-    x = F.conv2d(F.pad(x, (0, 1, 0, 1)).contiguous(memory_format=torch.channels_last), conv.weight, conv.bias, stride=2)
+def _level(block: Module, parts: Bands, height: int, history: History) -> torch.Tensor | None:
+    """diffusers' WanResidualDownBlock at a frame in bands, with its AvgDown3D."""
+    shortcut = block.avg_shortcut
+    # groups that part a square of pixels wait for diffusers' own code
+    side = 1 if shortcut.group_size % shortcut.factor_s**2 else shortcut.factor_s
+    pools: list[torch.Tensor] = []
+    parts = resnets(block.resnets, rows.pooled(parts, side, pools), height, history)
+    made = joined(parts, height) if block.downsampler is None else _smaller(block.downsampler, parts, height, history)
+    added = _averaged(shortcut, joined(pools, height // side), history)
+    return None if made is None or added is None else made + added
+
+
+def _smaller(downsampler: Module, parts: Bands, height: int, history: History) -> torch.Tensor | None:
+    """diffusers' WanResample at a frame in bands: half the height and width, after the first one every other frame."""
+    x = joined(rows.halved(downsampler.resample, parts), height // 2)
     if downsampler.mode == "downsample2d":
         return x
     merge = downsampler.time_conv
@@ -91,16 +101,17 @@ def _smaller(downsampler: Module, x: torch.Tensor, history: History) -> torch.Te
     return made
 
 
-def _averaged(shortcut: Module, x: torch.Tensor, history: History) -> torch.Tensor | None:
-    """diffusers' AvgDown3D at frame `x`, whose pairs begin one frame before the first, with zero."""
-    frames, side = [x], shortcut.factor_s
+def _averaged(shortcut: Module, pooled: torch.Tensor, history: History) -> torch.Tensor | None:
+    """diffusers' AvgDown3D at a frame that is pooled where its groups allow it. Pairs begin one frame before the first,
+    with zero."""
+    frames = [pooled]
     if shortcut.factor_t == 2:
-        waiting = history.get(shortcut, [torch.zeros_like(x)])
-        history[shortcut] = [] if waiting else [x]
+        waiting = history[shortcut] if shortcut in history else [torch.zeros_like(pooled)]
+        history[shortcut] = [] if waiting else frames
         if not waiting:
             return None
-        frames = [*waiting, x]
-    if shortcut.group_size % side**2:  # groups that part a square of pixels: slower
+        frames = [*waiting, pooled]
+    if shortcut.group_size % shortcut.factor_s**2:
         return shortcut(torch.stack(frames, dim=2)).squeeze(2)
-    pooled = torch.stack([F.avg_pool2d(frame, side) for frame in frames], dim=2).flatten(1, 2)
-    return pooled.unflatten(1, (shortcut.out_channels, -1)).mean(2).contiguous(memory_format=torch.channels_last)
+    values = torch.stack([frame.permute(0, 2, 3, 1) for frame in frames], dim=-1).flatten(3)
+    return values.unflatten(3, (shortcut.out_channels, -1)).mean(4).permute(0, 3, 1, 2)

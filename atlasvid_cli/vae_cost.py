@@ -13,8 +13,8 @@ from .errors import ResourceError
 # With a live middle attention tiles differ, so they are blended over this many latents across a border.
 BLEND = 4
 
-# elements that `causal` and `decode` take at a time on a CPU where they go over memory again and again
-BAND = 1 << 18
+# elements of a frame that are taken at a time on a CPU (`rows`): fewer slow convolutions down, more leave the cache
+BAND = 1 << 20
 
 
 def time_factor(config: Mapping[str, Any]) -> int:
@@ -56,33 +56,39 @@ def decode_bytes(config: Mapping[str, Any], h: int, w: int, tile: int | None = N
     dims = [base * m for m in (config["dim_mult"][-1], *reversed(config["dim_mult"]))]
     temporal = [*reversed(config["temperal_downsample"]), False]
     residual, convs = config.get("is_residual", False), 2 * (config["num_res_blocks"] + 1)
-    area = h * w
+    area, channels = h * w, config.get("out_channels", 3)
     cached = (config["z_dim"] + 4 * dims[0]) * area * 2
     peaks = [10 * dims[0] * area]  # the middle attention with its three copies of queries, keys and values
-    held = config["z_dim"] * area
+    held, band = config["z_dim"] * area, area  # `band`: positions of what comes in
     for level, (source, d) in enumerate(itertools.pairwise(dims)):
         c = source // 2 if level and not residual else source
         last, still = level == len(dims) - 2, level >= len(dims) - 1 - config.get("still", 0)
         cached += ((0 if still else c + (convs - 1) * d) + (d if temporal[level] else 0)) * area * 2
         kept = c * area if residual and not last else 0  # what the shortcut will need
-        peaks.append(held + _block(c, d, still) * area)
+        if not still:
+            peaks.append(held + _block(c, d) * area)
+        elif last:  # bands from the upsampler to the pixels, and the last of those of the frame before
+            peaks.append(held + (c + (convs + 1) * d + 2 * channels) * band)
+        else:
+            peaks.append(held + (c + d) * area + (convs + 1) * d * min(area, BAND // c))
         if last:
             break
         held += kept + (2 * d if temporal[level] else d) * area
-        up = d if residual else d // 2
-        peaks.append(held + d * area + 4 * up * (area + min(area, BAND // d)))  # a padded frame and what becomes of it
-        area *= 4
-    channels = config.get("out_channels", 3)
-    cached += 0 if config.get("still", 0) else dims[-1] * area * 2
-    peaks.append(held + (dims[-1] + channels) * area + min(channels * area, BAND))
+        up, part = d if residual else d // 2, min(area, BAND // d)
+        area, band = 4 * area, 4 * part
+        if not (level == len(dims) - 3 and config.get("still", 0)):  # a whole frame, and what becomes of a band
+            peaks.append(held + up * (area + (band if band < area else 0)) + (2 * up + d) * part)
+    if not config.get("still", 0):
+        cached += dims[-1] * area * 2
+        peaks.append(held + (dims[-1] + channels) * area + min(channels * area, BAND))
     output = time_factor(config) * 3 * h * w * space_factor(config) ** 2
     return width * (cached + max(peaks)) + 2 * 4 * output  # who takes the frames holds some while more are made
 
 
-def _block(c: int, d: int, still: bool) -> int:
-    """Channels that residual blocks hold, from c to d: input, a normed frame and two terms of a sum (one where the past
-    has no part), and before the second convolution what the first made."""
-    return max(2 * c + 2 * d, c + 4 * d) - (d if still else 0)
+def _block(c: int, d: int) -> int:
+    """Channels that residual blocks hold, from c to d: input, a normed frame and two terms of a sum, and before the
+    second convolution what the first made."""
+    return max(2 * c + 2 * d, c + 4 * d)
 
 
 def encode_bytes(config: Mapping[str, Any], h: int, w: int, width: int = 4) -> int:
@@ -93,17 +99,26 @@ def encode_bytes(config: Mapping[str, Any], h: int, w: int, width: int = 4) -> i
     area = h * w * 4 ** (len(dims) - 2)
     frame = 3 * h * w * space_factor(config) ** 2
     cached, waiting = 0 if config.get("still", 0) else 2 * channels * area, 0
-    peaks = [(channels + dims[0]) * area]
+    peaks = [0 if config.get("still", 0) else (channels + dims[0]) * area]
     for level, (c, d) in enumerate(itertools.pairwise(dims)):
         last, still = level == len(dims) - 2, level < config.get("still", 0)
         cached += 0 if still else 2 * (c + (2 * blocks - 1) * d) * area
-        kept = c * area if residual and not last else 0  # what the shortcut will need
-        peaks.append(_block(c, d, still) * area)
+        kept = c * area // 4 if residual and not last else 0  # what the shortcut will need
+        if not still:
+            peaks.append(_block(c, d) * area)
         if last:
             break
         merged = config["temperal_downsample"][level]
         waiting += kept if merged else 0
-        peaks.append(kept + 2 * d * area + d * area // 2)  # a padded frame and what becomes of it
+        if still:  # bands of what comes in, and a frame of what they become
+            came = c * area if level else channels * area * (width != 4)  # the frame in the VAE's dtype
+            band = min(area, BAND // (c if level else channels))
+            chain = c + (2 * blocks + 2) * d
+            if band < area:  # one comes while what the last one became is there
+                chain = (0 if level else 2 * channels) + 2 * c + (2 * blocks + 1) * d
+            peaks.append(came + 2 * kept + d * area // 4 + chain * band)
+        else:
+            peaks.append(kept + 2 * d * area + d * area // 2)  # a padded frame and what becomes of it
         area //= 4
         cached += 2 * d * area if merged else 0
     cached += 2 * (4 + 1) * dims[-1] * area

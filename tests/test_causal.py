@@ -1,11 +1,11 @@
-"""Convolutions over time on one frame at a time, and elementwise chains on a band of rows at a time."""
+"""Convolutions over time on one frame at a time."""
 
 import pytest
 import torch
 from diffusers.models.autoencoders.autoencoder_kl_wan import WanCausalConv3d
 
-from atlasvid_cli import causal, decode
-from tests.test_decode import RESIDUAL, WAN21, build, latents, reference
+from atlasvid_cli import causal
+from tests.test_decode import RESIDUAL, build
 
 
 @pytest.mark.parametrize("kernel", [(3, 3, 3), (3, 1, 1), (1, 1, 1)])
@@ -29,11 +29,3 @@ def test_convolutions_held_still_do_the_same_to_a_clip_that_stands_still():
     assert all(map(causal.is_still, convs)) and not causal.is_still(vae.decoder.conv_in)
     for conv, clip, made in zip(convs, clips, before, strict=True):
         torch.testing.assert_close(conv(clip)[:, :, 2:], made[:, :, 2:], rtol=0, atol=1e-5)
-
-
-@pytest.mark.parametrize("config", [RESIDUAL, WAN21], ids=["residual", "wan2.1"])
-def test_bands_change_nothing(config, monkeypatch):
-    monkeypatch.setattr(causal, "BAND", 500)  # some rows where there are many channels, many where there are few
-    vae, z = build(config), latents(config, 2, 4, 6)
-    frames = torch.cat(list(decode.decode_stream(vae, z)))
-    torch.testing.assert_close(frames, reference(vae, z), rtol=0, atol=1e-5)
