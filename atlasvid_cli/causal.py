@@ -10,13 +10,12 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
-from . import rows
-from .rows import Bands, bands, joined
+from . import banded
+from .banded import Bands, Module, bands, joined
 
-Module = Any  # diffusers' modules, whose attributes are not typed
-
-# What the next output needs of a module's last inputs: a `Past` of a convolution's, frames that wait to be merged
-History = dict[Module, Any]
+# What the next output needs of a module's last inputs: a `Past` of a convolution's, frames that wait to be merged; and
+# what was found out of a module
+History = dict[Any, Any]
 
 
 class Past:
@@ -53,11 +52,9 @@ def middle(block: Module, x: torch.Tensor, history: History) -> torch.Tensor:
 
 def resnets(blocks: Module, parts: Bands, height: int, history: History) -> Bands:
     """diffusers' WanResidualBlocks, one after the other, on one frame in bands: whole where they are not all still."""
-    if blocks not in history:
-        history[blocks] = all(is_still(conv) for block in blocks for conv in (block.conv1, block.conv2))
-    if history[blocks]:
+    if still(blocks, history):
         for block in blocks:
-            parts = rows.resnet(block, parts, height)
+            parts = banded.resnet(block, parts, height)
         return parts
     x = joined(parts, height)
     for block in blocks:
@@ -76,7 +73,7 @@ def activated(norm: Module, conv: Module, x: torch.Tensor, history: History) -> 
     """`causal` at SiLU of WanRMS_norm of frame `x` (n, C, h, w)."""
     made = torch.empty_like(x)
     for part, into in zip(bands(x), bands(made), strict=True):
-        rows.normed(norm, part, into)
+        banded.normed(norm, part, into)
     return causal(conv, made, history)
 
 
@@ -93,6 +90,14 @@ def causal(conv: Module, x: torch.Tensor, history: History) -> torch.Tensor:
 def is_still(conv: Module) -> bool:
     """Whether a convolution over time sees one frame alone, its weights for the past being zero."""
     return not bool(conv.weight[:, :, :-1].any())
+
+
+def still(part: Module, history: History) -> bool:
+    """Whether all convolutions over time in `part` see one frame alone, found out once a video."""
+    if ("still", part) not in history:
+        convs = (module for module in part.modules() if isinstance(module, torch.nn.Conv3d))
+        history["still", part] = all(map(is_still, convs))
+    return history["still", part]
 
 
 def near_pixels(vae: Module, levels: int) -> list[Module]:

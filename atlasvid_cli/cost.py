@@ -144,10 +144,11 @@ def _enlarging(plan: Plan, stage: Stage, machine: Machine) -> tuple[int, Memory]
     flops += grid.t * encode_flops(config, grid.h * patch, grid.w * patch)
     pixels, size = plan.preset.geometry.token_pixels, _vae_itemsize(plan.preset, machine)
     held = decode_memory(plan.preset, (below.t, h, w), below.w * pixels, below.h * pixels, machine)
-    encoder = int(KEPT[size] * encode_bytes(config, grid.h * patch, grid.w * patch, size))
+    on_gpu = machine.device.kind == "cuda"
+    encoder = int(KEPT[size] * encode_bytes(config, grid.h * patch, grid.w * patch, size, not on_gpu))
     large = 2 * 4 * 3 * grid.h * grid.w * pixels**2  # a frame in fp32 as it is made, and the last one
     latents = grid.tokens * plan.preset.transformer.channels * patch**2 * 4
-    if machine.device.kind == "cuda":
+    if on_gpu:
         return flops, Memory(held.device + encoder, held.host + latents + large)
     return flops, Memory(0, held.host + encoder + latents + large)
 
@@ -248,8 +249,8 @@ def _encode_row(plan: Plan, rate: float, machine: Machine) -> dict[str, Any]:
 
     config, grid, patch = dataclasses.asdict(plan.preset.vae), plan.proxy.grid, plan.preset.geometry.patch
     size, (h, w) = _vae_itemsize(plan.preset, machine), (grid.h * patch, grid.w * patch)
-    encoder = int(KEPT[size] * encode_bytes(config, h, w, size)) + plan.preset.vae_parameters * size
     on_gpu = machine.device.kind == "cuda"
+    encoder = int(KEPT[size] * encode_bytes(config, h, w, size, not on_gpu)) + plan.preset.vae_parameters * size
     flops = grid.t * encode_flops(config, h, w)
     return {
         "stage": "encode",
@@ -297,11 +298,11 @@ def decode_memory(preset: Preset, latents: tuple[int, int, int], width: int, hei
 
     t, h, w = latents
     size, tile = _vae_itemsize(preset, machine), vae_tile(preset, h, w, machine)
-    decoder = int(KEPT[size] * decode_bytes(dataclasses.asdict(preset.vae), h, w, tile, size))
+    on_gpu = machine.device.kind == "cuda"
+    decoder = int(KEPT[size] * decode_bytes(dataclasses.asdict(preset.vae), h, w, tile, size, not on_gpu))
     decoder += preset.vae_parameters * size
     frames = min(ENCODER_FRAMES, 1 + preset.geometry.temporal * (t - 1))
     host = t * h * w * preset.transformer.channels * 4 + frames * ENCODER_BYTES * width * height
-    on_gpu = machine.device.kind == "cuda"
     return Memory(decoder, host) if on_gpu else Memory(0, host + decoder)
 
 
@@ -335,8 +336,9 @@ def vae_tile(preset: Preset, h: int, w: int, machine: Machine | None = None) -> 
     """The tile side in latents with which decoding h x w latents fits in `decode_gib`; None for whole frames."""
     from .vae_cost import choose_tile
 
-    size = _vae_itemsize(preset, machine or this_machine())
-    return choose_tile(dataclasses.asdict(preset.vae), h, w, int(preset.decode_gib * GIB), size)
+    machine = machine or this_machine()
+    size, on_gpu = _vae_itemsize(preset, machine), machine.device.kind == "cuda"
+    return choose_tile(dataclasses.asdict(preset.vae), h, w, int(preset.decode_gib * GIB), size, not on_gpu)
 
 
 def _vae_itemsize(preset: Preset, machine: Machine) -> int:

@@ -17,10 +17,10 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-from . import rows
-from .causal import History, Module, activated, causal, is_live, is_still, middle, resnets
+from . import banded
+from .banded import Bands, Module, bands, empty_frame, joined
+from .causal import History, activated, causal, is_live, middle, resnets, still
 from .errors import RenderError, ResourceError
-from .rows import Bands, bands, empty_like, joined
 from .vae_cost import BLEND, receptive_radius, space_factor, spans, time_factor
 
 
@@ -72,7 +72,7 @@ def _step(vae: Module, latent: torch.Tensor, history: History, first: bool) -> t
     h, w = (side * space_factor(config) for side in latent.shape[-2:])
     out = torch.empty(count, 3, h, w)
     x = middle(vae.decoder.mid_block, causal(vae.decoder.conv_in, z, history), history)
-    for i, frame in enumerate(_frames(vae.decoder, bands(x), x.shape[2], history, first)):
+    for i, frame in enumerate(_frames(vae.decoder, [x], x.shape[2], history, first)):
         top = 0
         for band in frame:
             values = band.float().clamp_(-1.0, 1.0).add_(1.0).mul_(0.5)
@@ -92,15 +92,15 @@ def _frames(
     block = decoder.up_blocks[level]
     if level == len(decoder.up_blocks) - 1:
         parts = resnets(block.resnets, parts, height, history)
-        if is_still(decoder.conv_out):
-            yield rows.activated(decoder.norm_out, decoder.conv_out, parts, height)
+        if still(decoder.conv_out, history):
+            yield banded.activated(decoder.norm_out, decoder.conv_out, parts, height)
         else:
             yield bands(activated(decoder.norm_out, decoder.conv_out, joined(parts, height), history))
         return
     x = joined(parts, height)
     shortcut = getattr(block, "avg_shortcut", None)
     source = x if shortcut is not None else None
-    x = joined(resnets(block.resnets, bands(x), height, history), height)
+    x = joined(resnets(block.resnets, [x], height, history), height)
     upsampler = block.upsampler if hasattr(block, "upsampler") else block.upsamplers[0]
     frames = [x]
     if upsampler.mode == "upsample3d" and not first:  # Wan: the first frame neither doubles nor enters the history
@@ -129,7 +129,7 @@ def _upsampled(
     top = 0
     for band in bands(x):
         bottom = top + band.shape[2]
-        y = empty_like(x, c, 2 * (bottom - top), 2 * w)
+        y = empty_frame(x, c, 2 * (bottom - top), 2 * w)
         for row, kernel in enumerate(kernels):
             above, below = top + row - 1, bottom + row
             seen = F.pad(x[:, :, max(0, above) : below], (0, 0, max(0, -above), max(0, below - height)))
@@ -144,8 +144,9 @@ def _upsampled(
                     own += added
                 y[:, :, row::2, column::2] = own
             del seen, made, own
-        yield y
-        top = bottom
+        top, ready = bottom, [y]
+        del y
+        yield ready.pop()
 
 
 def _folded(kernel: torch.Tensor, axis: int) -> tuple[torch.Tensor, torch.Tensor]:

@@ -9,9 +9,9 @@ from collections.abc import Iterable, Iterator
 import torch
 import torch.nn.functional as F
 
-from . import rows
-from .causal import History, Module, activated, causal, is_still, middle, resnet, resnets
-from .rows import Bands, bands, joined
+from . import banded
+from .banded import Bands, Module, bands, joined
+from .causal import History, activated, causal, middle, resnet, resnets, still
 
 
 @torch.no_grad()
@@ -52,8 +52,8 @@ def _patched(frame: torch.Tensor, patch: int) -> Iterator[torch.Tensor]:
 
 def _latent(encoder: Module, parts: Bands, height: int, history: History) -> torch.Tensor | None:
     """The moments (n, 2 z_dim, h, w) that a frame in bands completes, or None where it waits for the next one."""
-    if is_still(encoder.conv_in):
-        parts = rows.convolved(encoder.conv_in, parts, height)
+    if still(encoder.conv_in, history):
+        parts = banded.convolved(encoder.conv_in, parts, height)
     else:
         parts = [causal(encoder.conv_in, joined(parts, height), history)]
     for block in encoder.down_blocks:
@@ -65,7 +65,7 @@ def _latent(encoder: Module, parts: Bands, height: int, history: History) -> tor
             x = resnet(block, joined(parts, height), history)
         if x is None:
             return None
-        parts, height = bands(x), x.shape[2]
+        parts, height = [x], x.shape[2]
     x = middle(encoder.mid_block, joined(parts, height), history)
     return activated(encoder.norm_out, encoder.conv_out, x, history)
 
@@ -76,7 +76,7 @@ def _level(block: Module, parts: Bands, height: int, history: History) -> torch.
     # groups that part a square of pixels wait for diffusers' own code
     side = 1 if shortcut.group_size % shortcut.factor_s**2 else shortcut.factor_s
     pools: list[torch.Tensor] = []
-    parts = resnets(block.resnets, rows.pooled(parts, side, pools), height, history)
+    parts = resnets(block.resnets, banded.pooled(parts, height, side, pools), height, history)
     made = joined(parts, height) if block.downsampler is None else _smaller(block.downsampler, parts, height, history)
     added = _averaged(shortcut, joined(pools, height // side), history)
     return None if made is None or added is None else made + added
@@ -84,7 +84,7 @@ def _level(block: Module, parts: Bands, height: int, history: History) -> torch.
 
 def _smaller(downsampler: Module, parts: Bands, height: int, history: History) -> torch.Tensor | None:
     """diffusers' WanResample at a frame in bands: half the height and width, after the first one every other frame."""
-    x = joined(rows.halved(downsampler.resample, parts), height // 2)
+    x = joined(banded.halved(downsampler.resample, parts, height), height // 2)
     if downsampler.mode == "downsample2d":
         return x
     merge = downsampler.time_conv

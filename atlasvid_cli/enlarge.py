@@ -52,9 +52,10 @@ def _between(frames: Iterator[torch.Tensor], time_ratio: int) -> Iterator[torch.
         last = frame
 
 
+@torch.autocast("cpu", enabled=False)  # a product into a tensor of fp32 is one of fp32
 def _resized(frame: torch.Tensor, ratio: Fraction, size: tuple[int, int]) -> torch.Tensor:
-    """The top left `size` of a frame (3, H, W) in -1..1 made `ratio` times as large by PyTorch's bicubic: no pixel of it
-    moves to fit.
+    """The top left `size` of a frame (3, H, W) in -1..1 made `ratio` times as large by PyTorch's bicubic, whose pixels
+    stay where they are.
 
     Every `ratio.numerator` rows weigh the same place of as many periods of `ratio.denominator` rows, and two to either
     side, so that they are products with one small matrix, and so are columns: less than a third of the time that

@@ -5,6 +5,7 @@ A config is diffusers', with what a preset says of the weights (`Vae.still`, 0 w
 
 import itertools
 import math
+import sys
 from collections.abc import Mapping
 from typing import Any
 
@@ -13,7 +14,7 @@ from .errors import ResourceError
 # With a live middle attention tiles differ, so they are blended over this many latents across a border.
 BLEND = 4
 
-# elements of a frame that are taken at a time on a CPU (`rows`): fewer slow convolutions down, more leave the cache
+# elements of a frame that are taken at a time on a CPU (`banded`): fewer slow convolutions down, more leave the cache
 BAND = 1 << 20
 
 
@@ -41,10 +42,13 @@ def spool_bytes(config: Mapping[str, Any], steps: int, h: int, w: int) -> int:
     return (1 + time_factor(config) * (steps - 1)) * 3 * h * w * space_factor(config) ** 2 * 2
 
 
-def decode_bytes(config: Mapping[str, Any], h: int, w: int, tile: int | None = None, width: int = 4) -> int:
+def decode_bytes(
+    config: Mapping[str, Any], h: int, w: int, tile: int | None = None, width: int = 4, banded: bool = True
+) -> int:
     """Peak bytes of activations, caches and output of `decode_stream` on h x w latents; weights not counted.
 
-    `width`: bytes a value of the VAE's dtype; frames come out in fp32.
+    `width`: bytes a value of the VAE's dtype; frames come out in fp32. `banded`: as on a CPU, where frames of still
+    levels are taken in bands.
 
     Counts tensors as the walk in `decode` holds them: two frames a convolution, what each level keeps while deeper
     ones run, and the largest working set on top of it.
@@ -56,7 +60,7 @@ def decode_bytes(config: Mapping[str, Any], h: int, w: int, tile: int | None = N
     dims = [base * m for m in (config["dim_mult"][-1], *reversed(config["dim_mult"]))]
     temporal = [*reversed(config["temperal_downsample"]), False]
     residual, convs = config.get("is_residual", False), 2 * (config["num_res_blocks"] + 1)
-    area, channels = h * w, config.get("out_channels", 3)
+    area, channels, most = h * w, config.get("out_channels", 3), BAND if banded else sys.maxsize
     cached = (config["z_dim"] + 4 * dims[0]) * area * 2
     peaks = [10 * dims[0] * area]  # the middle attention with its three copies of queries, keys and values
     held, band = config["z_dim"] * area, area  # `band`: positions of what comes in
@@ -67,20 +71,20 @@ def decode_bytes(config: Mapping[str, Any], h: int, w: int, tile: int | None = N
         kept = c * area if residual and not last else 0  # what the shortcut will need
         if not still:
             peaks.append(held + _block(c, d) * area)
-        elif last:  # bands from the upsampler to the pixels, and the last of those of the frame before
-            peaks.append(held + (c + (convs + 1) * d + 2 * channels) * band)
+        elif last:  # bands from the upsampler to the pixels, in fp32 at last
+            peaks.append(held + max(2 * c + d, 4 * d, d + 2 * channels, 5 * channels * (width != 4)) * band)
         else:
-            peaks.append(held + (c + d) * area + (convs + 1) * d * min(area, BAND // c))
+            peaks.append(held + (c + d) * area + (c + 3 * d) * min(area, most // c))
         if last:
             break
         held += kept + (2 * d if temporal[level] else d) * area
-        up, part = d if residual else d // 2, min(area, BAND // d)
+        up, part = d if residual else d // 2, min(area, most // d)
         area, band = 4 * area, 4 * part
         if not (level == len(dims) - 3 and config.get("still", 0)):  # a whole frame, and what becomes of a band
             peaks.append(held + up * (area + (band if band < area else 0)) + (2 * up + d) * part)
     if not config.get("still", 0):
         cached += dims[-1] * area * 2
-        peaks.append(held + (dims[-1] + channels) * area + min(channels * area, BAND))
+        peaks.append(held + (dims[-1] + channels) * area + min(channels * area, most))
     output = time_factor(config) * 3 * h * w * space_factor(config) ** 2
     return width * (cached + max(peaks)) + 2 * 4 * output  # who takes the frames holds some while more are made
 
@@ -91,8 +95,9 @@ def _block(c: int, d: int) -> int:
     return max(2 * c + 2 * d, c + 4 * d)
 
 
-def encode_bytes(config: Mapping[str, Any], h: int, w: int, width: int = 4) -> int:
+def encode_bytes(config: Mapping[str, Any], h: int, w: int, width: int = 4, banded: bool = True) -> int:
     """Peak bytes of activations, caches and input of `encode_stream` to h x w latents, which has no tiles."""
+    most = BAND if banded else sys.maxsize
     dims = [config["base_dim"] * m for m in (1, *config["dim_mult"])]
     channels = config.get("out_channels", 3)  # those that come in, too
     residual, blocks = config.get("is_residual", False), config["num_res_blocks"]
@@ -112,11 +117,8 @@ def encode_bytes(config: Mapping[str, Any], h: int, w: int, width: int = 4) -> i
         waiting += kept if merged else 0
         if still:  # bands of what comes in, and a frame of what they become
             came = c * area if level else channels * area * (width != 4)  # the frame in the VAE's dtype
-            band = min(area, BAND // (c if level else channels))
-            chain = c + (2 * blocks + 2) * d
-            if band < area:  # one comes while what the last one became is there
-                chain = (0 if level else 2 * channels) + 2 * c + (2 * blocks + 1) * d
-            peaks.append(came + 2 * kept + d * area // 4 + chain * band)
+            band = min(area, most // (c if level else channels))
+            peaks.append(came + 2 * kept + d * area // 4 + max(2 * channels, c + 3 * d) * band)
         else:
             peaks.append(kept + 2 * d * area + d * area // 2)  # a padded frame and what becomes of it
         area //= 4
@@ -182,14 +184,16 @@ def overlap(config: Mapping[str, Any], h: int, w: int, tile: int | None) -> floa
     return seen
 
 
-def choose_tile(config: Mapping[str, Any], h: int, w: int, budget_bytes: int, width: int = 4) -> int | None:
+def choose_tile(
+    config: Mapping[str, Any], h: int, w: int, budget_bytes: int, width: int = 4, banded: bool = True
+) -> int | None:
     """The largest tile side whose decoding fits in `budget_bytes`: None for whole frames, `ResourceError` if none."""
-    if decode_bytes(config, h, w, None, width) <= budget_bytes:
+    if decode_bytes(config, h, w, None, width, banded) <= budget_bytes:
         return None
     for tile in range(max(h, w) - 1, 7, -1):
-        if decode_bytes(config, h, w, tile, width) <= budget_bytes:
+        if decode_bytes(config, h, w, tile, width, banded) <= budget_bytes:
             return tile
-    least = decode_bytes(config, h, w, 8, width) / 2**30
+    least = decode_bytes(config, h, w, 8, width, banded) / 2**30
     raise ResourceError(
         f"decoding needs {least:.1f} GiB even in the smallest tiles, and decode_gib of the preset allows"
         f" {budget_bytes / 2**30:.1f}; raise it in a preset of your own"

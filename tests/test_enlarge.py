@@ -48,6 +48,13 @@ def test_resizing_is_pytorchs_bicubic(ratio):
     torch.testing.assert_close(made, expected, atol=5e-5, rtol=0)  # PyTorch finds places in float32
 
 
+def test_resizing_is_the_same_where_a_cpu_computes_in_bfloat16():
+    frame, args = torch.rand(3, 32, 48) * 2 - 1, (Fraction(51, 16), (100, 150))
+    expected = module._resized(frame, *args)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert torch.equal(module._resized(frame, *args), expected)
+
+
 def test_outlines_survive_it_better_than_interpolated_latents(vae):
     """A star seen small and slow, made as large and dense, against itself rendered so: half the error or less."""
     ratio, tokens, frames = Fraction(2), 4, 17

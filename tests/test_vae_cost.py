@@ -8,7 +8,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
 
-from atlasvid_cli import decode, rows, vae_cost
+from atlasvid_cli import banded, decode, vae_cost
 from atlasvid_cli.encode import encode_stream
 from atlasvid_cli.errors import ResourceError
 from tests.test_decode import EMBEDDED, STILL, WAN21, WAN22, build, latents
@@ -46,7 +46,7 @@ class LiveBytes(TorchDispatchMode):
 )
 @pytest.mark.parametrize("band", [1 << 15, vae_cost.BAND], ids=["bands", "whole"])
 def test_memory_is_as_predicted(config, tile, dtype, band, tmp_path, monkeypatch):
-    monkeypatch.setattr(rows, "BAND", band)
+    monkeypatch.setattr(banded, "BAND", band)
     monkeypatch.setattr(vae_cost, "BAND", band)
     vae, z = build(config, live=False).to(dtype), latents(config, 3, 16, 40 if tile else 32)
     list(decode.decode_stream(vae, z[:, :1, :2, :2]))
@@ -61,7 +61,7 @@ def test_memory_is_as_predicted(config, tile, dtype, band, tmp_path, monkeypatch
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
 @pytest.mark.parametrize("band", [1 << 15, vae_cost.BAND], ids=["bands", "whole"])
 def test_memory_of_encoding_is_as_predicted(config, dtype, band, monkeypatch):
-    monkeypatch.setattr(rows, "BAND", band)
+    monkeypatch.setattr(banded, "BAND", band)
     monkeypatch.setattr(vae_cost, "BAND", band)
     vae, (h, w) = build(config, live=False).to(dtype), (16, 8)
     side = vae_cost.space_factor(config)

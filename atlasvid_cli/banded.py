@@ -1,9 +1,9 @@
 """A frame through 2D convolutions a band of rows at a time: what lies between two of them stays in a CPU's cache.
 
-Frames of 4K are larger than any cache, and going over memory anew for each layer takes as long as much of the work. As
+Frames of 4K are larger than any cache, and fetching them anew for each layer takes longer than computing them. As
 `causal` does over time, each convolution keeps the last rows that it has seen, so that nothing is computed twice.
 A frame of `height` rows is told as its bands (n, C, rows, w) from the top, taken one by one; elsewhere than on a CPU it
-is one band.
+is one band. A generator holds what it has names for while it waits, so bands are handed on without one.
 """
 
 from collections.abc import Callable, Iterable, Iterator
@@ -25,9 +25,13 @@ def bands(x: torch.Tensor) -> tuple[torch.Tensor, ...]:
     return x.split(height if x.is_cuda else max(1, BAND * height // x.numel()), dim=-2)
 
 
-def empty_like(x: torch.Tensor, channels: int, rows: int, columns: int) -> torch.Tensor:
-    """An uninitialised (n, channels, rows, columns), channels last."""
-    return x.new_empty((x.shape[0], rows, columns, channels)).permute(0, 3, 1, 2)
+def cut(parts: Bands, height: int) -> Iterator[torch.Tensor]:
+    """A frame that comes whole in bands, and bands as they come."""
+    for part in parts:
+        ready = list(bands(part)) if part.shape[2] == height else [part]
+        del part
+        while ready:
+            yield ready.pop(0)
 
 
 def joined(parts: Bands, height: int) -> torch.Tensor:
@@ -39,30 +43,38 @@ def joined(parts: Bands, height: int) -> torch.Tensor:
             whole = part
             continue  # to the end of `parts`, which then hold nothing
         if not top:
-            whole = empty_like(part, c, height, w)
+            whole = empty_frame(part, c, height, w)
         whole[:, :, top : top + rows] = part
         top += rows
     return whole
+
+
+def empty_frame(like: torch.Tensor, channels: int, rows: int, columns: int) -> torch.Tensor:
+    """An uninitialised (n, channels, rows, columns), channels last, of the batch, dtype and device of `like`."""
+    return like.new_empty((like.shape[0], rows, columns, channels)).permute(0, 3, 1, 2)
 
 
 def resnet(block: Module, parts: Bands, height: int) -> Iterator[torch.Tensor]:
     """diffusers' WanResidualBlock, of a block that is still."""
     waiting: list[torch.Tensor] = []  # rows that the convolutions have not come to
 
-    def seen() -> Iterator[torch.Tensor]:
+    def passing() -> Iterator[torch.Tensor]:
         shortcut = block.conv_shortcut
-        for part in parts:
+        for part in cut(parts, height):
             own = isinstance(shortcut, torch.nn.Identity)
             waiting.append(part if own else F.conv2d(part, shortcut.weight[:, :, -1], shortcut.bias))
-            yield part
+            ready = [part]
+            del part
+            yield ready.pop()
 
-    first = activated(block.norm1, block.conv1, seen(), height)
+    first = activated(block.norm1, block.conv1, passing(), height)
     for made in activated(block.norm2, block.conv2, first, height):
         rows = waiting[0] if len(waiting) == 1 else torch.cat(waiting, dim=2)
         made += rows[:, :, : made.shape[2]]
         waiting[:] = [rows[:, :, made.shape[2] :].clone()]
-        del rows
-        yield made
+        ready = [made]
+        del rows, made
+        yield ready.pop()
 
 
 def activated(norm: Module, conv: Module, parts: Bands, height: int) -> Iterator[torch.Tensor]:
@@ -79,20 +91,21 @@ def convolved(
     """A still 3x3 WanCausalConv3d at what `before` writes of each band into its second argument."""
     weight = conv.weight[:, :, -1].contiguous(memory_format=torch.channels_last)
     above, left = None, height
-    for part in parts:
+    for part in cut(parts, height):
         _, c, rows, w = part.shape
         left -= rows
         kept, below = 1 if above is None else above.shape[2], 0 if left else 1
-        seen = empty_like(part, c, kept + rows + below, w)
+        seen = empty_frame(part, c, kept + rows + below, w)
         seen[:, :, :kept] = 0 if above is None else above
         before(part, seen[:, :, kept : kept + rows])
         if below:
             seen[:, :, -1] = 0
-        made = F.conv2d(seen, weight, conv.bias, padding=(0, 1)) if seen.shape[2] > 2 else None
+        del part
+        made = [F.conv2d(seen, weight, conv.bias, padding=(0, 1))] if seen.shape[2] > 2 else []
         above = seen[:, :, -2:].clone()
-        del part, seen  # what a generator has a name for it holds while it waits
-        if made is not None:
-            yield made
+        del seen
+        if made:
+            yield made.pop()
 
 
 def normed(norm: Module, x: torch.Tensor, out: torch.Tensor) -> None:
@@ -104,26 +117,31 @@ def normed(norm: Module, x: torch.Tensor, out: torch.Tensor) -> None:
     F.silu(out, inplace=True)
 
 
-def halved(layers: Module, parts: Bands) -> Iterator[torch.Tensor]:
-    """The padding and 3x3 convolution of stride 2 of diffusers' WanResample, of a frame of an even height."""
-    conv, kept = layers[1], None
+def halved(layers: Module, parts: Bands, height: int) -> Iterator[torch.Tensor]:
+    """The padding (a column and a row of zeros after the last) and 3x3 convolution of stride 2 of diffusers'
+    WanResample."""
+    conv, kept, left = layers[1], None, height
     for part in parts:
-        seen = part if kept is None else torch.cat([kept, part], dim=2)
-        made = (seen.shape[2] - 1) // 2
+        left -= part.shape[2]
+        below = 0 if left else 1
+        seen = F.pad(part if kept is None else torch.cat([kept, part], dim=2), (0, 1, 0, below))
+        count = (seen.shape[2] - 1) // 2
+        made = [F.conv2d(seen, conv.weight, conv.bias, stride=2)] if count else []
+        kept = seen[:, :, 2 * count :, :-1].clone()
+        del part, seen
         if made:
-            yield F.conv2d(F.pad(seen, (0, 1)), conv.weight, conv.bias, stride=2)
-        kept = seen[:, :, 2 * made :]
-    if kept is not None:
-        yield F.conv2d(F.pad(kept, (0, 1, 0, 1)), conv.weight, conv.bias, stride=2)
+            yield made.pop()
 
 
-def pooled(parts: Bands, side: int, pools: list[torch.Tensor]) -> Iterator[torch.Tensor]:
+def pooled(parts: Bands, height: int, side: int, pools: list[torch.Tensor]) -> Iterator[torch.Tensor]:
     """`parts` as they are; the means of their squares of `side` pixels join `pools`, in bands."""
     kept = None
-    for part in parts:
+    for part in cut(parts, height):
         seen = part if kept is None else torch.cat([kept, part], dim=2)
         rows = seen.shape[2] // side * side
         if rows:
-            pools.append(F.avg_pool2d(seen[:, :, :rows], side))
-        kept = seen[:, :, rows:] if rows < seen.shape[2] else None
-        yield part
+            pools.append(F.avg_pool2d(seen[:, :, :rows], side) if side > 1 else seen)
+        kept = seen[:, :, rows:].clone() if rows < seen.shape[2] else None
+        ready = [part]
+        del part, seen
+        yield ready.pop()
