@@ -42,9 +42,15 @@ class LiveBytes(TorchDispatchMode):
 
 @pytest.mark.parametrize("config", LAYOUTS, ids=NAMES)
 @pytest.mark.parametrize(
-    ("tile", "dtype"), [(None, torch.float32), (8, torch.float32), (None, torch.bfloat16)], ids=str
+    ("tile", "dtype", "band"),
+    [
+        (None, torch.float32, 1 << 14),  # several bands a frame
+        (None, torch.float32, vae_cost.BAND),
+        (8, torch.float32, vae_cost.BAND),
+        (None, torch.bfloat16, vae_cost.BAND),
+    ],
+    ids=str,
 )
-@pytest.mark.parametrize("band", [1 << 15, vae_cost.BAND], ids=["bands", "whole"])
 def test_memory_is_as_predicted(config, tile, dtype, band, tmp_path, monkeypatch):
     monkeypatch.setattr(banded, "BAND", band)
     monkeypatch.setattr(vae_cost, "BAND", band)
