@@ -159,16 +159,18 @@ def test_a_sample_trains_the_levels_that_it_has_a_proxy_for(monkeypatch, time_ra
 
 @pytest.mark.parametrize("kind", ["clips", "detail"])
 def test_a_resumed_training_ends_with_the_same_weights(tmp_path, monkeypatch, kind):
+    monkeypatch.setattr(loop, "CHECKPOINT_STEPS", 20)
+
     def run(folder):
         torch.manual_seed(0)
         fresh = model()
         if kind == "clips":
             train.train_clips(
-                fresh, folder, clips(1), clips(), embed, 250, 5e-3, time_ratio=4, tokens=18, stills=(0.9, 0.4)
+                fresh, folder, clips(1), clips(), embed, 25, 5e-3, time_ratio=4, tokens=18, stills=(0.9, 0.4)
             )
         else:
             fresh.add_adapter(train.lora_config(2))
-            train.train_detail(fresh, fresh, folder, details(), embed, 250, 5e-3, DETAIL, accumulate=1)
+            train.train_detail(fresh, fresh, folder, details(), embed, 25, 5e-3, DETAIL, accumulate=1)
         return fresh.state_dict()
 
     whole = run(tmp_path / "whole")
@@ -177,7 +179,7 @@ def test_a_resumed_training_ends_with_the_same_weights(tmp_path, monkeypatch, ki
     def dies(*arguments):
         nonlocal count
         count += 1
-        if count == 230:
+        if count == 23:
             raise KeyboardInterrupt
         return rate(*arguments)
 
