@@ -67,11 +67,17 @@ CODECS = {
 BT709 = 1  # the code of its primaries, transfer and matrix in every container, and of its matrix in swscale
 LIMITED, FULL = 1, 2
 RED, BLUE = 0.2126, 0.0722
+# codes of Y, Cb and Cr above black, or grey, that full red, green and blue make at 8 bits
+YCBCR = (
+    (219 * RED, 219 * (1 - RED - BLUE), 219 * BLUE),
+    (-112 * RED / (1 - BLUE), -112 * (1 - RED - BLUE) / (1 - BLUE), 112.0),
+    (112.0, -112 * (1 - RED - BLUE) / (1 - RED), -112 * BLUE / (1 - RED)),
+)
 
 # swscale's bilinear, with chroma interpolated and rounded exactly: its default is 12 dB worse
 SWSCALE_FLAGS = 0x2 | 0x2000 | 0x4000 | 0x40000
 
-BAND_ROWS = 32  # converted at a time, an even number: what it takes at 4K then stays in the cache
+BAND_ROWS = 64  # converted at a time, an even number: what it takes at 4K then stays in the cache
 QUEUED_FRAMES = 4  # 12 to 50 MB each at 4K: enough for the encoder to work through a pause of the decoder
 
 
@@ -211,23 +217,23 @@ def to_planes(rgb: "torch.Tensor", pixels: str) -> list[np.ndarray]:
 
 
 def _band_planes(rgb: "torch.Tensor", pixels: str) -> list[np.ndarray]:
+    import torch
     import torch.nn.functional as F
 
-    red, green, blue = rgb.float().clamp(0, 1)
-    luma = RED * red + (1 - RED - BLUE) * green + BLUE * blue
-    chroma = [(blue - luma) / (2 - 2 * BLUE), (red - luma) / (2 - 2 * RED)]
-    height, width = luma.shape
-    if "444" not in pixels:
-        for i, c in enumerate(chroma):
-            c = F.pad(c[None], (1, width % 2, 0, 0), "replicate")[0]
-            chroma[i] = (c[:, 0:-2:2] + 2 * c[:, 1:-1:2] + c[:, 2::2]) / 4
-    if "420" in pixels:
-        for i, c in enumerate(chroma):
-            c = F.pad(c[None, None], (0, 0, 0, height % 2), "replicate")[0, 0]
-            chroma[i] = (c[0::2] + c[1::2]) / 2
     step, dtype = (4, np.uint16) if pixels.endswith("10le") else (1, np.uint8)  # 10 bits: four codes an 8-bit one
-    scaled = [(219 * luma + 16) * step, *((224 * c + 128) * step for c in chroma)]
-    return [plane.round_().cpu().numpy().astype(dtype) for plane in scaled]
+    black = rgb.new_tensor([[16.0], [128.0], [128.0]], dtype=torch.float32) * step
+    weights = rgb.new_tensor(YCBCR, dtype=torch.float32) * step
+    shape, height = rgb.shape, rgb.shape[1]
+    planes = torch.addmm(black, weights, rgb.float().clamp(0, 1).flatten(1)).view(shape)
+    luma, chroma = planes[0], planes[1:]
+    if "420" in pixels:
+        chroma = F.pad(chroma, (0, 0, 0, height % 2), "replicate")
+        chroma = (chroma[:, 0::2] + chroma[:, 1::2]).mul_(0.5)
+    if "444" not in pixels:
+        chroma = F.pad(chroma, (1, 1), "replicate")
+        around = chroma[..., :-2] + chroma[..., 2:]
+        chroma = around.add_(chroma[..., 1:-1], alpha=2).mul_(0.25)[..., 0::2]
+    return [plane.round().cpu().numpy().astype(dtype) for plane in (luma, *chroma)]
 
 
 @contextmanager
