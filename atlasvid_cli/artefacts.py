@@ -65,9 +65,15 @@ def run_hash(session: Session, plan: Plan, prompt: str, negative_prompt: str) ->
             "size": plan.summary["size"],
             "prompts": [prompt, negative_prompt],
             "models": [session.hash("proxy"), session.hash("detail"), session.vae_hash],
+            "starts": start_hashes(session, plan),
             **session.arithmetic,
         }
     )
+
+
+def start_hashes(session: Session, plan: Plan) -> list[str]:
+    """Identities of the weights by which levels start in pixels."""
+    return [session.start_hash(level.entry) for level in plan.levels if level.in_pixels]
 
 
 def proxy_metadata(session: Session, plan: Plan, prompt: str, negative_prompt: str) -> dict[str, str]:
@@ -179,7 +185,7 @@ def stage_metadata(
     proxy's size that of what the video shows of it, in even numbers, so that its preview plays everywhere."""
     weights = session.hash(kind)
     fields = {**plan.key(stage), "prompt": prompt, "negative": negative, "model": weights, "below": below}
-    fields |= session.arithmetic | ({"start": session.vae_hash} if stage.in_pixels else {})
+    fields |= session.arithmetic | ({"start": session.start_hash(stage.entry)} if stage.in_pixels else {})
     geometry, grid, last = session.preset.geometry, stage.grid, stage is plan.levels[-1]
     pixels = geometry.token_pixels
     width, height = plan.request.width if last else grid.w * pixels, plan.request.height if last else grid.h * pixels

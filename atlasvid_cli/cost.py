@@ -141,12 +141,13 @@ def _enlarging(plan: Plan, stage: Stage, machine: Machine) -> tuple[int, Memory]
     below, grid = plan.below(stage), stage.grid
     h, w = below.h * patch, below.w * patch
     flops = round(below.t * decode_flops(config, h, w) * overlap(config, h, w, vae_tile(plan.preset, h, w, machine)))
-    flops += grid.t * encode_flops(config, grid.h * patch, grid.w * patch)
+    half = bool(stage.entry)
+    flops += grid.t * encode_flops(config, grid.h * patch, grid.w * patch, half)
     pixels, size = plan.preset.geometry.token_pixels, _vae_itemsize(plan.preset, machine)
     held = decode_memory(plan.preset, (below.t, h, w), below.w * pixels, below.h * pixels, machine)
     on_gpu = machine.device.kind == "cuda"
-    encoder = int(KEPT[size] * encode_bytes(config, grid.h * patch, grid.w * patch, size, not on_gpu))
-    large = 2 * 4 * 3 * grid.h * grid.w * pixels**2  # a frame in fp32 as it is made, and the last one
+    encoder = int(KEPT[size] * encode_bytes(config, grid.h * patch, grid.w * patch, size, not on_gpu, half))
+    large = 2 * 4 * 3 * grid.h * grid.w * (pixels // (1 + half)) ** 2  # a frame in fp32 as it is made, and the last one
     latents = grid.tokens * plan.preset.transformer.channels * patch**2 * 4
     if on_gpu:
         return flops, Memory(held.device + encoder, held.host + latents + large)

@@ -20,22 +20,23 @@ def encode_clips(vae: Module, pixels: torch.Tensor) -> torch.Tensor:
 
     `vae` is an `AutoencoderKLWan`.
     """
-    return _encoded(vae, pixels.unbind(2))
+    return _encoded(vae, vae.encoder, pixels.unbind(2))
 
 
 @torch.no_grad()
-def encode_stream(vae: Module, frames: Iterable[torch.Tensor]) -> torch.Tensor:
-    """Normalised latents (C, T, h, w) fp32 on CPU of 4k+1 frames (3, H, W) in -1..1, taken one by one."""
-    return _encoded(vae, (frame[None] for frame in frames))[0]
+def encode_stream(vae: Module, frames: Iterable[torch.Tensor], encoder: Module | None = None) -> torch.Tensor:
+    """Normalised latents (C, T, h, w) fp32 on CPU of 4k+1 frames (3, H, W) in -1..1, taken one by one; by another
+    `encoder` than the VAE's, if need be."""
+    return _encoded(vae, encoder or vae.encoder, (frame[None] for frame in frames))[0]
 
 
-def _encoded(vae: Module, frames: Iterable[torch.Tensor]) -> torch.Tensor:
+def _encoded(vae: Module, encoder: Module, frames: Iterable[torch.Tensor]) -> torch.Tensor:
     history: History = {}
     made = []
     for frame in frames:
         patch = vae.config.patch_size or 1
         parts = _patched(frame.to(vae.device, vae.dtype), patch)
-        moments = _latent(vae.encoder, parts, frame.shape[2] // patch, history)
+        moments = _latent(encoder, parts, frame.shape[2] // patch, history)
         if moments is not None:
             made.append(causal(vae.quant_conv, moments, history).chunk(2, dim=1)[0].float().cpu())
     latents = torch.stack(made, dim=2)
@@ -84,7 +85,10 @@ def _level(block: Module, parts: Bands, height: int, history: History) -> torch.
 
 def _smaller(downsampler: Module, parts: Bands, height: int, history: History) -> torch.Tensor | None:
     """diffusers' WanResample at a frame in bands: half the height and width, after the first one every other frame."""
-    x = joined(banded.halved(downsampler.resample, parts, height), height // 2)
+    if isinstance(downsampler.resample, torch.nn.Identity):  # a half-size picture's
+        x = joined(parts, height)
+    else:
+        x = joined(banded.halved(downsampler.resample, parts, height), height // 2)
     if downsampler.mode == "downsample2d":
         return x
     merge = downsampler.time_conv

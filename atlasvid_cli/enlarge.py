@@ -14,6 +14,7 @@ from diffusers import AutoencoderKLWan
 
 from .decode import decode_stream
 from .encode import encode_stream
+from .half import HalfEncoder
 
 
 def enlarge(
@@ -26,19 +27,23 @@ def enlarge(
     tile: int | None = None,
     spool: Path | None = None,
     on_frame: Callable[[], None] | None = None,
+    encoder: HalfEncoder | None = None,
 ) -> torch.Tensor:
     """Latents (C, T, h, w) fp32 of `frames` frames of `size` (height, width) in pixels, `ratio` times as large and
-    `time_ratio` times as dense as what normalised `latents` (C, t, y, x) decode to; `tile`, `spool` as there.
+    `time_ratio` times as dense as what normalised `latents` (C, t, y, x) decode to; `tile`, `spool` as there. With
+    an `encoder` for frames half as large, they are made so.
     """
+    if encoder:
+        ratio, size = ratio / 2, (size[0] // 2, size[1] // 2)
     decoded = (frame.mul(2).sub_(1) for chunk in decode_stream(vae, latents, tile, spool) for frame in chunk)
 
     def made() -> Iterator[torch.Tensor]:
         for frame in islice(_between(decoded, time_ratio), frames):
-            yield _resized(frame, ratio, size)
+            yield resized(frame, ratio, size)
             if on_frame:
                 on_frame()
 
-    return encode_stream(vae, made())
+    return encode_stream(vae, made(), encoder)
 
 
 def _between(frames: Iterator[torch.Tensor], time_ratio: int) -> Iterator[torch.Tensor]:
@@ -53,7 +58,7 @@ def _between(frames: Iterator[torch.Tensor], time_ratio: int) -> Iterator[torch.
 
 
 @torch.autocast("cpu", enabled=False)  # a product into a tensor of fp32 is one of fp32
-def _resized(frame: torch.Tensor, ratio: Fraction, size: tuple[int, int]) -> torch.Tensor:
+def resized(frame: torch.Tensor, ratio: Fraction, size: tuple[int, int]) -> torch.Tensor:
     """The top left `size` of a frame (3, H, W) in -1..1 made `ratio` times as large by PyTorch's bicubic, whose pixels
     stay where they are.
 

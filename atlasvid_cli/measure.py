@@ -24,6 +24,7 @@ from .cost import EFFICIENCY, vae_tile
 from .decode import decode_stream
 from .enlarge import enlarge
 from .flops import detail_flops, full_flops, linear_flops
+from .half import HalfEncoder
 from .machine import compute_device, conv_rate, synchronize
 from .model import detail_forward, proxy_context, text_context
 from .plan import Plan, Stage
@@ -262,7 +263,8 @@ def enlarge_sample(vae: Any, plan: Plan, stage: Stage, folder: Path, repeats: in
     frames = (grid.t - 1) * geometry.temporal + 1
     timed_frames = min(frames, geometry.temporal * stage.time_ratio + 1)
     figures = stage.ratio, stage.time_ratio, size, timed_frames, vae_tile(plan.preset, *latents.shape[2:]), folder
-    one = timed(lambda: enlarge(vae, latents, *figures), repeats)
+    encoder = HalfEncoder(vae.encoder) if stage.entry else None  # whose values do not matter
+    one = timed(lambda: enlarge(vae, latents, *figures, encoder=encoder), repeats)
     return one.times(frames / timed_frames, timed_frames / frames)
 
 

@@ -27,6 +27,7 @@ from .artefacts import (
     proxy_metadata,
     read_latents,
     region_of,
+    start_hashes,
 )
 from .console import Console
 from .cost import offload_of, vae_tile
@@ -73,7 +74,12 @@ def render(
         "job": job_hash(session, plan, prompt, negative_prompt),
         "video_bytes": video.stat().st_size,
         "event": event,
-        "weights": {"proxy": session.hash("proxy"), "detail": session.hash("detail"), "vae": session.vae_hash},
+        "weights": {
+            "proxy": session.hash("proxy"),
+            "detail": session.hash("detail"),
+            "starts": start_hashes(session, plan),
+            "vae": session.vae_hash,
+        },
         "versions": versions(),
         "stage_seconds": spent,
         "render_seconds": seconds,
@@ -311,8 +317,10 @@ def _enlarged(
     size = grid.h * geometry.token_pixels, grid.w * geometry.token_pixels
     frames = (grid.t - 1) * geometry.temporal + 1
     tile = vae_tile(session.preset, *below.shape[2:])
+    encoder = session.half_encoder(stage.entry) if stage.entry else None
+    figures = stage.ratio, stage.time_ratio, size, frames, tile, spool
     with progress.stage(f"{name} start", frames) as advance:
-        return enlarge(session.vae(), below, stage.ratio, stage.time_ratio, size, frames, tile, spool, advance)
+        return enlarge(session.vae(), below, *figures, advance, encoder)
 
 
 def _save_latents(path: Path, latents: torch.Tensor, metadata: dict[str, str]) -> None:

@@ -84,6 +84,7 @@ class Stage:
     guidance_interval: tuple[float, float] = (0.0, 1.0)
     guidance_batch: bool = False
     upsample: Upsample = "latents"
+    entry: str | None = None
 
     @property
     def in_pixels(self) -> bool:
@@ -172,7 +173,8 @@ class Plan:
         if stage is self.proxy and (clip := self.request.clip):
             shown = {"grid": _plain(stage.grid), "size": list(self.proxy_size), **self._played}
             return {"preset": self.preset.name, "seed": self.request.seed, "clip": clip.sha256, **shown}
-        fields = {"preset": self.preset.name, "seed": self.request.seed, "stage": _plain(stage)}
+        sampled = dataclasses.replace(stage, entry=None)  # the file is known by what it holds (`Session.start_hash`)
+        fields = {"preset": self.preset.name, "seed": self.request.seed, "stage": _plain(sampled)}
         if stage is self.proxy:
             fields |= {"shown": list(self.proxy_size), **self._played}  # by its preview, and by what refine makes of it
         else:
@@ -327,18 +329,9 @@ def proxy_stage(preset: Preset, grid: Grid, time_ratio: int) -> Stage:
 
 
 def level_stage(detail: Detail, level: Level, grid: Grid, ratio: Fraction, time_ratio: int) -> Stage:
-    """A detail level on a grid as a preset samples it."""
-    scales = level.strength, level.guidance_scale, detail.flow_shift
-    return Stage(
-        grid,
-        ratio,
-        time_ratio,
-        level.steps,
-        *scales,
-        guidance_interval=level.guidance_interval,
-        guidance_batch=level.guidance_batch,
-        upsample=level.upsample,
-    )
+    """A detail level on a grid as a preset samples it. Below a ratio of 2 frames half as large would lose detail."""
+    level = level if ratio >= 2 else dataclasses.replace(level, entry=None)
+    return Stage(grid, ratio, time_ratio, flow_shift=detail.flow_shift, **vars(level))
 
 
 def _plain(value: Any) -> Any:

@@ -100,7 +100,8 @@ Upsample = Literal["latents", "pixels"]
 @dataclass(frozen=True)
 class Level:
     """Sampling of a detail level; `strength` in (0, 1] is the sigma that it starts from, and below 1 `upsample` whether
-    the level below is made as large in latents or in pixels (decoded, and encoded again).
+    the level below is made as large in latents or in pixels (decoded, and encoded again). With `entry`, a file of
+    the preset's or the model's folder, frames are made half as large and encoded by the first level there (`half`).
 
     Guidance acts at sigmas within `guidance_interval`; elsewhere a step takes one forward and not two (Kynkäänniemi et
     al., arXiv 2404.07724). With `guidance_batch` the two are one forward of both prompts: each block's weights and
@@ -113,6 +114,7 @@ class Level:
     guidance_interval: tuple[float, float] = (0.0, 1.0)
     guidance_batch: bool = False
     upsample: Upsample = "latents"
+    entry: str | None = None
 
 
 @dataclass(frozen=True)
@@ -247,20 +249,25 @@ def load_preset(name: str) -> Preset:
     preset = _parse(Preset, table, path.name)
     if preset.vae.still > (len(preset.vae.dim_mult) if preset.vae.is_residual else 0):
         raise UsageError(f"{path.name}: vae: still must be at most its levels, and 0 where is_residual is false")
-    stages = {part: _with_lora(getattr(preset, part), path.parent) for part in ("proxy", "detail")}
-    preset = dataclasses.replace(preset, **stages)
+    proxy, detail = (_beside(stage, "lora", path.parent) for stage in (preset.proxy, preset.detail))
+    first, upper = (_beside(level, "entry", path.parent) for level in (detail.first, detail.upper))
+    preset = dataclasses.replace(preset, proxy=proxy, detail=dataclasses.replace(detail, first=first, upper=upper))
     for name, level in (("first", preset.detail.first), ("upper", preset.detail.upper)):
         if level.guidance_interval[0] > level.guidance_interval[1]:
             raise UsageError(f"{path.name}: detail: {name}: guidance_interval must go from its lower end to its upper")
+        if level.entry and not (preset.vae.is_residual and level.upsample == "pixels" and level.strength < 1):
+            raise UsageError(
+                f"{path.name}: detail: {name}: entry needs is_residual = true, upsample = 'pixels', strength < 1"
+            )
         if preset.experts and level.strength > preset.experts.boundary:
             raise UsageError(f"{path.name}: detail: {name}: strength must not be above the boundary of the experts")
     return preset
 
 
-def _with_lora(stage: Any, folder: Path) -> Any:
-    """A stage whose adapter is in `folder`, beside the preset, where it is there; else it is in the model's folder."""
-    beside = folder / (stage.lora or "")
-    return dataclasses.replace(stage, lora=str(beside.absolute())) if beside.is_file() else stage
+def _beside(part: Any, key: str, folder: Path) -> Any:
+    """A part whose file `key` is in `folder`, beside the preset, where it is there; else in the model's folder."""
+    beside = folder / (getattr(part, key) or "")
+    return dataclasses.replace(part, **{key: str(beside.absolute())}) if beside.is_file() else part
 
 
 def _parse(kind: Any, value: Any, where: str) -> Any:

@@ -14,6 +14,7 @@ from .block import EAGER, Kernels
 from .console import Console
 from .embeddings import Embedding, EmbeddingCache, cache_folder
 from .errors import ResourceError, UsageError
+from .half import HalfEncoder
 from .lora import check_lora, merge_lora
 from .machine import available_vram, check_compiler, compute_device, decode_dtype
 from .memory import Offload, WeightDtype, fits_gpu, model_bytes
@@ -25,7 +26,9 @@ from .text import encode_prompts, left_out, unknown_words
 from .weights import (
     check_adapter,
     check_config,
+    check_entry,
     has_folder,
+    load_half_encoder,
     load_skeleton,
     load_text,
     load_transformer,
@@ -120,8 +123,8 @@ class Session:
         )
 
     def check_adapters(self) -> None:
-        """Raises InputError for an adapter of another stage or base, or trained otherwise than the preset says, and for
-        a LoRA of another model: the detail would find it out after hours of the proxy."""
+        """Raises InputError for an adapter of another stage or base, or trained otherwise than the preset says, for an
+        entry of another VAE and for a LoRA of another model: the detail would find it out after hours of the proxy."""
         time_ratio, detail = str(self.preset.proxy.time_ratio), self.preset.detail
         windows = json.dumps(detail.windows)
         trained_for = {
@@ -133,6 +136,9 @@ class Session:
             for part, adapter in self._weights(stage):
                 if adapter:
                     check_adapter(self.folder, adapter, stage, part, figures, largest)
+        for level in (detail.first, detail.upper):
+            if level.entry:
+                check_entry(self.folder, level.entry)
         skeleton = load_skeleton(self.folder) if self.loras else None
         for lora in self.loras:
             merge_lora(skeleton, lora, self.strict, warn=lambda text: None)
@@ -167,6 +173,10 @@ class Session:
         if "vae" not in self._hashes:
             self._hashes["vae"] = model_hash(self.folder, "vae")
         return self._hashes["vae"]
+
+    def start_hash(self, entry: str | None) -> str:
+        """Identity of the weights that make what a level starts from in pixels."""
+        return model_hash(self.folder, "vae", entry) if entry else self.vae_hash
 
     def transformer(self, stage: str, offload: Offload, console: Console, second: bool = False) -> Any:
         """The model with the adapter of stage `proxy` or `detail`, on the compute device as far as `offload` says;
@@ -207,6 +217,10 @@ class Session:
             dtype, still = decode_dtype(self.preset.decode_dtype), self.preset.vae.still
             self._parts["vae"] = load_vae(self.folder, dtype, still).to(self.device)
         return self._parts["vae"]
+
+    def half_encoder(self, entry: str) -> HalfEncoder:
+        """The VAE's encoder for frames half as large, by the first level in a file of the model's folder."""
+        return load_half_encoder(self.folder, entry, self.vae())
 
     def expect(self, prompts: Iterable[str]) -> None:
         """Prompts that `embeddings` will be asked for later, so that one loading of the text encoder serves all."""

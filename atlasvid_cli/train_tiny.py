@@ -17,18 +17,19 @@ import torch
 from diffusers import AutoencoderKLWan, UniPCMultistepScheduler, WanPipeline, WanTransformer3DModel
 from transformers import AutoTokenizer, UMT5EncoderModel
 
-from . import dataset, train, train_text, train_vae, world
+from . import dataset, train, train_encoder, train_text, train_vae, world
 from .causal import hold_still
 from .checkpoint import save_folder
 from .encode import encode_clips
 from .presets import load_preset
 from .store import artefact_hash, write_json
+from .tensor_file import save_tensors
 from .text import encode_prompts
 from .wear import add_enlarged, add_worn
 from .weights import load_transformer, model_hash
 
 VAE_STEPS, COMPRESSED_STEPS, SETTLED_STEPS, SHARPENED_STEPS = 2200, 1400, 1100, 9000
-STILL_ENCODER_STEPS, STILL_DECODER_STEPS = 2500, 6000
+STILL_ENCODER_STEPS, STILL_DECODER_STEPS, ENTRY_STEPS = 2500, 6000, 6000
 PROXY_STEPS, DETAIL_STEPS = 10000, 4500
 # cosines, each (steps, peak learning rate, share of single images at its start and end): colours, shapes and grounds,
 # then motion
@@ -54,6 +55,8 @@ SAMPLES = {
 }
 LATENT_CHANNELS = 16  # what is left of the VAE's first 32
 LONG_CLIPS = ((3, 96, 9), (2, 96, 17), (2, 64, 29))  # of the VAE's last training: clips, pixels a side, frames
+ENTRY_CLIPS = ((4, 96, 9), (1, 160, 17), (2, 64, 29))
+ENTRY = "half_entry.safetensors"
 PROXY_RANK, DETAIL_RANK = 96, 64
 DECODER = "decoder.", "post_quant_conv."
 
@@ -135,10 +138,16 @@ def make(work: Path, out: Path) -> None:
         vae = sharpened(train_vae.let_learn(vae, *DECODER), work / "vae-sharpened", steps=SHARPENED_STEPS, seed=3)
         teacher, run = deepcopy(vae), work / "vae-still-encoder"
         hold_still(vae, load_preset("tiny").vae.still)
-        vae = train_vae.distil_encoder(vae, teacher, run, STILL_ENCODER_STEPS, lr=2e-3, seed=12, shapes=LONG_CLIPS)
+        vae = train_encoder.distil_encoder(vae, teacher, run, STILL_ENCODER_STEPS, lr=2e-3, seed=12, shapes=LONG_CLIPS)
         vae = sharpened(train_vae.let_learn(vae, *DECODER), work / "vae-still", steps=STILL_DECODER_STEPS, seed=11)
         finish_vae(vae, out)
     vae = AutoencoderKLWan.from_pretrained(out / "vae", torch_dtype=torch.float32)
+    if not (out / ENTRY).exists():
+        fits = model_hash(out, "vae")
+        run = work / f"vae-entry-{fits}"
+        half = train_encoder.distil_entry(vae, run, ENTRY_STEPS, lr=2e-3, seed=13, shapes=ENTRY_CLIPS)
+        metadata = {"stage": "entry", "base": fits}
+        save_tensors(out / ENTRY, {name: p.detach().half() for name, p in half.own().items()}, metadata)
     embed = embedder(out)
     latents = dataset.folder_of(work, model_hash(out, "vae"))
 

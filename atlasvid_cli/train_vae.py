@@ -146,9 +146,9 @@ def cut_sides(latents: torch.Tensor, pixels: torch.Tensor, rng: random.Random) -
     return kept, pixels[..., top * scale : (h - bottom) * scale, left * scale : (w - right) * scale]
 
 
-def _optimizer(vae: AutoencoderKLWan, lr: float) -> tuple[list[tuple[str, torch.nn.Parameter]], Optimizer]:
+def optimizer_of(model: torch.nn.Module, lr: float) -> tuple[list[tuple[str, torch.nn.Parameter]], Optimizer]:
     """What needs a gradient, by name, and what updates it."""
-    named = [(n, p) for n, p in vae.named_parameters() if p.requires_grad]
+    named = [(n, p) for n, p in model.named_parameters() if p.requires_grad]
     return named, Optimizer(named, lr, adamw_names=("conv_in", "conv_out", "quant_conv"))
 
 
@@ -178,7 +178,7 @@ def train(
     what was encoded: the encoder pads clips with zeros, to the right and below more than elsewhere, and latents that a
     diffusion model makes at the border of a larger grid do not show it. What needs no gradient stays as it is.
     """
-    named, optimizer = _optimizer(vae, lr)
+    named, optimizer = optimizer_of(vae, lr)
     step, _ = load_checkpoint(folder, vae, optimizer)
     cut_log(folder / "log.jsonl", step)
     started = time.monotonic()
@@ -224,64 +224,4 @@ def train(
                 save_checkpoint(folder, vae, optimizer, step)
             with (folder / "log.jsonl").open("a") as log:
                 log.write(json.dumps(row) + "\n")
-    return vae
-
-
-def disturbed(clips: torch.Tensor, rng: random.Random) -> torch.Tensor:
-    """Clips (n, 3, f, h, w) by chance as frames enlarged from a smaller and slower video, or with soft noise on them.
-
-    An encoder sees such frames where a level starts from the one below, and in videos of another world.
-    """
-    x, (n, _, frames, h, w) = clips, clips.shape
-    if rng.random() < 0.4:
-        ratio = rng.choice((2.0, 2.4, 3.0, 4.0))
-        small = F.interpolate(x.transpose(1, 2).flatten(0, 1), (round(h / ratio), round(w / ratio)), mode="area")
-        x = F.interpolate(small, (h, w), mode="bicubic").unflatten(0, (n, -1)).transpose(1, 2)
-    if rng.random() < 0.4:
-        slower = rng.choice((2, 4))
-        kept, at = x[:, :, ::slower], torch.arange(frames)
-        before, part = at // slower, (at % slower / slower).view(-1, 1, 1)
-        after = (before + 1).clamp(max=kept.shape[2] - 1)
-        x = torch.lerp(kept[:, :, before], kept[:, :, after], part)
-    if rng.random() < 0.2:
-        generator = torch.Generator().manual_seed(rng.getrandbits(40))
-        side, slower = rng.choice((4, 8, 16, 32)), rng.choice((2, 4, 8))
-        noise = torch.randn(n, 3, max(1, frames // slower), side, side, generator=generator)
-        x = x + rng.random() * F.interpolate(noise, (frames, h, w), mode="trilinear")
-    return x.clamp(-1, 1)
-
-
-def distil_encoder(
-    vae: AutoencoderKLWan,
-    teacher: AutoencoderKLWan,
-    folder: Path,
-    steps: int,
-    lr: float,
-    seed: int = 0,
-    shapes: Sequence[tuple[int, int, int]] = ((3, 96, 9),),
-) -> AutoencoderKLWan:
-    """Trains the encoder of `vae` to give the latents that `teacher`'s gives, resuming and logging as `train` does.
-
-    "error" is the RMS error over the latents' RMS spread. The decoder stays as it is.
-    """
-    named, optimizer = _optimizer(let_learn(vae, "encoder.", "quant_conv."), lr)
-    (step, _), z = load_checkpoint(folder, vae, optimizer), vae.config.z_dim
-    cut_log(folder / "log.jsonl", step)
-    while step < steps:
-        rng = random.Random(f"{seed}/{step}/disturbed")
-        x = disturbed(batch(seed, step, *shapes[step % len(shapes)]), rng)
-        with torch.no_grad(), cpu_autocast():
-            target = clip_moments(teacher, x).float()
-        with cpu_autocast():
-            wrong = (clip_moments(vae, x).float() - target).square()
-        error = wrong[:, :z].mean() / target[:, :z].var(dim=(0, 2, 3, 4)).mean()
-        (error + 0.01 * wrong[:, z:].mean()).backward()
-        torch.nn.utils.clip_grad_norm_([p for _, p in named], 1.0)
-        optimizer.step(learning_rate(step, steps, lr))
-        step += 1
-        if step % 25 == 0 or step == steps:
-            with (folder / "log.jsonl").open("a") as log:
-                log.write(json.dumps({"step": step, "error": round(math.sqrt(error.item()), 4)}) + "\n")
-        if step % 500 == 0 or step == steps:
-            save_checkpoint(folder, vae, optimizer, step)
     return vae

@@ -15,9 +15,10 @@ from .causal import is_live, is_still
 Module = Any  # diffusers' modules, whose attributes are not typed
 
 
-def clip_moments(vae: Module, pixels: torch.Tensor) -> torch.Tensor:
-    """What `vae._encode` gives: means and log variances (n, 2 z_dim, T, h, w) of clips (n, 3, 4k+1, H, W) in -1..1."""
-    encoder = vae.encoder
+def clip_moments(vae: Module, pixels: torch.Tensor, encoder: Module | None = None) -> torch.Tensor:
+    """What `vae._encode` gives, if need be by another `encoder`: means and log variances (n, 2 z_dim, T, h, w) of clips
+    (n, 3, 4k+1, H, W) in -1..1."""
+    encoder = encoder or vae.encoder
     x = _conv(encoder.conv_in, _channels_last(patchify(pixels, vae.config.patch_size)))
     for block in encoder.down_blocks:
         added = block.avg_shortcut(x)

@@ -95,20 +95,24 @@ def _block(c: int, d: int) -> int:
     return max(2 * c + 2 * d, c + 4 * d)
 
 
-def encode_bytes(config: Mapping[str, Any], h: int, w: int, width: int = 4, banded: bool = True) -> int:
-    """Peak bytes of activations, caches and input of `encode_stream` to h x w latents, which has no tiles."""
+def encode_bytes(
+    config: Mapping[str, Any], h: int, w: int, width: int = 4, banded: bool = True, half: bool = False
+) -> int:
+    """Peak bytes of activations, caches and input of `encode_stream` to h x w latents, which has no tiles; `half`: of
+    frames half as large, through a first level of their own."""
     most = BAND if banded else sys.maxsize
     dims = [config["base_dim"] * m for m in (1, *config["dim_mult"])]
     channels = config.get("out_channels", 3)  # those that come in, too
     residual, blocks = config.get("is_residual", False), config["num_res_blocks"]
-    area = h * w * 4 ** (len(dims) - 2)
-    frame = 3 * h * w * space_factor(config) ** 2
-    cached, waiting = 0 if config.get("still", 0) else 2 * channels * area, 0
+    area = h * w * 4 ** (len(dims) - 2 - half)
+    frame = 3 * h * w * (space_factor(config) // (1 + half)) ** 2
+    cached, waiting = 0 if config.get("still", 0) or half else 2 * channels * area, 0
     peaks = [0 if config.get("still", 0) else (channels + dims[0]) * area]
     for level, (c, d) in enumerate(itertools.pairwise(dims)):
         last, still = level == len(dims) - 2, level < config.get("still", 0)
         cached += 0 if still else 2 * (c + (2 * blocks - 1) * d) * area
-        kept = c * area // 4 if residual and not last else 0  # what the shortcut will need
+        smaller = area if half and not level else area // 4
+        kept = c * smaller if residual and not last else 0  # what the shortcut will need
         if not still:
             peaks.append(_block(c, d) * area)
         if last:
@@ -118,10 +122,10 @@ def encode_bytes(config: Mapping[str, Any], h: int, w: int, width: int = 4, band
         if still:  # bands of what comes in, and a frame of what they become
             came = c * area if level else channels * area * (width != 4)  # the frame in the VAE's dtype
             band = min(area, most // (c if level else channels))
-            peaks.append(came + 2 * kept + d * area // 4 + max(2 * channels, c + 3 * d) * band)
+            peaks.append(came + 2 * kept + d * smaller + max(2 * channels, c + 3 * d) * band)
         else:
-            peaks.append(kept + 2 * d * area + d * area // 2)  # a padded frame and what becomes of it
-        area //= 4
+            peaks.append(kept + 2 * d * area + 2 * d * smaller)  # a padded frame and what becomes of it
+        area = smaller
         cached += 2 * d * area if merged else 0
     cached += 2 * (4 + 1) * dims[-1] * area
     peaks.append(10 * dims[-1] * area)  # the middle attention, as in the decoder
@@ -150,18 +154,19 @@ def decode_flops(config: Mapping[str, Any], h: int, w: int) -> int:
     return 2 * (total + taps * dims[-1] * config.get("out_channels", 3) * area * frames)
 
 
-def encode_flops(config: Mapping[str, Any], h: int, w: int) -> int:
-    """FLOPs of the convolutions that encoding to one latent frame of h x w takes, after the first."""
+def encode_flops(config: Mapping[str, Any], h: int, w: int, half: bool = False) -> int:
+    """FLOPs of the convolutions that encoding to one latent frame of h x w takes, after the first; `half` as above."""
     dims = [config["base_dim"] * m for m in (1, *config["dim_mult"])]
     still, blocks = config.get("still", 0), config["num_res_blocks"]
-    area, frames = h * w * 4 ** (len(dims) - 2), time_factor(config)
-    total = (9 if still else 27) * config.get("out_channels", 3) * dims[0] * area * frames
+    area, frames = h * w * 4 ** (len(dims) - 2 - half), time_factor(config)
+    total = (9 if still or half else 27) * config.get("out_channels", 3) * dims[0] * area * frames
     for level, (c, d) in enumerate(itertools.pairwise(dims)):
         total += (9 if level < still else 27) * (c * d + (2 * blocks - 1) * d * d) * area * frames
         if level == len(dims) - 2:
             break
-        area //= 4
-        total += 9 * d * d * area * frames
+        if level or not half:
+            area //= 4
+            total += 9 * d * d * area * frames
         if config["temperal_downsample"][level]:
             frames //= 2
             total += 3 * d * d * area * frames

@@ -35,7 +35,8 @@ def add_enlarged(
     on_done: Callable[[int], None] = lambda samples: None,
 ) -> None:
     """Gives every sample of stage 2 that has a proxy of that time ratio what a level starts from in pixels (`enlarge`),
-    latents `enlarged_<time_ratio>` fp16, made from its worn proxy or its true one; it keeps that one alone."""
+    latents `enlarged_<time_ratio>` fp16, made from its worn proxy or its true one; it keeps that one alone. By the
+    VAE's own encoder, which an `entry` imitates."""
     proxy, worn = f"proxy_{time_ratio}", f"worn_{time_ratio}"
     rng = random.Random(f"enlarged/{time_ratio}")
     for sample in data:

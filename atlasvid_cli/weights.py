@@ -26,7 +26,9 @@ from transformers.utils.logging import disable_progress_bar
 from . import original
 from .causal import is_still, near_pixels
 from .errors import InputError, one_line
+from .half import HalfEncoder
 from .presets import Preset, Sampler
+from .tensor_file import check_header, open_tensors, read_header
 
 # what reading damaged weights raises
 UNREADABLE = (OSError, ValueError, KeyError, RuntimeError, UnpicklingError, SafetensorError)
@@ -123,7 +125,7 @@ def model_hash(folder: Path, *names: str | None) -> str:
             raise InputError(f"{path} holds no safetensors: convert its weights, or give another --model-path")
         for file in files:
             if not file.is_file():
-                raise InputError(f"{file} does not exist: mend the preset's lora, or give another --model-path")
+                raise InputError(f"{file} does not exist: mend its name in the preset, or give another --model-path")
             real = file.resolve()
             digest.update(bytes.fromhex(_file_digest(real, real.stat().st_size, real.stat().st_mtime_ns)))
     return digest.hexdigest()[:16]
@@ -256,6 +258,35 @@ def load_vae(folder: Path, dtype: torch.dtype = torch.float32, still: int = 0) -
             " leave `still` out in a preset of your own, or give another --model-path"
         )
     return vae
+
+
+def check_entry(folder: Path, entry: str) -> None:
+    """Raises InputError where the file `entry` in `folder` is not there, or is no first level for the VAE's encoder
+    (`half`)."""
+    path, remedy = folder / entry, "leave `entry` out in a preset of your own, or give another --model-path"
+    if not path.is_file():
+        raise InputError(f"{path} does not exist; {remedy}")
+    metadata, _ = read_header(path)
+    if (metadata.get("stage"), metadata.get("base")) != ("entry", model_hash(folder, "vae")):
+        raise InputError(f"{path} is no first level for the vae in {folder}; {remedy}")
+    with torch.device("meta"):
+        vae = AutoencoderKLWan.from_config(_config(folder, "vae"))
+        check_header(path, _entries(HalfEncoder(vae.encoder)))
+
+
+def load_half_encoder(folder: Path, entry: str, vae: AutoencoderKLWan) -> HalfEncoder:
+    """The encoder for frames half as large of a VAE from `folder`, by the first level in the file `entry` there, which
+    passes `check_entry`."""
+    check_entry(folder, entry)
+    encoder = HalfEncoder(vae.encoder)
+    tensors, _ = open_tensors(folder / entry, _entries(encoder))
+    for name, parameter in encoder.own().items():
+        parameter.data.copy_(tensors[name])
+    return encoder.requires_grad_(False)
+
+
+def _entries(encoder: HalfEncoder) -> dict[str, tuple[str, tuple[int, ...] | None]]:
+    return {name: ("F16", tuple(parameter.shape)) for name, parameter in encoder.own().items()}
 
 
 def load_text(folder: Path, dtype: torch.dtype = torch.float32) -> tuple[PreTrainedTokenizerBase, UMT5EncoderModel]:

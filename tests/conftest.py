@@ -11,9 +11,12 @@ from hypothesis import settings
 from transformers import UMT5Config, UMT5EncoderModel
 
 from atlasvid_cli.causal import hold_still
+from atlasvid_cli.half import HalfEncoder
 from atlasvid_cli.presets import load_preset, presets_folder
+from atlasvid_cli.tensor_file import save_tensors
 from atlasvid_cli.train import lora_config, save_adapter
 from atlasvid_cli.train_text import build_tokenizer
+from atlasvid_cli.weights import model_hash
 
 settings.register_profile("atlasvid", deadline=None)  # a busy machine is no failure
 settings.load_profile("atlasvid")
@@ -109,6 +112,9 @@ def random_preset(tmp_path_factory: pytest.TempPathFactory) -> Path:
                 torch.nn.init.normal_(parameter, std=0.1)
         save_adapter(model, folder / f"{stage}_lora.safetensors", {})
         model.delete_adapters("default")
+    entry = {name: p.detach().half() for name, p in HalfEncoder(vae.encoder).own().items()}
+    metadata = {"stage": "entry", "base": model_hash(folder, "vae")}
+    save_tensors(folder / str(load_preset("tiny").detail.upper.entry), entry, metadata)
     text = (presets_folder() / "tiny.toml").read_text()
     for old, new in (
         ('model = "tiny"', 'model = "random"'),

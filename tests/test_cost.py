@@ -7,10 +7,10 @@ import pytest
 import torch
 from transformers import UMT5EncoderModel
 
-from atlasvid_cli import block, cost
+from atlasvid_cli import block, cost, vae_cost
 from atlasvid_cli.cost import VIDEO_BYTES, check_resources, rows
 from atlasvid_cli.errors import ResourceError
-from atlasvid_cli.machine import Device, Machine, compute_device, machine_with_gpu
+from atlasvid_cli.machine import Device, Machine, compute_device, machine_with_gpu, this_machine
 from atlasvid_cli.memory import model_bytes
 from atlasvid_cli.model import TextContext, detail_forward
 from atlasvid_cli.plan import Request, make_plan
@@ -202,3 +202,14 @@ def test_a_plan_for_another_gpu_offloads_as_little_as_fits_it(tmp_path, monkeypa
     else:
         with pytest.raises(ResourceError, match="GPU memory"):
             check_resources(plan, tmp_path, costs=costs, machine=machine)
+
+
+def test_frames_half_as_large_are_planned_for():
+    plan = make_plan(Request("tiny", 3840, 2160, Fraction(2)))
+    level = plan.levels[-1]
+    whole = dataclasses.replace(plan, levels=(*plan.levels[:-1], dataclasses.replace(level, entry=None)))
+    (half_flops, half_bytes), (flops, held) = (cost._enlarging(p, p.levels[-1], this_machine()) for p in (plan, whole))
+    grid, config = level.grid, dataclasses.asdict(plan.preset.vae)
+    at = config, 2 * grid.h, 2 * grid.w
+    assert flops - half_flops == grid.t * (vae_cost.encode_flops(*at) - vae_cost.encode_flops(*at, half=True)) > 0
+    assert half_bytes.host + half_bytes.device < held.host + held.device

@@ -10,9 +10,9 @@ from atlasvid_cli import enlarge as module
 from atlasvid_cli.dataset import TOKEN
 from atlasvid_cli.encode import encode_clips
 from atlasvid_cli.enlarge import enlarge
-from atlasvid_cli.presets import presets_folder
+from atlasvid_cli.presets import load_preset, presets_folder
 from atlasvid_cli.schedule import upsample
-from atlasvid_cli.weights import load_vae
+from atlasvid_cli.weights import load_half_encoder, load_vae
 from atlasvid_cli.world import Scene, render
 
 
@@ -33,7 +33,7 @@ def test_a_pixel_lands_where_the_ratio_says(ratio):
     height, width = 14, 21
     ramp = (torch.arange(width) + 0.5).expand(3, height, width) / width
     size = int(height * ratio), int(width * ratio)
-    made = module._resized(ramp, ratio, size)
+    made = module.resized(ramp, ratio, size)
     assert made.shape == (3, *size)
     places = (torch.arange(size[1]) + 0.5) / float(ratio) / width
     inner = slice(8, size[1] - 8)
@@ -44,15 +44,15 @@ def test_a_pixel_lands_where_the_ratio_says(ratio):
 def test_resizing_is_pytorchs_bicubic(ratio):
     frame = torch.rand(3, 32, 48, generator=torch.Generator().manual_seed(0)) * 2 - 1
     expected = F.interpolate(frame[None], scale_factor=float(ratio), mode="bicubic")[0].clamp(-1, 1)
-    made = module._resized(frame, ratio, tuple(expected.shape[1:]))
+    made = module.resized(frame, ratio, tuple(expected.shape[1:]))
     torch.testing.assert_close(made, expected, atol=5e-5, rtol=0)  # PyTorch finds places in float32
 
 
 def test_resizing_is_the_same_where_a_cpu_computes_in_bfloat16():
     frame, args = torch.rand(3, 32, 48) * 2 - 1, (Fraction(51, 16), (100, 150))
-    expected = module._resized(frame, *args)
+    expected = module.resized(frame, *args)
     with torch.autocast("cpu", torch.bfloat16):
-        assert torch.equal(module._resized(frame, *args), expected)
+        assert torch.equal(module.resized(frame, *args), expected)
 
 
 def test_outlines_survive_it_better_than_interpolated_latents(vae):
@@ -66,4 +66,7 @@ def test_outlines_survive_it_better_than_interpolated_latents(vae):
     made = enlarge(vae, below, ratio, 4, (large, large), frames, on_frame=lambda: seen.append(1))
     assert made.shape == truth.shape and made.dtype == torch.float32 and len(seen) == frames
     latents = upsample(below, ratio, 4, tuple(map(range, truth.shape[1:])))
+    half = load_half_encoder(presets_folder() / "tiny", load_preset("tiny").detail.upper.entry, vae)
+    by_half = enlarge(vae, below, ratio, 4, (large, large), frames, encoder=half)
+    assert F.mse_loss(by_half, made) < 0.1 * F.mse_loss(latents, made)
     assert F.mse_loss(made, truth) < 0.5 * F.mse_loss(latents, truth)

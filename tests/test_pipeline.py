@@ -2,23 +2,26 @@
 
 import hashlib
 import json
-from dataclasses import replace
+import shutil
+from dataclasses import astuple, replace
 from fractions import Fraction
 from itertools import islice
 
 import pytest
 import torch
 from diffusers import WanPipeline
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 
 from atlasvid_cli import above, artefacts, pipeline, tensor_file
 from atlasvid_cli.console import Console
 from atlasvid_cli.encode import encode_clips
+from atlasvid_cli.enlarge import enlarge
 from atlasvid_cli.errors import InputError, RenderError, UsageError
 from atlasvid_cli.footage import open_clip
 from atlasvid_cli.parse import Lora
 from atlasvid_cli.plan import Request, make_plan
 from atlasvid_cli.presets import presets_folder
+from atlasvid_cli.refine import crop_to_stage
 from atlasvid_cli.session import Session
 from atlasvid_cli.video import probe, read_frames, write_video
 
@@ -212,19 +215,53 @@ def test_a_file_of_the_users_is_left_alone(session, request_, console, tmp_path,
     pipeline.refine(session, plan, pipeline.make_proxy(session, plan, PROMPT, "", tmp_path, console), tmp_path, console)
 
 
-def test_a_level_that_starts_from_pixels_is_bound_to_the_vae(session, request_, console, tmp_path, monkeypatch):
-    plan = make_plan(request_)
-    proxy = pipeline.make_proxy(session, plan, PROMPT, "", tmp_path, console)
-    known, (stage, *_) = artefacts.describe(proxy), plan.levels
-    starts = {u: replace(stage, upsample=u, strength=0.5) for u in ("latents", "pixels")}
+def test_a_level_that_starts_from_pixels_is_bound_to_what_makes_them(random_preset, request_, console, tmp_path):
+    """To the VAE, and with an entry to that file's values."""
+    shutil.copytree(random_preset.parent, tmp_path, dirs_exist_ok=True)
+    preset = tmp_path / random_preset.name
+    plan = make_plan(replace(request_, preset=str(preset)))
+    run = tmp_path / "run"
+    known = artefacts.describe(pipeline.make_proxy(Session(str(preset)), plan, PROMPT, "", run, console))
+    stage = replace(plan.levels[0], strength=0.5)
+    assert stage.entry
+    starts = {
+        "latents": replace(stage, upsample="latents", entry=None),
+        "pixels": replace(stage, entry=None),
+        "half": stage,
+    }
 
     def keys():
-        return {u: artefacts.level_metadata(session, plan, s, known)["key"] for u, s in starts.items()}
+        ours = Session(str(preset))
+        job = artefacts.job_hash(ours, plan, PROMPT, "")
+        return {u: artefacts.level_metadata(ours, plan, s, known)["key"] for u, s in starts.items()} | {"job": job}
 
-    before = keys()
-    monkeypatch.setitem(session._hashes, "vae", "0" * 16)
-    after = keys()
-    assert after["latents"] == before["latents"] and after["pixels"] != before["pixels"]
+    def changed(folder):
+        [file] = folder.glob("*.safetensors") if folder.is_dir() else [folder]
+        before, tensors = keys(), load_file(file)
+        metadata = tensor_file.read_header(file)[0]
+        save_file({name: tensor + 1 for name, tensor in tensors.items()}, file, metadata)
+        return {name for name, key in keys().items() if key != before[name]}
+
+    assert len(set(keys().values())) == 4
+    assert changed(preset.with_suffix("") / stage.entry) == {"half", "job"}
+    assert changed(preset.with_suffix("") / "vae") == {"pixels", "half", "job"}
+
+
+def test_a_level_starts_from_frames_half_as_large_where_there_is_an_entry(session, request_, console, tmp_path):
+    plan = make_plan(request_)
+    below, _ = artefacts.read_latents(pipeline.make_proxy(session, plan, PROMPT, "", tmp_path, console), session)
+    stage = plan.levels[0]
+    made, whole = (
+        pipeline._enlarged(session, s, "detail", below, tmp_path, console) for s in (stage, replace(stage, entry=None))
+    )
+    assert made.shape == whole.shape == (4, *(n * k for n, k in zip(astuple(stage.grid), (1, 2, 2), strict=True)))
+    assert (made - whole).abs().max() > 1e-3
+    cropped = crop_to_stage(below, stage, 2)
+    size = stage.grid.h * 32, stage.grid.w * 32
+    frames = 4 * (stage.grid.t - 1) + 1
+    encoder = session.half_encoder(stage.entry)
+    expected = enlarge(session.vae(), cropped, stage.ratio, stage.time_ratio, size, frames, encoder=encoder)
+    assert torch.equal(made, expected)
 
 
 def test_a_video_that_another_process_made_meanwhile_is_kept(session, request_, console, tmp_path, monkeypatch):

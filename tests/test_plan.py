@@ -7,8 +7,9 @@ import pytest
 
 from atlasvid_cli.cost import memory
 from atlasvid_cli.machine import this_machine
-from atlasvid_cli.plan import Request, make_plan
+from atlasvid_cli.plan import Request, level_stage, make_plan
 from atlasvid_cli.presets import load_preset
+from atlasvid_cli.shapes import Grid
 
 REQUEST = Request("tiny", 960, 540, Fraction(4))
 
@@ -92,3 +93,10 @@ def test_native_equal_steps_guide_every_step():
     level = dataclasses.replace(load_preset("tiny").detail.first, guidance_interval=(0.2, 0.4))
     equal = plan_with(first=level).at_equal_steps(7)
     assert all(s.forwards() == 14 for _, s in equal.named_stages())
+
+
+def test_a_level_that_climbs_by_less_than_two_takes_no_frames_half_as_large():
+    """They would show less than the level below does: an earlier result may be as close to what is asked for."""
+    detail = load_preset("tiny").detail
+    entries = [level_stage(detail, detail.upper, Grid(1, 8, 8), Fraction(r), 1).entry for r in ("2", "31/16", "4")]
+    assert entries == [detail.upper.entry, None, detail.upper.entry] and detail.upper.entry

@@ -59,6 +59,8 @@ def test_an_interval_of_guidance_may_begin_at_zero(changed):
         ("[detail.first] ", "[training]\nema = 1.5\n[detail.first]\n#", "ema must be 1 or less"),
         ("[detail.first] ", "[detail.first]\nguidance_interval = [0.9, 0.2]\n#", "lower end to its upper"),
         ("still = 2 ", "still = 4 #", "still must be at most its levels"),
+        ('upsample = "pixels"\n', 'upsample = "latents"\n', "upper: entry needs .*upsample = 'pixels'"),
+        ("strength = 0.45", "strength = 1", "first: entry needs .*strength < 1"),
         ("is_residual = true", "is_residual = false", "still must be .* 0 where is_residual is false"),
         ("fps = 16", "fps = = 16", "not valid TOML"),
     ],

@@ -232,6 +232,13 @@ def test_what_a_later_stage_would_refuse_is_said_before_the_first(stock_preset, 
         save_file(tensors, adapter, {"stage": "detail", figure: other})
         with pytest.raises(InputError, match=f"trained for {figure}"):
             preset.check_adapters()
+    entry = preset.folder / preset.preset.detail.upper.entry
+    save_file(tensors, adapter, {})
+    kept = entry.read_bytes()
+    save_file(load_file(entry), entry, {"stage": "entry", "base": "0" * 16})
+    with pytest.raises(InputError, match="no first level"):
+        preset.check_adapters()
+    entry.write_bytes(kept)
     largest = preset.preset.training_ratios[-1]
     for ratios, message in (("1,3/2", "ratios up to 1.5"), ("2,x", "no numbers"), ("1/0", "no numbers")):
         save_file(tensors, adapter, {"stage": "detail", "ratio": ratios})

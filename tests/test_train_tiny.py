@@ -18,7 +18,8 @@ def test_the_recipe_ends_in_a_model_that_renders_and_resumes_as_finished(tmp_pat
         monkeypatch.setattr(train_tiny, name, 1)
     monkeypatch.setattr(train_tiny, "BASE_CYCLES", ((1, 1e-3, (0.5, 0.5)), (1, 1e-3, (0.5, 0.5))))
     monkeypatch.setattr(train_tiny, "SAMPLES", dict.fromkeys(train_tiny.SAMPLES, 2))
-    monkeypatch.setattr(train_tiny, "LONG_CLIPS", ((1, 64, 9),))
+    for name in ("LONG_CLIPS", "ENTRY_CLIPS"):
+        monkeypatch.setattr(train_tiny, name, ((1, 64, 9),))
     monkeypatch.setattr(train_text, "train", partial(train_text.train, steps=2))
     monkeypatch.setattr(train_vae, "evaluate", lambda vae: {})
     monkeypatch.setattr(dataset, "FRAME_GRIDS", SMALL)
@@ -34,6 +35,6 @@ def test_the_recipe_ends_in_a_model_that_renders_and_resumes_as_finished(tmp_pat
     pipeline.render(Session("tiny", str(out)), plan, "a red ball", "", tmp_path / "run", video, console)
     assert probe(video)["frames"] == 4
     made = {p: p.stat().st_mtime_ns for p in out.rglob("*.safetensors")}
-    assert len(made) == 5
+    assert len(made) == 6
     train_tiny.make(work, out)
     assert {p: p.stat().st_mtime_ns for p in made} == made

@@ -74,29 +74,12 @@ def test_a_teacher_draws_the_encoder_towards_settled_latents(tmp_path, monkeypat
     assert last < part * first
 
 
-@pytest.mark.parametrize("part", ["encoder", "decoder"])
-def test_levels_held_still_stay_so_and_learn_what_their_teacher_knows(part, tmp_path, monkeypatch):
+def test_levels_held_still_stay_so_where_the_decoder_learns(tmp_path, monkeypatch):
     monkeypatch.setattr(train_vae, "evaluate", lambda vae: {})
-    vae, shapes = train_vae.build(CONFIG), ((2, 32, 9),)
-    teacher = deepcopy(vae)
+    vae = train_vae.build(CONFIG)
     causal.hold_still(vae, 2)
-    if part == "encoder":
-        train_vae.distil_encoder(vae, teacher, tmp_path, 100, lr=2e-3, shapes=shapes)
-        first, *_, last = (json.loads(line)["error"] for line in (tmp_path / "log.jsonl").read_text().splitlines())
-        assert last < 0.8 * first
-    else:
-        train_vae.train(train_vae.let_learn(vae, "decoder."), tmp_path, 4, lr=2e-3, shapes=shapes)
+    train_vae.train(train_vae.let_learn(vae, "decoder."), tmp_path, 4, lr=2e-3, shapes=((2, 32, 9),))
     assert all(map(causal.is_still, causal.near_pixels(vae, 2)))
-
-
-@pytest.mark.parametrize("seed", range(20))
-def test_disturbed_clips_are_clips(seed):
-    clips = train_vae.batch(0, 0, 2, 32, 9)
-    disturbed = train_vae.disturbed(clips, random.Random(seed))
-    assert disturbed.shape == clips.shape and disturbed.abs().max() <= 1
-    assert torch.equal(disturbed, train_vae.disturbed(clips, random.Random(seed)))
-    still = train_vae.batch(0, 0, 2, 32, 1)
-    assert train_vae.disturbed(still, random.Random(seed)).shape == still.shape
 
 
 @pytest.mark.parametrize("seed", range(5))

@@ -11,6 +11,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from atlasvid_cli import banded, decode, vae_cost
 from atlasvid_cli.encode import encode_stream
 from atlasvid_cli.errors import ResourceError
+from atlasvid_cli.half import HalfEncoder
 from tests.test_decode import EMBEDDED, STILL, WAN21, WAN22, build, latents
 
 LAYOUTS, NAMES = (EMBEDDED, STILL, WAN21, WAN22), ("embedded", "still", "wan2.1", "wan2.2")
@@ -63,18 +64,23 @@ def test_memory_is_as_predicted(config, tile, dtype, band, tmp_path, monkeypatch
     assert predicted == pytest.approx(counter.peak, rel=0.12)
 
 
-@pytest.mark.parametrize("config", LAYOUTS, ids=NAMES)
+@pytest.mark.parametrize(
+    ("config", "half"),
+    [*((config, False) for config in LAYOUTS), (EMBEDDED, True), (STILL, True), (WAN22, True)],
+    ids=[*NAMES, "embedded-half", "still-half", "wan2.2-half"],
+)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
 @pytest.mark.parametrize("band", [1 << 15, vae_cost.BAND], ids=["bands", "whole"])
-def test_memory_of_encoding_is_as_predicted(config, dtype, band, monkeypatch):
+def test_memory_of_encoding_is_as_predicted(config, half, dtype, band, monkeypatch):
     monkeypatch.setattr(banded, "BAND", band)
     monkeypatch.setattr(vae_cost, "BAND", band)
     vae, (h, w) = build(config, live=False).to(dtype), (16, 8)
-    side = vae_cost.space_factor(config)
+    side = vae_cost.space_factor(config) // (1 + half)
     frames = [torch.rand(3, h * side, w * side) for _ in range(9)]
-    with LiveBytes(vae) as counter:
-        encode_stream(vae, (frame.clone() for frame in frames))
-    assert vae_cost.encode_bytes(config, h, w, dtype.itemsize) == pytest.approx(counter.peak, rel=0.12)
+    encoder = HalfEncoder(vae.encoder) if half else vae.encoder
+    with LiveBytes(encoder) as counter:
+        encode_stream(vae, (frame.clone() for frame in frames), encoder)
+    assert vae_cost.encode_bytes(config, h, w, dtype.itemsize, half=half) == pytest.approx(counter.peak, rel=0.12)
 
 
 @pytest.mark.parametrize("config", LAYOUTS, ids=NAMES)
@@ -92,6 +98,18 @@ def test_work_is_as_predicted(config):
         encoded.append(counter.get_total_flops())
     assert decoded[1] - decoded[0] == pytest.approx(vae_cost.decode_flops(config, h, w), rel=0.04)
     assert encoded[1] - encoded[0] == pytest.approx(vae_cost.encode_flops(config, h, w), rel=0.02)
+
+
+@pytest.mark.parametrize("config", [EMBEDDED, STILL], ids=["embedded", "still"])
+def test_work_on_half_size_frames_is_as_predicted(config):
+    vae, (h, w), side = build(config, live=False), (9, 14), vae_cost.space_factor(config) // 2
+    encoder, encoded = HalfEncoder(vae.encoder), []
+    for steps in (3, 4):
+        frames = torch.rand(1 + vae_cost.time_factor(config) * (steps - 1), 3, h * side, w * side)
+        with FlopCounterMode(display=False) as counter:
+            encode_stream(vae, frames, encoder)
+        encoded.append(counter.get_total_flops())
+    assert encoded[1] - encoded[0] == pytest.approx(vae_cost.encode_flops(config, h, w, half=True), rel=0.02)
 
 
 def test_embedded_vae_at_4k_fits_whole():

@@ -11,7 +11,9 @@ from atlasvid_cli.errors import InputError
 from atlasvid_cli.presets import load_preset, preset_names
 from atlasvid_cli.weights import (
     check_config,
+    check_entry,
     is_whole,
+    load_half_encoder,
     load_text,
     load_transformer,
     load_vae,
@@ -158,6 +160,33 @@ def test_a_vae_that_looks_at_the_past_is_not_taken_for_a_still_one(random_preset
     assert load_vae(folder, still=2).config.z_dim == 4
     with pytest.raises(InputError, match=r"past frames in the 3 levels.*leave `still` out"):
         load_vae(folder, still=3)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_an_entry_is_what_its_file_holds(random_preset, dtype):
+    folder, name = random_preset.with_suffix(""), load_preset(str(random_preset)).detail.upper.entry
+    half, tensors = load_half_encoder(folder, name, load_vae(folder, dtype)), load_file(folder / name)
+    assert set(half.own()) == set(tensors)
+    for key, parameter in half.own().items():
+        assert parameter.dtype == dtype and torch.equal(parameter, tensors[key].to(dtype))
+
+
+def test_an_entry_that_does_not_fit_is_refused_from_its_header(random_preset, tmp_path):
+    folder = shutil.copytree(random_preset.with_suffix(""), tmp_path / "model")
+    name = load_preset(str(random_preset)).detail.upper.entry
+    tensors, fits = load_file(folder / name), {"stage": "entry", "base": model_hash(folder, "vae")}
+    check_entry(folder, name)
+    for wrong in ({}, {**fits, "stage": "detail"}, {**fits, "base": "0" * 16}):
+        save_file(tensors, folder / name, wrong)
+        with pytest.raises(InputError, match=r"no first level for the vae.*leave `entry` out"):
+            check_entry(folder, name)
+    for value in (torch.zeros(3).half(), tensors["conv_in.bias"].float()):
+        save_file({**tensors, "conv_in.bias": value}, folder / name, fits)
+        with pytest.raises(InputError, match=r"conv_in\.bias"):
+            check_entry(folder, name)
+    (folder / name).unlink()
+    with pytest.raises(InputError, match="does not exist; leave `entry` out"):
+        check_entry(folder, name)
 
 
 def test_a_part_without_safetensors_has_no_identity(stock):
