@@ -224,6 +224,8 @@ def check_resources(
     places = (output_dir, files, "--output"), (run_dir, latents, "--run-dir" if run_dir else "--output")
     for folder, size, option in places:
         place = folder or output_dir
+        if place.is_file():
+            raise ResourceError(f"{place} is a file and no folder; choose another {option}")
         device, free = disk_of(place)
         needs[device] = needs.get(device, 0) + size
         if needs[device] > free:

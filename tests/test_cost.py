@@ -213,3 +213,12 @@ def test_frames_half_as_large_are_planned_for():
     at = config, 2 * grid.h, 2 * grid.w
     assert flops - half_flops == grid.t * (vae_cost.encode_flops(*at) - vae_cost.encode_flops(*at, half=True)) > 0
     assert half_bytes.host + half_bytes.device < held.host + held.device
+
+
+@pytest.mark.parametrize("option", ["--output", "--run-dir"])
+def test_a_file_in_place_of_a_folder_is_said(tmp_path, option):
+    plan = make_plan(Request("tiny", 256, 160, Fraction(1)))
+    (tmp_path / "a").touch()
+    folders = (tmp_path / "a", None) if option == "--output" else (tmp_path, tmp_path / "a")
+    with pytest.raises(ResourceError, match=f"is a file and no folder; choose another {option}"):
+        check_resources(plan, *folders)
