@@ -225,7 +225,7 @@ def check_resources(
     for folder, size, option in places:
         place = folder or output_dir
         if place.is_file():
-            raise ResourceError(f"{place} is a file and no folder; choose another {option}")
+            raise ResourceError(f"{place} cannot be written (it is a file); choose another {option}")
         device, free = disk_of(place)
         needs[device] = needs.get(device, 0) + size
         if needs[device] > free:

@@ -220,5 +220,5 @@ def test_a_file_in_place_of_a_folder_is_said(tmp_path, option):
     plan = make_plan(Request("tiny", 256, 160, Fraction(1)))
     (tmp_path / "a").touch()
     folders = (tmp_path / "a", None) if option == "--output" else (tmp_path, tmp_path / "a")
-    with pytest.raises(ResourceError, match=f"is a file and no folder; choose another {option}"):
+    with pytest.raises(ResourceError, match=f"it is a file.; choose another {option}"):
         check_resources(plan, *folders)
