@@ -64,16 +64,21 @@ def run_hash(session: Session, plan: Plan, prompt: str, negative_prompt: str) ->
             **plan.key(),
             "size": plan.summary["size"],
             "prompts": [prompt, negative_prompt],
-            "models": [session.hash("proxy"), session.hash("detail"), session.vae_hash],
-            "starts": start_hashes(session, plan),
+            "weights": weights_of(session, plan),
             **session.arithmetic,
         }
     )
 
 
-def start_hashes(session: Session, plan: Plan) -> list[str]:
-    """Identities of the weights by which levels start in pixels."""
-    return [session.start_hash(level.entry) for level in plan.levels if level.in_pixels]
+def weights_of(session: Session, plan: Plan) -> dict[str, Any]:
+    """Identities of all weights that make a video; `starts` are those by which levels start in pixels."""
+    starts = [session.start_hash(level.entry) for level in plan.levels if level.in_pixels]
+    return {
+        "proxy": session.hash("proxy"),
+        "detail": session.hash("detail"),
+        "starts": starts,
+        "vae": session.vae_hash,
+    }
 
 
 def proxy_metadata(session: Session, plan: Plan, prompt: str, negative_prompt: str) -> dict[str, str]:

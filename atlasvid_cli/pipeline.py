@@ -27,7 +27,7 @@ from .artefacts import (
     proxy_metadata,
     read_latents,
     region_of,
-    start_hashes,
+    weights_of,
 )
 from .console import Console
 from .cost import offload_of, vae_tile
@@ -74,12 +74,7 @@ def render(
         "job": job_hash(session, plan, prompt, negative_prompt),
         "video_bytes": video.stat().st_size,
         "event": event,
-        "weights": {
-            "proxy": session.hash("proxy"),
-            "detail": session.hash("detail"),
-            "starts": start_hashes(session, plan),
-            "vae": session.vae_hash,
-        },
+        "weights": weights_of(session, plan),
         "versions": versions(),
         "stage_seconds": spent,
         "render_seconds": seconds,
