@@ -20,24 +20,21 @@ from .machine import available_ram, conv_rate, peak_rss, reset_peak
 from .measure import (
     SAMPLE_SECONDS,
     STOCK_CONV_RATE,
-    Stopwatch,
-    Timing,
     crop,
     decode_sample,
     detail_sample,
     enlarge_sample,
-    from_samples,
     mux_alone,
     native_decode,
     native_forward,
     native_pass,
     native_sample,
     proxy_sample,
-    timed,
 )
 from .plan import Plan, make_plan
 from .session import Session
 from .shapes import Grid
+from .timing import Stopwatch, Timing, from_samples, timed
 from .vae_cost import decode_flops, overlap
 from .video import read_frames
 from .weights import load_scheduler

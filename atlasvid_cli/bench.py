@@ -34,9 +34,10 @@ from .console import Console
 from .cost import GIB, rows
 from .errors import ResourceError
 from .machine import available_ram, compute_device, copy_rate, decode_dtype, gemm_rate, versions
-from .measure import KERNELS, Timing, random_model
+from .measure import KERNELS, random_model
 from .plan import Plan, Request, make_plan
 from .session import Session
+from .timing import Timing
 from .weights import load_text, load_transformer
 
 SIZES = ((1, "1/4"), (1, "1/2"), (0.35, "1"), (0.5, "1"), (0.75, "1"))  # (side, seconds) of the growth fit

@@ -3,11 +3,10 @@
 The native arm is diffusers' own code throughout; the other arm is what `pipeline` runs.
 """
 
-import statistics
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from fractions import Fraction
 from functools import partial
 from pathlib import Path
@@ -19,17 +18,18 @@ from diffusers.models.attention_dispatch import dispatch_attention_fn
 from diffusers.models.transformers import transformer_wan
 
 from .block import Kernels
-from .console import Console
 from .cost import EFFICIENCY, vae_tile
 from .decode import decode_stream
 from .enlarge import enlarge
 from .flops import detail_flops, full_flops, linear_flops
 from .half import HalfEncoder
-from .machine import compute_device, conv_rate, synchronize
+from .machine import compute_device, conv_rate
 from .model import detail_forward, proxy_context, text_context
-from .plan import Plan, Stage
+from .plan import Plan
 from .presets import Transformer
 from .shapes import Grid
+from .stages import Stage
+from .timing import Timing, from_samples, timed
 from .vae_cost import decode_flops, space_factor
 from .video import write_video
 
@@ -39,62 +39,6 @@ WIDEST_BYTES = 1 << 29  # the widest activation of a sample of the linear layers
 SAMPLE_SECONDS = 40.0  # a longer sample is no better
 STOCK_CONV_RATE = 0.15  # of a channels-last conv2d's rate, which stock conv3d reaches in decoding (docs/LOG.md)
 KERNELS = Kernels("native")  # of both arms, whatever ours would choose
-
-
-@dataclass(frozen=True)
-class Timing:
-    """Seconds: the median of `runs` and their spread. `fraction` < 1: the part of the work that was timed."""
-
-    seconds: float
-    low: float
-    high: float
-    runs: int
-    fraction: float = 1.0
-
-    @property
-    def projected(self) -> bool:
-        return self.fraction < 1
-
-    def times(self, factor: float, fraction: float | None = None) -> "Timing":
-        """Scaled to `factor` as much work; by default that is how much less of it was timed."""
-        part = self.fraction / factor if fraction is None else fraction
-        return Timing(self.seconds * factor, self.low * factor, self.high * factor, self.runs, min(1.0, part))
-
-
-def from_samples(samples: list[float]) -> Timing:
-    return Timing(statistics.median(samples), min(samples), max(samples), len(samples))
-
-
-def timed(run: Callable[[], Any], repeats: int, warm_up: bool = True) -> Timing:
-    """`run`, once to warm up and then `repeats` times."""
-    samples = []
-    with torch.no_grad():
-        for _ in range(repeats + warm_up):
-            synchronize()
-            start = time.perf_counter()
-            run()
-            synchronize()
-            samples.append(time.perf_counter() - start)
-    return from_samples(samples[warm_up:])
-
-
-class Stopwatch(Console):
-    """Stands where a function of `pipeline` takes a console, and notes when a stage began, advanced last and ended."""
-
-    def __init__(self) -> None:
-        super().__init__(interactive=False)
-        self.marks: dict[str, tuple[float, float, float]] = {}
-
-    @contextmanager
-    def stage(self, name: str, total: int) -> Iterator[Callable[..., None]]:
-        start = last = time.perf_counter()
-
-        def advance(n: int = 1, before: bool = False) -> None:
-            nonlocal last
-            last = time.perf_counter()
-
-        yield advance
-        self.marks[name] = (start, last, time.perf_counter())
 
 
 # --- the transformer -----------------------------------------------------------------------------------------------

@@ -2,6 +2,8 @@
 
 import os
 import shutil
+import time
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -11,6 +13,7 @@ from hypothesis import settings
 from transformers import UMT5Config, UMT5EncoderModel
 
 from atlasvid_cli.causal import hold_still
+from atlasvid_cli.console import Console
 from atlasvid_cli.half import HalfEncoder
 from atlasvid_cli.presets import load_preset, presets_folder
 from atlasvid_cli.tensor_file import save_tensors
@@ -30,6 +33,23 @@ def pytest_configure(config: pytest.Config) -> None:
         os.environ["OMP_NUM_THREADS"] = str(threads)  # of the commands that tests run
     if "not gpu" in config.option.markexpr or "gpu" not in config.option.markexpr:
         torch.cuda.is_available = lambda: False
+
+
+@pytest.fixture
+def console() -> Console:
+    return Console(interactive=False)
+
+
+@pytest.fixture
+def ticks(monkeypatch: pytest.MonkeyPatch) -> Callable[[float], None]:
+    """A clock that only work moves: `ticks(n)` lets n seconds pass."""
+    now = [0.0]
+    monkeypatch.setattr(time, "perf_counter", lambda: now[0])
+
+    def tick(seconds: float) -> None:
+        now[0] += seconds
+
+    return tick
 
 
 @pytest.fixture(scope="session", autouse=True)

@@ -11,10 +11,10 @@ from diffusers.configuration_utils import FrozenDict
 from atlasvid_cli import arms, bench, measure
 from atlasvid_cli.console import Console
 from atlasvid_cli.errors import ResourceError
-from atlasvid_cli.measure import Timing
 from atlasvid_cli.plan import Request, make_plan
 from atlasvid_cli.presets import load_preset
 from atlasvid_cli.shapes import Grid
+from atlasvid_cli.timing import Timing
 
 KEYS = (  # what a reader of --json may rely on
     "speedup speedup_denoise projected projection_error growth_exponent gemm_fraction peak_bytes stages tokens frames"
@@ -24,31 +24,6 @@ KEYS = (  # what a reader of --json may rely on
 
 def timing(seconds, fraction=1.0):
     return Timing(seconds, seconds / 2, seconds * 2, 3, fraction)
-
-
-@pytest.fixture
-def ticks(monkeypatch):
-    """A clock that only work moves: `ticks(n)` lets n seconds pass."""
-    now = [0.0]
-    monkeypatch.setattr(measure.time, "perf_counter", lambda: now[0])
-
-    def tick(seconds):
-        now[0] += seconds
-
-    return tick
-
-
-def test_a_scaled_time_says_how_much_of_the_work_was_timed():
-    scaled = timing(3.0).times(40)
-    assert (scaled.seconds, scaled.low, scaled.high, scaled.fraction) == (120.0, 60.0, 240.0, 1 / 40)
-    assert scaled.projected and not timing(3.0).projected
-    assert scaled.times(2).fraction == 1 / 80
-
-
-def test_median_and_spread_leave_the_warm_up_out(ticks):
-    durations = iter((100.0, 3.0, 1.0, 2.0))
-    found = measure.timed(lambda: ticks(next(durations)), 3)
-    assert (found.seconds, found.low, found.high, found.runs) == (2.0, 1.0, 3.0, 3)
 
 
 @pytest.mark.parametrize("grid", [Grid(4, 40, 40), Grid(9, 68, 120)])

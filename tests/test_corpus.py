@@ -11,7 +11,6 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from atlasvid_cli import corpus, footage
-from atlasvid_cli.console import Console
 from atlasvid_cli.encode import encode_clips
 from atlasvid_cli.errors import InputError
 from atlasvid_cli.plan import Request, make_plan
@@ -23,11 +22,6 @@ from atlasvid_cli.video import write_video
 @pytest.fixture(scope="module")
 def session(random_preset):
     return Session(str(random_preset))
-
-
-@pytest.fixture
-def console():
-    return Console(interactive=False)
 
 
 def clip(path, seconds, size=(160, 128), fps=16, seed=0):

@@ -13,7 +13,6 @@ from diffusers import WanPipeline
 from safetensors.torch import load_file, save_file
 
 from atlasvid_cli import above, artefacts, pipeline, tensor_file
-from atlasvid_cli.console import Console
 from atlasvid_cli.encode import encode_clips
 from atlasvid_cli.enlarge import enlarge
 from atlasvid_cli.errors import InputError, RenderError, UsageError
@@ -40,11 +39,6 @@ def session(random_preset):
 @pytest.fixture
 def request_(random_preset):
     return Request(str(random_preset), 256, 192, Fraction(1), seed=3)
-
-
-@pytest.fixture
-def console():
-    return Console(interactive=False)
 
 
 def digest(path):

@@ -7,8 +7,8 @@ from xml.etree import ElementTree
 import pytest
 
 from atlasvid_cli import bench, report
-from atlasvid_cli.measure import Timing
 from atlasvid_cli.plan import Request, make_plan
+from atlasvid_cli.timing import Timing
 
 
 def timing(seconds, fraction=1.0):

@@ -1,0 +1,69 @@
+"""How long something takes: medians with their spread, and when the stages of a run began and ended."""
+
+import statistics
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from .console import Console
+from .machine import synchronize
+
+
+@dataclass(frozen=True)
+class Timing:
+    """Seconds: the median of `runs` and their spread. `fraction` < 1: the part of the work that was timed."""
+
+    seconds: float
+    low: float
+    high: float
+    runs: int
+    fraction: float = 1.0
+
+    @property
+    def projected(self) -> bool:
+        return self.fraction < 1
+
+    def times(self, factor: float, fraction: float | None = None) -> "Timing":
+        """Scaled to `factor` as much work; by default that is how much less of it was timed."""
+        part = self.fraction / factor if fraction is None else fraction
+        return Timing(self.seconds * factor, self.low * factor, self.high * factor, self.runs, min(1.0, part))
+
+
+def from_samples(samples: list[float]) -> Timing:
+    return Timing(statistics.median(samples), min(samples), max(samples), len(samples))
+
+
+def timed(run: Callable[[], Any], repeats: int, warm_up: bool = True) -> Timing:
+    """`run`, once to warm up and then `repeats` times."""
+    samples = []
+    with torch.no_grad():
+        for _ in range(repeats + warm_up):
+            synchronize()
+            start = time.perf_counter()
+            run()
+            synchronize()
+            samples.append(time.perf_counter() - start)
+    return from_samples(samples[warm_up:])
+
+
+class Stopwatch(Console):
+    """Stands where a function of `pipeline` takes a console, and notes when a stage began, advanced last and ended."""
+
+    def __init__(self) -> None:
+        super().__init__(interactive=False)
+        self.marks: dict[str, tuple[float, float, float]] = {}
+
+    @contextmanager
+    def stage(self, name: str, total: int) -> Iterator[Callable[..., None]]:
+        start = last = time.perf_counter()
+
+        def advance(n: int = 1, before: bool = False) -> None:
+            nonlocal last
+            last = time.perf_counter()
+
+        yield advance
+        self.marks[name] = (start, last, time.perf_counter())
