@@ -15,11 +15,12 @@ import torch
 from . import __version__, store, tensor_file
 from .errors import AtlasError, InputError, UsageError
 from .parse import MAX_FPS, MAX_SECONDS, MAX_SIDE_PX
-from .plan import Plan, Stage
+from .plan import Plan
 from .presets import load_preset, preset_names
 from .prompts import MAX_SEED
 from .refine import Region
 from .session import Session
+from .stages import Stage
 from .video import probe
 
 FORMAT = "atlasvid-latents/1"

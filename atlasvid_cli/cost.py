@@ -8,9 +8,10 @@ from typing import Any
 from .errors import ResourceError
 from .machine import Machine, available_ram, conv_rate, decode_dtype, disk_of, gemm_rate, this_machine
 from .memory import OFFLOADS, Memory, Offload, detail_memory, model_bytes, proxy_memory, text_memory
-from .plan import Plan, Stage
+from .plan import Plan
 from .presets import Preset
 from .shapes import Grid
+from .stages import Stage
 
 GIB = 1 << 30
 PROGRAM_BYTES = int(0.6 * GIB)  # torch, diffusers and transformers, imported, before any weight
@@ -39,7 +40,7 @@ def memory(plan: Plan, stage: Stage, offload: Offload, machine: Machine) -> Memo
     """What a stage needs beside the program."""
     narrow = plan.request.weight_dtype != "auto"
     if stage is plan.proxy:
-        return proxy_memory(plan.preset, stage.grid.tokens, offload, machine.device, narrow)
+        return proxy_memory(plan.preset, stage.grid.tokens, offload, machine.device, narrow, 1 + stage.is_autoguided)
     from .windows import aligned_span
 
     detail, below, grid = plan.preset.detail, plan.below(stage), plan.sampled(stage)

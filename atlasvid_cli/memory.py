@@ -41,12 +41,14 @@ def fits_gpu(weights: int, free: int) -> bool:
     return weights * 1.2 < free
 
 
-def proxy_memory(preset: Preset, tokens: int, offload: Offload, device: Device, narrow: bool = False) -> Memory:
-    """Stage 1: under full attention every token is in the block at once, so its states are never offloaded.
-    `narrow`: the blocks' weights are kept in eight bits."""
+def proxy_memory(
+    preset: Preset, tokens: int, offload: Offload, device: Device, narrow: bool = False, models: int = 1
+) -> Memory:
+    """Stage 1 with one or two `models`: under full attention every token is in the block at once, so its states are
+    never offloaded. `narrow`: the blocks' weights are kept in eight bits."""
     latents = 8 * tokens * _patch_values(preset) * 4  # the sample and a multistep scheduler's history
     working = tokens * _block_bytes(preset, device)
-    return _placed(preset, device, offload, narrow, states=0, working=working, latents=latents)
+    return _placed(preset, device, offload, narrow, states=0, working=working, latents=latents, models=models)
 
 
 def detail_memory(

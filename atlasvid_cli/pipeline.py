@@ -35,13 +35,14 @@ from .decode import decode_stream, tile_steps
 from .encode import encode_stream
 from .enlarge import enlarge
 from .errors import RenderError
+from .experts import contexts, experts_of
 from .footage import Clip, read_clip
 from .machine import versions
-from .model import TextContext, text_context
-from .plan import Plan, Stage
-from .proxy import Expert, sample_proxy
+from .plan import Plan
+from .proxy import sample_proxy
 from .refine import Region, crop_to_stage, sample_detail
 from .session import Session
+from .stages import Stage
 from .targets import sheet_of
 from .video import contact_sheet, write_png, write_video
 from .weights import load_scheduler
@@ -145,28 +146,16 @@ def encode_proxy(session: Session, plan: Plan, clip: Clip, progress: Console) ->
 def _sample_proxy(
     session: Session, plan: Plan, prompts: tuple[str, str], state: Path, key: str, progress: Console
 ) -> torch.Tensor:
-    stage, size = plan.proxy, session.preset.transformer
+    stage = plan.proxy
     embeddings = session.embeddings(prompts, progress)  # before a model is loaded: the two need not fit together
-    held: dict[bool, Expert] = {}  # one at a time: two do not fit
-
-    def expert_at(timestep: float) -> Expert:
-        second = stage.experts is not None and timestep < 1000 * stage.experts.boundary
-        if second not in held:
-            held.clear()
-            model = session.transformer("proxy", offload_of(plan), progress, second)
-            scale = stage.experts.guidance_scale if second and stage.experts else stage.guidance_scale
-            prompt, negative = _contexts(model, [[e] for e in embeddings], size.text_length)
-            held[second] = Expert(model, prompt, negative, scale)
-        return held[second]
-
     resume = _resume(state, key, progress)
     with progress.stage("proxy", stage.steps) as advance:
         advance(resume[0] if resume else 0, before=True)
         return sample_proxy(
-            expert_at,
+            experts_of(session, plan, embeddings, progress),
             load_scheduler(session.folder, stage.flow_shift, stage.sampler),
             stage,
-            size.channels,
+            session.preset.transformer.channels,
             session.preset.geometry.patch,
             plan.request.seed,
             resume,
@@ -277,8 +266,8 @@ def _refine_level(
     model, proxy_model = session.detail_models(offload_of(plan), progress)
     length = session.preset.transformer.text_length
     groups = [embeddings[i : i + stage.together] for i in range(0, len(embeddings), stage.together)]
-    texts = _contexts(model, groups, length)
-    proxy_texts = texts if proxy_model is model else _contexts(proxy_model, groups, length)
+    texts = contexts(model, groups, length)
+    proxy_texts = texts if proxy_model is model else contexts(proxy_model, groups, length)
     blocks = len(model.blocks)
     with progress.stage(name, stage.forwards() * blocks) as advance:
         advance(stage.forwards(resume[0]) * blocks if resume else 0, before=True)
@@ -325,12 +314,6 @@ def _save_latents(path: Path, latents: torch.Tensor, metadata: dict[str, str]) -
             " another --attention-backend or --weight-dtype"
         )
     tensor_file.save_tensors(path, {"latents": latents}, metadata)
-
-
-def _contexts(model: Any, groups: list[list[torch.Tensor]], length: int) -> list[TextContext]:
-    """A context for each group of prompts' embeddings, which take one forward together."""
-    with torch.no_grad():
-        return [text_context(model, group, length) for group in groups]
 
 
 def _resume(path: Path, key: str, progress: Console) -> tensor_file.StepState | None:

@@ -12,8 +12,9 @@ from .errors import UsageError
 from .flops import context_flops, detail_flops, full_flops, linear_flops
 from .memory import Offload, WeightDtype
 from .parse import Lora
-from .presets import Detail, Experts, Level, Preset, Sampler, Transformer, Upsample, load_preset
+from .presets import Preset, Sampler, Transformer, load_preset
 from .shapes import Grid, Shape
+from .stages import Stage, level_stage, proxy_stage
 
 if TYPE_CHECKING:
     from .footage import Clip
@@ -64,54 +65,6 @@ class Request:
     strict: bool = False
     clip: "Clip | None" = None
     proxy_only: bool = False
-
-
-@dataclass(frozen=True)
-class Stage:
-    """A sampling stage: the proxy, or a detail level that climbs from a grid `ratio` times smaller in space and
-    `time_ratio` times slower."""
-
-    grid: Grid
-    ratio: Fraction
-    time_ratio: int
-    steps: int
-    strength: float
-    guidance_scale: float
-    flow_shift: float
-    sampler: Sampler = "euler"
-    experts: Experts | None = None
-    scaled_time: bool = True
-    guidance_interval: tuple[float, float] = (0.0, 1.0)
-    guidance_batch: bool = False
-    upsample: Upsample = "latents"
-    entry: str | None = None
-
-    @property
-    def in_pixels(self) -> bool:
-        """Whether the level below is decoded, made as large and encoded again to start from."""
-        return self.upsample == "pixels" and self.strength < 1
-
-    @property
-    def together(self) -> int:
-        """Prompts in one forward."""
-        return self.passes if self.guidance_batch else 1
-
-    @property
-    def passes(self) -> int:
-        """Prompts that are denoised with: two where guidance acts, if only at some steps."""
-        return 2 if self.guidance_scale > 1 else 1
-
-    def is_guided(self, sigma: float) -> bool:
-        """Whether the step at `sigma` takes a forward with each prompt, and not one with the first."""
-        low, high = self.guidance_interval
-        return self.passes == 2 and low <= sigma <= high
-
-    def forwards(self, steps: int | None = None) -> int:
-        """Forwards of the first `steps` steps, by default of all."""
-        from .schedule import sigmas
-
-        steps = self.steps if steps is None else steps
-        return steps + sum(map(self.is_guided, sigmas(self.steps, self.strength, self.flow_shift)[:steps]))
 
 
 @dataclass(frozen=True)
@@ -319,19 +272,6 @@ def make_plan(
         stage = level_stage(detail, level, grid, ratio, 1 if i else time_ratio)
         levels.append(stage if proxy is None else dataclasses.replace(stage, **given))
     return Plan(request, preset, fps, written, scale, stage_1, tuple(levels), proxy is not None)
-
-
-def proxy_stage(preset: Preset, grid: Grid, time_ratio: int) -> Stage:
-    """Stage 1 on a grid as a preset samples it."""
-    proxy, whole = preset.proxy, Fraction(1)
-    scales = 1.0, proxy.guidance_scale, proxy.flow_shift
-    return Stage(grid, whole, time_ratio, proxy.steps, *scales, proxy.sampler, preset.experts, proxy.scaled_time)
-
-
-def level_stage(detail: Detail, level: Level, grid: Grid, ratio: Fraction, time_ratio: int) -> Stage:
-    """A detail level on a grid as a preset samples it. Below a ratio of 2 frames half as large would lose detail."""
-    level = level if ratio >= 2 else dataclasses.replace(level, entry=None)
-    return Stage(grid, ratio, time_ratio, flow_shift=detail.flow_shift, **vars(level))
 
 
 def _plain(value: Any) -> Any:

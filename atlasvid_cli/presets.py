@@ -68,7 +68,8 @@ class Proxy:
     """Stage 1: `base_tokens` a latent frame, `time_ratio` r_t, and its sampling: by the base's own multistep `sampler`
     (UniPC), or by Euler steps, for which most few-step LoRAs were distilled.
 
-    Without `scaled_time` its positions are (t, y, x) and not (r_t t, y, x).
+    Without `scaled_time` its positions are (t, y, x) and not (r_t t, y, x). Above 0, `autoguidance` is how far guided
+    velocities also go away from those of the model without the adapter (Karras et al., arXiv 2406.02507).
     """
 
     base_tokens: int
@@ -78,6 +79,7 @@ class Proxy:
     flow_shift: float
     sampler: Sampler = "unipc"
     scaled_time: bool = True
+    autoguidance: float = 0.0
     lora: str | None = None
 
 
@@ -217,7 +219,7 @@ class Preset:
         return [Fraction(tokens, proxy) for proxy in range(max(fewest, tokens // 2), fewest - 1, -1)]
 
 
-MAY_BE_ZERO = ("margin", "guidance_interval", "ema", "still")
+MAY_BE_ZERO = ("margin", "guidance_interval", "autoguidance", "ema", "still")
 AT_MOST_ONE = ("strength", "guidance_interval", "ema")
 
 
@@ -249,6 +251,8 @@ def load_preset(name: str) -> Preset:
     preset = _parse(Preset, table, path.name)
     if preset.vae.still > (len(preset.vae.dim_mult) if preset.vae.is_residual else 0):
         raise UsageError(f"{path.name}: vae: still must be at most its levels, and 0 where is_residual is false")
+    if preset.proxy.autoguidance and (preset.experts or not preset.proxy.lora):
+        raise UsageError(f"{path.name}: proxy: autoguidance needs a lora, and one transformer; leave it out")
     proxy, detail = (_beside(stage, "lora", path.parent) for stage in (preset.proxy, preset.detail))
     first, upper = (_beside(level, "entry", path.parent) for level in (detail.first, detail.upper))
     preset = dataclasses.replace(preset, proxy=proxy, detail=dataclasses.replace(detail, first=first, upper=upper))

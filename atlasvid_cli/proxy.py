@@ -2,7 +2,6 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import partial
 from typing import Any
 
 import torch
@@ -10,19 +9,21 @@ from diffusers import UniPCMultistepScheduler, WanTransformer3DModel
 
 from .block import EAGER, Kernels
 from .model import TextContext, clip_forward, patchify, unpatchify
-from .plan import Stage
 from .schedule import noise
+from .stages import Stage
 from .tensor_file import SaveState
 
 
 @dataclass(frozen=True)
 class Expert:
-    """The model that works at a noise level, the prompts as it sees them, and its guidance scale."""
+    """The model that works at a noise level, the prompts as it sees them, and its guidance scale; for autoguidance
+    also the model without its adapter, with the prompt as that sees it."""
 
     model: WanTransformer3DModel
     prompt: TextContext
     negative: TextContext
     guidance_scale: float
+    weaker: tuple[WanTransformer3DModel, TextContext] | None = None
 
 
 NOISE_STAGE = 0
@@ -74,13 +75,19 @@ def sample_proxy(
 def _guided(
     expert: Expert, tokens: torch.Tensor, stage: Stage, timestep: torch.Tensor, kernels: Kernels
 ) -> torch.Tensor:
-    forward = partial(clip_forward, expert.model, tokens, stage.grid, timestep)
     time_ratio = stage.time_ratio if stage.scaled_time else 1
-    velocity = forward(expert.prompt, time_ratio, kernels)
-    if expert.guidance_scale > 1:
-        base = forward(expert.negative, time_ratio, kernels)
-        velocity = base + expert.guidance_scale * (velocity - base)
-    return velocity
+
+    def forward(model: WanTransformer3DModel, text: TextContext) -> torch.Tensor:
+        return clip_forward(model, tokens, stage.grid, timestep, text, time_ratio, kernels)
+
+    velocity = forward(expert.model, expert.prompt)
+    if expert.guidance_scale <= 1:
+        return velocity
+    base = forward(expert.model, expert.negative)
+    guided = base + expert.guidance_scale * (velocity - base)
+    if expert.weaker:
+        guided += stage.autoguidance * (velocity - forward(*expert.weaker))
+    return guided
 
 
 def _history(scheduler: UniPCMultistepScheduler) -> dict[str, torch.Tensor]:

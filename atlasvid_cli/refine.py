@@ -9,10 +9,10 @@ from diffusers import WanTransformer3DModel
 
 from .block import EAGER, Kernels
 from .model import ProxyContext, TextContext, detail_forward, patchify, proxy_context, unpatchify
-from .plan import Stage
 from .presets import Detail
 from .schedule import noise, sigmas, upsample
 from .shapes import Grid, Shape, proxy_grid, with_halo
+from .stages import Stage
 from .tensor_file import SaveState
 
 

@@ -196,11 +196,15 @@ class Session:
         proxy_stream = self.transformer("detail", offload, console)
         if self.preset.detail.streams == "both" or self.preset.detail.lora is None:
             return proxy_stream, proxy_stream
-        key = f"transformer without adapter {offload}"  # beside the other until both make room
+        return self.without_adapter("detail", offload, console), proxy_stream
+
+    def without_adapter(self, stage: str, offload: Offload, console: Console) -> Any:
+        """The model of a stage without its adapter, beside the one that `transformer` gave until both make room."""
+        key = f"transformer without adapter {offload}"
         if key not in self._parts:
-            [(part, _)] = self._weights("detail")
-            self._parts[key] = self._load(part, None, "detail", offload, console)
-        return self._parts[key], proxy_stream
+            part = self._weights(stage)[-1][0]
+            self._parts[key] = self._load(part, None, stage, offload, console)
+        return self._parts[key]
 
     def _load(self, part: str, adapter: str | None, stage: str, offload: Offload, console: Console) -> Any:
         model = load_transformer(self.folder, adapter, stage, self.dtype, part)

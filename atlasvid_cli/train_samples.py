@@ -11,10 +11,10 @@ from diffusers import WanTransformer3DModel
 from .cost import vae_tile
 from .decode import decode_stream
 from .model import TextContext, text_context
-from .plan import level_stage, proxy_stage
 from .proxy import Expert, sample_proxy
 from .refine import sample_detail
 from .session import Session
+from .stages import level_stage, proxy_stage
 from .train import PATCH, Embed, grid_of
 from .video import contact_sheet, write_png
 from .weights import load_scheduler, load_vae
@@ -50,6 +50,7 @@ class Sampler:
             write_png(self.folder / f"step-{step:06d}-{number}.png", contact_sheet(frames, FRAMES))
 
     def _proxy(self, sample: dict) -> torch.Tensor:
+        """As stage 1 samples, without autoguidance: no second model is there."""
         preset, grid = self.session.preset, grid_of(sample["latents"])
         stage = proxy_stage(preset, grid, preset.proxy.time_ratio)
         prompt, negative = self._texts(self.model, sample["caption"], preset.negative_prompt)

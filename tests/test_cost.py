@@ -171,6 +171,14 @@ def test_guidance_in_one_batch_takes_another_hidden_state():
     assert together - apart == plan.levels[0].grid.tokens * preset.transformer.dim * 2
 
 
+def test_autoguidance_takes_the_weights_twice():
+    plan = make_plan(Request("tiny", 960, 544, Fraction(4)))
+    gpu = machine_with_gpu(80)
+    plain = dataclasses.replace(plan, proxy=dataclasses.replace(plan.proxy, autoguidance=0.0))
+    more = (cost.memory(p, p.proxy, "none", gpu).device for p in (plan, plain))
+    assert next(more) - next(more) == model_bytes(plan.preset, gpu.device)
+
+
 def test_a_fast_gpu_still_takes_a_while_for_each_chunk_of_windows(random_preset, monkeypatch):
     gpu = Machine(Device("cuda", "a GPU", "bfloat16", 2, "test"), 80 * cost.GIB)
     for rate in ("gemm_rate", "conv_rate"):

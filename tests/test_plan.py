@@ -7,9 +7,10 @@ import pytest
 
 from atlasvid_cli.cost import memory
 from atlasvid_cli.machine import this_machine
-from atlasvid_cli.plan import Request, level_stage, make_plan
+from atlasvid_cli.plan import Request, make_plan
 from atlasvid_cli.presets import load_preset
 from atlasvid_cli.shapes import Grid
+from atlasvid_cli.stages import level_stage
 
 REQUEST = Request("tiny", 960, 540, Fraction(4))
 
@@ -76,6 +77,15 @@ def test_forwards_are_counted_by_where_guidance_acts():
     assert always.passes == never.passes == 2  # both prompts are there
 
 
+def test_autoguidance_takes_a_forward_more_where_guidance_acts():
+    proxy = make_plan(Request("tiny", 960, 544, Fraction(4))).proxy
+    assert proxy.autoguidance > 0 and proxy.forwards() == 3 * proxy.steps and proxy.forwards(2) == 6
+    assert dataclasses.replace(proxy, autoguidance=0.0).forwards() == 2 * proxy.steps
+    assert dataclasses.replace(proxy, guidance_scale=1.0).forwards() == proxy.steps
+    stock = make_plan(Request("wan2.1-1.3b", 960, 544, Fraction(4))).proxy
+    assert not stock.is_autoguided and stock.forwards() == 2 * stock.steps
+
+
 def test_a_proxy_stream_at_the_detail_timestep_is_paid_for_at_every_step():
     # with steps n: n forwards, and the proxy stream once or n times
     first = load_preset("tiny").detail.first
@@ -92,7 +102,7 @@ def test_a_proxy_stream_at_the_detail_timestep_is_paid_for_at_every_step():
 def test_native_equal_steps_guide_every_step():
     level = dataclasses.replace(load_preset("tiny").detail.first, guidance_interval=(0.2, 0.4))
     equal = plan_with(first=level).at_equal_steps(7)
-    assert all(s.forwards() == 14 for _, s in equal.named_stages())
+    assert all(s.forwards() == 14 for s in equal.levels)
 
 
 def test_a_level_that_climbs_by_less_than_two_takes_no_frames_half_as_large():

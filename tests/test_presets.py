@@ -58,6 +58,12 @@ def test_an_interval_of_guidance_may_begin_at_zero(changed):
         ("flow_shift = 3.0", "flow_shift = inf", "flow_shift must be finite"),
         ("[detail.first] ", "[training]\nema = 1.5\n[detail.first]\n#", "ema must be 1 or less"),
         ("[detail.first] ", "[detail.first]\nguidance_interval = [0.9, 0.2]\n#", "lower end to its upper"),
+        ('lora = "proxy_lora.safetensors"', "", "proxy: autoguidance needs a lora"),
+        (
+            "[proxy]\n",
+            "[experts]\nboundary = 0.9\nguidance_scale = 3.0\n[proxy]\n",
+            "autoguidance needs .* one transformer",
+        ),
         ("still = 2 ", "still = 4 #", "still must be at most its levels"),
         ('upsample = "pixels"\n', 'upsample = "latents"\n', "upper: entry needs .*upsample = 'pixels'"),
         ("strength = 0.45", "strength = 1", "first: entry needs .*strength < 1"),

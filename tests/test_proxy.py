@@ -7,10 +7,10 @@ import torch
 from diffusers import AutoencoderKLWan, UniPCMultistepScheduler, WanPipeline
 
 from atlasvid_cli.model import clip_forward, patchify, text_context, unpatchify
-from atlasvid_cli.plan import Stage
 from atlasvid_cli.proxy import Expert, sample_proxy
 from atlasvid_cli.schedule import noise, sigmas
 from atlasvid_cli.shapes import Grid
+from atlasvid_cli.stages import Stage
 from atlasvid_cli.weights import load_scheduler
 
 
@@ -128,3 +128,23 @@ def test_the_seed_decides(sample):
     a, b, c = (sample(stage(4), seed) for seed in (1, 1, 2))
     assert torch.equal(a, b)
     assert (a - c).abs().max() > 0.1
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("scale", [3.0, 1.0])
+def test_autoguidance_leads_guided_velocities_away_from_the_weaker_model_too(experts, euler, scale):
+    """Guided: negative + 3 (prompt - negative) + 0.5 (prompt - the weaker one's); unguided as if it were not there."""
+    strong, weak = experts
+    expert = replace(strong, guidance_scale=scale, weaker=(weak.model, weak.prompt))
+    made = sample_proxy(lambda _: expert, by := euler(), replace(stage(4), steps=1, autoguidance=0.5), 4, 2, 0)
+    x = noise(0, 0, 4, range(3), range(8), range(10))
+
+    def velocity(of, text):
+        tokens = clip_forward(of.model, patchify(x, 2)[None], stage().grid, by.timesteps, text, 4)[0]
+        return unpatchify(tokens, stage().grid, 2)
+
+    prompt, negative, weaker = (
+        velocity(*v) for v in ((strong, strong.prompt), (strong, strong.negative), (weak, weak.prompt))
+    )
+    guided = negative + 3.0 * (prompt - negative) + 0.5 * (prompt - weaker) if scale > 1 else prompt
+    torch.testing.assert_close(made, x - (by.sigmas[0] - by.sigmas[1]) * guided, atol=1e-5, rtol=1e-5)

@@ -6,11 +6,11 @@ import torch
 
 from atlasvid_cli import refine
 from atlasvid_cli.model import text_context
-from atlasvid_cli.plan import Stage
 from atlasvid_cli.presets import Detail, Level
 from atlasvid_cli.refine import Region, sample_detail
 from atlasvid_cli.schedule import sigmas
 from atlasvid_cli.shapes import Grid
+from atlasvid_cli.stages import Stage
 
 STAGE = Stage(Grid(9, 10, 12), Fraction(3), 4, 3, 1.0, 1.0, 3.0)
 LEVEL = Level(3, 1.0, 1.0)

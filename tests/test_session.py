@@ -11,7 +11,6 @@ from safetensors.torch import load_file, save_file
 
 from atlasvid_cli import artefacts, machine, pipeline, session, tensor_file
 from atlasvid_cli.block import Kernels
-from atlasvid_cli.console import Console
 from atlasvid_cli.errors import InputError, UsageError
 from atlasvid_cli.model import detail_forward, text_context
 from atlasvid_cli.offload import stored
@@ -21,11 +20,6 @@ from atlasvid_cli.session import Session
 from atlasvid_cli.shapes import Grid
 from atlasvid_cli.video import probe
 from atlasvid_cli.weights import model_hash
-
-
-@pytest.fixture
-def console():
-    return Console(interactive=False)
 
 
 @pytest.mark.parametrize("native", [True, False])
@@ -114,7 +108,10 @@ def test_both_models_of_one_stream_are_loaded_once_a_batch(random_preset, consol
     assert first[0] is not first[1] and ours.detail_models("none", console) == first and len(loads) == 2
 
 
-@pytest.mark.parametrize(("small", "loads"), [(1 << 30, ["proxy", "detail"]), (0, ["proxy", "detail"] * 2)])
+STAGES = ["proxy", "proxy", "detail"]  # as adapted, and for autoguidance without
+
+
+@pytest.mark.parametrize(("small", "loads"), [(1 << 30, STAGES), (0, STAGES * 2)])
 def test_a_batch_keeps_small_models_and_lets_large_ones_go(random_preset, console, tmp_path, monkeypatch, small, loads):
     monkeypatch.setattr(session, "SMALL", small)
     ours, seen, load = Session(str(random_preset)), [], session.load_transformer

@@ -1,0 +1,44 @@
+"""Who works in stage 1: the preset's transformer, or one of its two experts, with the prompts as it sees them."""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+from .console import Console
+from .cost import offload_of
+from .model import TextContext, text_context
+from .plan import Plan
+from .proxy import Expert
+from .session import Session
+
+
+def experts_of(
+    session: Session, plan: Plan, embeddings: list[torch.Tensor], progress: Console
+) -> Callable[..., Expert]:
+    """Gives who works at a timestep in 0..1000, loaded when first asked for; `embeddings` of prompt and negative."""
+    stage, offload = plan.proxy, offload_of(plan)
+    groups, length = [[e] for e in embeddings], session.preset.transformer.text_length
+    held: dict[bool, Expert] = {}  # one at a time: two do not fit
+
+    def expert_at(timestep: float) -> Expert:
+        second = stage.experts is not None and timestep < 1000 * stage.experts.boundary
+        if second not in held:
+            held.clear()
+            model = session.transformer("proxy", offload, progress, second)
+            scale = stage.experts.guidance_scale if second and stage.experts else stage.guidance_scale
+            prompt, negative = contexts(model, groups, length)
+            weaker = None
+            if stage.is_autoguided:
+                bare = session.without_adapter("proxy", offload, progress)
+                weaker = bare, contexts(bare, groups[:1], length)[0]
+            held[second] = Expert(model, prompt, negative, scale, weaker)
+        return held[second]
+
+    return expert_at
+
+
+def contexts(model: Any, groups: list[list[torch.Tensor]], length: int) -> list[TextContext]:
+    """A context for each group of prompts' embeddings, which take one forward together."""
+    with torch.no_grad():
+        return [text_context(model, group, length) for group in groups]
