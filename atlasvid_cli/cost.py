@@ -152,7 +152,8 @@ def _enlarging(plan: Plan, stage: Stage, machine: Machine) -> tuple[int, Memory]
     latents = grid.tokens * plan.preset.transformer.channels * patch**2 * 4
     if on_gpu:
         return flops, Memory(held.device + encoder, held.host + latents + large)
-    return flops, Memory(0, held.host + encoder + latents + large)
+    stays = 0 if stage is plan.own_stages()[0][1] else model_bytes(plan.preset, machine.device)  # of the stage before
+    return flops, Memory(0, held.host + encoder + latents + large + stays)
 
 
 def _text_row(plan: Plan, rate: float, machine: Machine) -> dict[str, Any]:

@@ -1,13 +1,12 @@
 """Who works in stage 1: the preset's transformer, or one of its two experts, with the prompts as it sees them."""
 
 from collections.abc import Callable
-from typing import Any
 
 import torch
 
 from .console import Console
 from .cost import offload_of
-from .model import TextContext, text_context
+from .model import text_contexts
 from .plan import Plan
 from .proxy import Expert
 from .session import Session
@@ -15,8 +14,9 @@ from .session import Session
 
 def experts_of(
     session: Session, plan: Plan, embeddings: list[torch.Tensor], progress: Console
-) -> Callable[..., Expert]:
-    """Gives who works at a timestep in 0..1000, loaded when first asked for; `embeddings` of prompt and negative."""
+) -> Callable[[float], Expert]:
+    """Gives who works at a timestep in 0..1000, loaded when first asked for. `embeddings` (tokens, text_dim) are of
+    prompt and negative prompt; errors are those of loading."""
     stage, offload = plan.proxy, offload_of(plan)
     groups, length = [[e] for e in embeddings], session.preset.transformer.text_length
     held: dict[bool, Expert] = {}  # one at a time: two do not fit
@@ -27,18 +27,12 @@ def experts_of(
             held.clear()
             model = session.transformer("proxy", offload, progress, second)
             scale = stage.experts.guidance_scale if second and stage.experts else stage.guidance_scale
-            prompt, negative = contexts(model, groups, length)
+            prompt, negative = text_contexts(model, groups, length)
             weaker = None
             if stage.is_autoguided:
                 bare = session.without_adapter("proxy", offload, progress)
-                weaker = bare, contexts(bare, groups[:1], length)[0]
+                weaker = bare, text_contexts(bare, groups[:1], length)[0]
             held[second] = Expert(model, prompt, negative, scale, weaker)
         return held[second]
 
     return expert_at
-
-
-def contexts(model: Any, groups: list[list[torch.Tensor]], length: int) -> list[TextContext]:
-    """A context for each group of prompts' embeddings, which take one forward together."""
-    with torch.no_grad():
-        return [text_context(model, group, length) for group in groups]

@@ -99,19 +99,20 @@ def _placed(
     kept = 1 if narrow else width
     block = (8 * size.dim**2 + 2 * size.dim * size.ffn) * kept
     working += size.dim * size.ffn * width if narrow else 0  # the layer that computes, in the dtype that it computes in
-    rest = size.dim * (8 * size.dim + size.text_dim + 2 * _patch_values(preset)) * width
-    blocks, rest = models * size.layers * block, models * rest
+    blocks, rest = size.layers * block, size.dim * (8 * size.dim + size.text_dim + 2 * _patch_values(preset)) * width
+    weights = models * (blocks + rest)
+    read = model_bytes(preset, device)  # each into host memory first, in the dtype that it computes in
     if device.kind == "cpu":
-        return Memory(0, blocks + rest + states + working + latents)
-    read = model_bytes(preset, device)  # into host memory first, in the dtype that it computes in
+        loading = weights - blocks - rest + read
+        return Memory(0, max(loading, weights + states + working + latents))
     if offload == "none":
-        return Memory(blocks + rest + states + working, max(read, latents))
-    loaded = 2 * block  # the one that computes and the one on its way
-    pinned = 8 * _pinned(size.dim**2 * kept) + 2 * _pinned(size.dim * size.ffn * kept)
-    home = max(read, models * size.layers * pinned + latents)
+        return Memory(weights + states + working, max(read, latents))
+    loaded = 2 * block + models * rest  # the block that computes and the one on its way
+    pinned = size.layers * (8 * _pinned(size.dim**2 * kept) + 2 * _pinned(size.dim * size.ffn * kept))
+    home = max((models - 1) * pinned + read, models * pinned + latents)
     if offload == "block":
-        return Memory(loaded + rest + states + working, home)
-    return Memory(loaded + rest + working + sum(moving), home + states + sum(map(_pinned, moving)))
+        return Memory(loaded + states + working, home)
+    return Memory(loaded + working + sum(moving), home + states + sum(map(_pinned, moving)))
 
 
 def model_bytes(preset: Preset, device: Device) -> int:

@@ -103,6 +103,12 @@ def text_context(model: WanTransformer3DModel, embeddings: list[torch.Tensor], l
     return TextContext(keys_values, bias.to(hidden.dtype))
 
 
+def text_contexts(model: WanTransformer3DModel, groups: list[list[torch.Tensor]], length: int) -> list[TextContext]:
+    """A `text_context` for each group of prompts, which take one forward together; without gradients."""
+    with torch.no_grad():
+        return [text_context(model, group, length) for group in groups]
+
+
 def modulation(model: WanTransformer3DModel, timestep: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """Time embedding (m, D) and the blocks' modulation (m, 6, D) at timesteps (m,) in 0..1000."""
     embedder = model.condition_embedder

@@ -35,9 +35,10 @@ from .decode import decode_stream, tile_steps
 from .encode import encode_stream
 from .enlarge import enlarge
 from .errors import RenderError
-from .experts import contexts, experts_of
+from .experts import experts_of
 from .footage import Clip, read_clip
 from .machine import versions
+from .model import text_contexts
 from .plan import Plan
 from .proxy import sample_proxy
 from .refine import Region, crop_to_stage, sample_detail
@@ -266,8 +267,8 @@ def _refine_level(
     model, proxy_model = session.detail_models(offload_of(plan), progress)
     length = session.preset.transformer.text_length
     groups = [embeddings[i : i + stage.together] for i in range(0, len(embeddings), stage.together)]
-    texts = contexts(model, groups, length)
-    proxy_texts = texts if proxy_model is model else contexts(proxy_model, groups, length)
+    texts = text_contexts(model, groups, length)
+    proxy_texts = texts if proxy_model is model else text_contexts(proxy_model, groups, length)
     blocks = len(model.blocks)
     with progress.stage(name, stage.forwards() * blocks) as advance:
         advance(stage.forwards(resume[0]) * blocks if resume else 0, before=True)

@@ -128,6 +128,8 @@ class Plan:
             return {"preset": self.preset.name, "seed": self.request.seed, "clip": clip.sha256, **shown}
         sampled = dataclasses.replace(stage, entry=None)  # the file is known by what it holds (`Session.start_hash`)
         fields = {"preset": self.preset.name, "seed": self.request.seed, "stage": _plain(sampled)}
+        if not stage.is_autoguided:
+            del fields["stage"]["autoguidance"]
         if stage is self.proxy:
             fields |= {"shown": list(self.proxy_size), **self._played}  # by its preview, and by what refine makes of it
         else:
@@ -166,7 +168,7 @@ class Plan:
 
     def at_equal_steps(self, steps: int) -> "Plan":
         """The same job with `steps` and the proxy's guidance at every level, which is what native is compared with."""
-        proxy = dataclasses.replace(self.proxy, steps=steps)
+        proxy = dataclasses.replace(self.proxy, steps=steps, autoguidance=0.0)
         guidance = proxy.guidance_scale
         levels = (
             dataclasses.replace(s, steps=steps, guidance_scale=guidance, guidance_interval=(0.0, 1.0))

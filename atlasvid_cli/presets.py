@@ -68,8 +68,8 @@ class Proxy:
     """Stage 1: `base_tokens` a latent frame, `time_ratio` r_t, and its sampling: by the base's own multistep `sampler`
     (UniPC), or by Euler steps, for which most few-step LoRAs were distilled.
 
-    Without `scaled_time` its positions are (t, y, x) and not (r_t t, y, x). Above 0, `autoguidance` is how far guided
-    velocities also go away from those of the model without the adapter (Karras et al., arXiv 2406.02507).
+    Without `scaled_time` its positions are (t, y, x) and not (r_t t, y, x). `autoguidance` times the difference to the
+    model without the adapter is added to guided velocities (Karras et al., arXiv 2406.02507).
     """
 
     base_tokens: int

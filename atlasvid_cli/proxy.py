@@ -85,7 +85,7 @@ def _guided(
         return velocity
     base = forward(expert.model, expert.negative)
     guided = base + expert.guidance_scale * (velocity - base)
-    if expert.weaker:
+    if expert.weaker and stage.autoguidance:
         guided += stage.autoguidance * (velocity - forward(*expert.weaker))
     return guided
 

@@ -37,6 +37,7 @@ from .weights import (
     model_hash,
 )
 
+BARE = "transformer without adapter"  # what stands beside a stage's model
 SMALL = 64 << 20  # bytes of a transformer that a batch keeps beside the next one: no plan notices
 
 # What a stage costs without an adapter of its own, as stock weights have none.
@@ -83,7 +84,7 @@ def _where() -> tuple[torch.device, torch.dtype]:
 class Session:
     """The model of a preset, loaded part by part when first needed and kept for the batch where it fits.
 
-    The text encoder encodes the whole batch and is let go. On a GPU one part is in its memory at a time.
+    The text encoder encodes the whole batch and is let go. On a GPU one stage's models are in its memory at a time.
     """
 
     def __init__(
@@ -199,10 +200,11 @@ class Session:
         return self.without_adapter("detail", offload, console), proxy_stream
 
     def without_adapter(self, stage: str, offload: Offload, console: Console) -> Any:
-        """The model of a stage without its adapter, beside the one that `transformer` gave until both make room."""
-        key = f"transformer without adapter {offload}"
+        """The model of a stage without its adapter but with what `--lora` adds, beside the one that `transformer` gave
+        until they make room. ValueError for a stage of two experts."""
+        key = f"{BARE} {offload}"
         if key not in self._parts:
-            part = self._weights(stage)[-1][0]
+            [(part, _)] = self._weights(stage)
             self._parts[key] = self._load(part, None, stage, offload, console)
         return self._parts[key]
 
@@ -211,8 +213,12 @@ class Session:
         for lora in self.loras:
             if lora.expert not in (None, "low" if part == "transformer_2" else "high"):
                 continue
-            matched = merge_lora(model, lora, self.strict, console.warn)
-            console.note(f"{lora.path}: {matched} layers changed in the {stage} stage")
+            told = f"{lora.path} {lora.expert} {part} {stage}"  # a stage may have two models
+            warn = (lambda text: None) if told in self._warned else console.warn
+            matched = merge_lora(model, lora, self.strict, warn)
+            if told not in self._warned:
+                console.note(f"{lora.path}: {matched} layers changed in the {stage} stage")
+            self._warned.add(told)
         return place(narrow(model, self.weight_dtype), self.device, offload)
 
     def vae(self) -> Any:
@@ -295,11 +301,11 @@ class Session:
         return [("transformer", preset.proxy.lora), *([("transformer_2", experts.lora)] if experts else [])]
 
     def _make_room(self, part: str) -> None:
-        """Lets go of what `part` replaces, unless it is small, and on a GPU of everything: 4K leaves no room for two
-        models."""
+        """Lets go of what `part` replaces and of a second model, unless they are small, and on a GPU of everything: 4K
+        leaves no room for another stage's."""
         on_gpu, size = self.device.type == "cuda", model_bytes(self.preset, compute_device())
         for key in list(self._parts):
-            if on_gpu or (key.startswith(part) and size > SMALL):
+            if on_gpu or (key.startswith((part, BARE)) and size > SMALL):
                 del self._parts[key]
         if on_gpu:
             gc.collect()

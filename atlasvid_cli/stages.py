@@ -65,18 +65,19 @@ class Stage:
 
 def proxy_stage(preset: Preset, grid: Grid, time_ratio: int) -> Stage:
     """Stage 1 on a grid as a preset samples it."""
+    proxy = preset.proxy
     return Stage(
         grid,
         Fraction(1),
         time_ratio,
-        preset.proxy.steps,
-        1.0,
-        preset.proxy.guidance_scale,
-        preset.proxy.flow_shift,
-        preset.proxy.sampler,
-        preset.experts,
-        preset.proxy.scaled_time,
-        preset.proxy.autoguidance,
+        steps=proxy.steps,
+        strength=1.0,
+        guidance_scale=proxy.guidance_scale,
+        flow_shift=proxy.flow_shift,
+        sampler=proxy.sampler,
+        experts=preset.experts,
+        scaled_time=proxy.scaled_time,
+        autoguidance=proxy.autoguidance,
     )
 
 

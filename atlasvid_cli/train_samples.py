@@ -27,7 +27,8 @@ SEED = 0
 
 @dataclass(frozen=True)
 class Sampler:
-    """Samples `held_out` with the models in training, as `render` would: their own grids, the preset's steps.
+    """Samples `held_out` with the models in training, as `render` would but without autoguidance: their own grids,
+    the preset's steps.
 
     `model` is the one in training, `bare` the other stream's in stage 2 where the adapter acts on one alone.
     """
@@ -50,7 +51,6 @@ class Sampler:
             write_png(self.folder / f"step-{step:06d}-{number}.png", contact_sheet(frames, FRAMES))
 
     def _proxy(self, sample: dict) -> torch.Tensor:
-        """As stage 1 samples, without autoguidance: no second model is there."""
         preset, grid = self.session.preset, grid_of(sample["latents"])
         stage = proxy_stage(preset, grid, preset.proxy.time_ratio)
         prompt, negative = self._texts(self.model, sample["caption"], preset.negative_prompt)

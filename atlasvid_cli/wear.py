@@ -1,9 +1,9 @@
 """Proxies with the mistakes of stage 1, for stage 2 to learn to mend: one trained on true proxies alone keeps them all.
 
-A true proxy is noised and denoised again by stage 1's own model and guidance (SDEdit, arXiv 2108.01073): what it
-cannot draw comes out as it draws it, in the place where it was. Where the whole frame is at hand it is worn whole: an
-object that a crop cuts is another task. The levels above the first have a level's result for a proxy; the base, at the
-video's frame rate, stands in for what that gets wrong.
+A true proxy is noised and denoised again by stage 1's own model and guidance, less autoguidance (SDEdit, arXiv
+2108.01073): what it cannot draw comes out as it draws it, in the place where it was. Where the whole frame is at hand
+it is worn whole: an object that a crop cuts is another task. The levels above the first have a level's result for a
+proxy; the base, at the video's frame rate, stands in for what that gets wrong.
 """
 
 import random

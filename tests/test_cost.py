@@ -175,8 +175,11 @@ def test_autoguidance_takes_the_weights_twice():
     plan = make_plan(Request("tiny", 960, 544, Fraction(4)))
     gpu = machine_with_gpu(80)
     plain = dataclasses.replace(plan, proxy=dataclasses.replace(plan.proxy, autoguidance=0.0))
-    more = (cost.memory(p, p.proxy, "none", gpu).device for p in (plan, plain))
-    assert next(more) - next(more) == model_bytes(plan.preset, gpu.device)
+    two, one = (cost.memory(p, p.proxy, "none", gpu).device for p in (plan, plain))
+    assert two - one == model_bytes(plan.preset, gpu.device)
+    two, one = (cost.memory(p, p.proxy, "block", gpu) for p in (plan, plain))
+    assert 0 < two.device - one.device < model_bytes(plan.preset, gpu.device)  # what is no block
+    assert two.host - one.host >= 0.9 * model_bytes(plan.preset, gpu.device)
 
 
 def test_a_fast_gpu_still_takes_a_while_for_each_chunk_of_windows(random_preset, monkeypatch):

@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from atlasvid_cli.experts import experts_of
+from atlasvid_cli.model import text_contexts
 from atlasvid_cli.plan import Request, make_plan
 from atlasvid_cli.session import Session
 from atlasvid_cli.weights import load_transformer
@@ -11,12 +12,12 @@ from atlasvid_cli.weights import load_transformer
 
 @pytest.fixture
 def made(console):
-    """(plan, who works) of a small proxy by a preset file."""
+    """(session, plan, who works) of a small proxy by a preset file."""
 
     def make(preset, **options):
         ours = Session(str(preset))
         plan = make_plan(Request(str(preset), 256, 192, Fraction(1, 2), **options))
-        return plan, experts_of(ours, plan, ours.embeddings(("a red ball", ""), console), console)
+        return ours, plan, experts_of(ours, plan, ours.embeddings(("a red ball", ""), console), console)
 
     return make
 
@@ -25,25 +26,28 @@ def same(model, other):
     return all(torch.equal(a, b) for a, b in zip(model.parameters(), other.parameters(), strict=True))
 
 
-def test_autoguidance_leads_away_from_the_model_without_its_adapter(made, random_preset):
-    plan, expert_at = made(random_preset)
-    folder, expert = random_preset.parent / plan.preset.model, expert_at(999.0)
+def test_autoguidance_leads_away_from_the_model_without_its_adapter(made, random_preset, console):
+    ours, plan, expert_at = made(random_preset)
+    expert = expert_at(999.0)
     bare, prompt = expert.weaker
-    assert same(bare, load_transformer(folder)) and not same(bare, expert.model)
-    # the adapter changes how the prompt is read, so each model has its own reading
-    assert len(prompt.bias) == 1 and not torch.equal(prompt.keys_values[0][0], expert.prompt.keys_values[0][0])
+    assert same(bare, load_transformer(ours.folder, dtype=ours.dtype)) and not same(bare, expert.model)
+    [asked] = ours.embeddings(("a red ball",), console)
+    [read] = text_contexts(bare, [[asked]], plan.preset.transformer.text_length)
+    assert torch.equal(prompt.keys_values[0][0], read.keys_values[0][0])
+    assert not torch.equal(prompt.keys_values[0][0], expert.prompt.keys_values[0][0])  # the adapter reads otherwise
     assert expert_at(1.0) is expert
 
 
 def test_unguided_there_is_nothing_to_lead_away_from(made, random_preset):
-    _, expert_at = made(random_preset, guidance_scale=1.0)
+    *_, expert_at = made(random_preset, guidance_scale=1.0)
     assert expert_at(999.0).weaker is None
 
 
 def test_two_experts_take_turns_at_the_boundary(made, experts_preset):
-    plan, expert_at = made(experts_preset)
+    _, plan, expert_at = made(experts_preset)
     at = 1000 * plan.preset.experts.boundary
     first, second = expert_at(at), expert_at(at - 1)
+    assert expert_at(at - 1) is second and expert_at(at) is not first  # which was let go
     assert not same(first.model, second.model) and second.weaker is None
     scales = plan.proxy.guidance_scale, plan.preset.experts.guidance_scale
     assert (first.guidance_scale, second.guidance_scale) == scales

@@ -86,6 +86,18 @@ def test_autoguidance_takes_a_forward_more_where_guidance_acts():
     assert not stock.is_autoguided and stock.forwards() == 2 * stock.steps
 
 
+def test_autoguidance_is_part_of_a_key_where_it_acts():
+    plan = make_plan(Request("tiny", 960, 544, Fraction(4)))
+
+    def key(**changes):
+        changed = dataclasses.replace(plan, proxy=dataclasses.replace(plan.proxy, **changes))
+        return changed.key(changed.proxy)
+
+    assert key(autoguidance=1.0) != key() != key(autoguidance=0.0)
+    assert key(autoguidance=1.0, guidance_scale=1.0) == key(autoguidance=0.0, guidance_scale=1.0)
+    assert "autoguidance" not in str(plan.key(plan.levels[0]))
+
+
 def test_a_proxy_stream_at_the_detail_timestep_is_paid_for_at_every_step():
     # with steps n: n forwards, and the proxy stream once or n times
     first = load_preset("tiny").detail.first
@@ -102,7 +114,7 @@ def test_a_proxy_stream_at_the_detail_timestep_is_paid_for_at_every_step():
 def test_native_equal_steps_guide_every_step():
     level = dataclasses.replace(load_preset("tiny").detail.first, guidance_interval=(0.2, 0.4))
     equal = plan_with(first=level).at_equal_steps(7)
-    assert all(s.forwards() == 14 for s in equal.levels)
+    assert all(s.forwards() == 14 for _, s in equal.named_stages())
 
 
 def test_a_level_that_climbs_by_less_than_two_takes_no_frames_half_as_large():

@@ -37,6 +37,12 @@ def test_parts_of_the_method_are_in_place_unless_a_preset_leaves_them_out(change
     assert unshifted.layouts == window_cycle(detail.windows, shifted=False)
 
 
+def test_without_an_adapter_there_may_be_no_autoguidance(changed):
+    lines = "autoguidance = 0.5            # and away from the base", "autoguidance = 0 #"
+    assert changed(*lines).proxy.autoguidance == 0
+    assert load_preset("wan2.1-1.3b").proxy.autoguidance == 0
+
+
 def test_an_interval_of_guidance_may_begin_at_zero(changed):
     first = changed("[detail.first] ", "[detail.first]\nguidance_interval = [0, 0.8]\n#").detail.first
     assert first.guidance_interval == (0.0, 0.8)
@@ -58,6 +64,7 @@ def test_an_interval_of_guidance_may_begin_at_zero(changed):
         ("flow_shift = 3.0", "flow_shift = inf", "flow_shift must be finite"),
         ("[detail.first] ", "[training]\nema = 1.5\n[detail.first]\n#", "ema must be 1 or less"),
         ("[detail.first] ", "[detail.first]\nguidance_interval = [0.9, 0.2]\n#", "lower end to its upper"),
+        ("autoguidance = 0.5", "autoguidance = -1", "autoguidance must be 0 or above 0"),
         ('lora = "proxy_lora.safetensors"', "", "proxy: autoguidance needs a lora"),
         (
             "[proxy]\n",

@@ -192,6 +192,16 @@ def test_a_lora_changes_the_identity_of_the_latents(stock_preset, console, tmp_p
     assert not changed.blocks[0].attn1.to_q.weight.equal(model.blocks[0].attn1.to_q.weight)
 
 
+def test_a_lora_is_in_both_models_of_a_stage_and_told_once(random_preset, console, tmp_path, capsys):
+    plain = Session(str(random_preset))
+    path = _small_lora(tmp_path / "a.safetensors", plain.transformer("proxy", "none", console))
+    ours = Session(str(random_preset), loras=(Lora(path),))
+    ours.transformer("proxy", "none", console)
+    bare, base = (s.without_adapter("proxy", "none", console) for s in (ours, plain))
+    assert any(not torch.equal(a, b) for a, b in zip(bare.parameters(), base.parameters(), strict=True))
+    assert capsys.readouterr().err.count("layers changed in the proxy stage") == 1
+
+
 def _small_lora(path, model):
     out, into = model.blocks[0].attn1.to_q.weight.shape
     name = "transformer.blocks.0.attn1.to_q"
