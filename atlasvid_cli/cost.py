@@ -22,8 +22,7 @@ VIDEO_BYTES = {"h264": 0.05, "hevc10": 0.05, "av1": 0.05, "prores": 0.8, "ffv1":
 # (docs/LOG.md)
 EFFICIENCY, DECODE_EFFICIENCY = 0.6, 0.7
 
-# Seconds that a GPU takes for a block on a chunk of windows, however small: some seventy kernels, and preparing the
-# attention of each new shape (docs/LOG.md)
+# seconds that a GPU takes for a block on a chunk of windows, however small: some seventy kernels (docs/LOG.md)
 LAUNCH = 0.01
 
 # what x264 looks ahead, and bytes a pixel that a frame takes in it (docs/LOG.md)
