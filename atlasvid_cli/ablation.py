@@ -17,7 +17,7 @@ from typing import Any
 
 import numpy as np
 
-from . import pipeline, store
+from . import pipeline, store, world
 from .ablation_arms import NATIVE, RECONSTRUCTED, Arm, arms
 from .artefacts import job_hash, proxy_metadata
 from .bench import native_render_seconds
@@ -27,7 +27,6 @@ from .machine import gemm_rate, peak_rss, reset_peak
 from .plan import Plan, Request, make_plan
 from .quality import (
     Assessment,
-    Attributes,
     assess,
     check,
     frames_at,
@@ -106,7 +105,7 @@ def _row(
     return {"arm": arm.name + ("" if arm.trained else " (untrained)"), **columns}
 
 
-def jobs(arm: Arm, request: Request, count: int, seeds: int) -> Iterator[tuple[int, Plan, str, Attributes]]:
+def jobs(arm: Arm, request: Request, count: int, seeds: int) -> Iterator[tuple[int, Plan, str, world.Attributes]]:
     """Every video of an arm: the number of its seed, its plan, its prompt and what that asks for."""
     for i, (prompt, attributes) in enumerate(held_out_prompts(count)):
         for k in range(seeds):
@@ -122,7 +121,7 @@ def _all_made(arm: Arm, request: Request, count: int, seeds: int, folder: Path) 
     )
 
 
-def look(arm: Arm, plan: Plan, prompt: str, attributes: Attributes, folder: Path, console: Console) -> Seen:
+def look(arm: Arm, plan: Plan, prompt: str, attributes: world.Attributes, folder: Path, console: Console) -> Seen:
     """Makes a video where it is not there yet, and looks at it."""
     seed = str(plan.request.seed)
     # the same for all arms that sample it alike

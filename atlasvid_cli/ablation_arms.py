@@ -19,7 +19,7 @@ from .decode import decode_stream
 from .encode import encode_stream
 from .plan import Plan, Request
 from .presets import Preset
-from .quality import Attributes, true_scene
+from .quality import true_scene
 from .session import Session
 from .video import write_video
 from .weights import load_scheduler, load_text, load_transformer
@@ -68,7 +68,7 @@ class Arm:
     session: Session
     trained: bool
     warm: Callable[[Plan], object]
-    make: Callable[[Plan, str, Attributes, Path, Path], object]
+    make: Callable[[Plan, str, world.Attributes, Path, Path], object]
 
 
 def arms(request: Request, console: Console) -> Iterator[Arm]:
@@ -87,7 +87,7 @@ def _sampled(name: str, session: Session, trained: bool, console: Console) -> Ar
         session.detail_models(offload_of(plan), console)
         session.vae()
 
-    def make(plan: Plan, prompt: str, attributes: Attributes, proxy: Path, video: Path) -> None:
+    def make(plan: Plan, prompt: str, attributes: world.Attributes, proxy: Path, video: Path) -> None:
         latents = pipeline.refine(session, plan, proxy / "proxy.safetensors", video.with_suffix(""), console)
         pipeline.decode(session, latents, video, plan.request.codec, console)
 
@@ -105,7 +105,7 @@ def _native(session: Session) -> Arm:
         pipe.set_progress_bar_config(disable=True)
         return pipe
 
-    def make(plan: Plan, prompt: str, attributes: Attributes, proxy: Path, video: Path) -> None:
+    def make(plan: Plan, prompt: str, attributes: world.Attributes, proxy: Path, video: Path) -> None:
         grid, geometry = plan.native_grid, session.preset.geometry
         frames = load()(
             prompt,
@@ -123,7 +123,9 @@ def _native(session: Session) -> Arm:
     return Arm(NATIVE, session, True, lambda plan: load(), make)
 
 
-def reconstruct(session: Session, plan: Plan, prompt: str, attributes: Attributes, proxy: Path, video: Path) -> None:
+def reconstruct(
+    session: Session, plan: Plan, prompt: str, attributes: world.Attributes, proxy: Path, video: Path
+) -> None:
     """A true render encoded and decoded again: what the VAE costs, and so the best that any arm can reach."""
     scene, grid, geometry = true_scene(plan, attributes), plan.target, session.preset.geometry
     width, height = grid.w * geometry.token_pixels, grid.h * geometry.token_pixels
@@ -137,7 +139,7 @@ def reconstruct(session: Session, plan: Plan, prompt: str, attributes: Attribute
     write_video(video, (F.avg_pool2d(chunk, plan.scale) for chunk in cropped), **_shape(plan))
 
 
-def upsample(session: Session, plan: Plan, prompt: str, attributes: Attributes, proxy: Path, video: Path) -> None:
+def upsample(session: Session, plan: Plan, prompt: str, attributes: world.Attributes, proxy: Path, video: Path) -> None:
     """The proxy made as large as the video by bicubic interpolation, each of its frames shown until the next."""
     latents, _ = read_latents(proxy / "proxy.safetensors", session, "vae")
     width, height = plan.proxy_size

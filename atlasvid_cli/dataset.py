@@ -17,7 +17,7 @@ import torch
 from diffusers import AutoencoderKLWan
 from safetensors import safe_open
 
-from . import world
+from . import captions, world
 from .encode import encode_clips
 from .machine import cpu_autocast
 from .store import artefact_hash
@@ -44,7 +44,7 @@ def folder_of(work: Path, vae_hash: str) -> Path:
         "grids": [FRAME_GRIDS, PROXY_GRIDS],
         "frames": [CLIP_FRAMES, PROXY_FRAMES],
         "draws": [HASTE, CLOSE_UPS, world.SHAPE_SHARES, world.GROUND_SHARES],
-        "told": ["near"],
+        "told": ["near", captions.ORDERS, captions.OBJECTS, captions.MOTIONS, captions.GROUNDS, captions.NAMED_GROUNDS],
         "shard": SHARD,
         "crops": [DETAIL_TOKENS, DETAIL_RATIOS],
     }
@@ -61,7 +61,7 @@ def whole_frame(
     scene = world.sample_scene(rng, w / h, horizon, haste=haste)
     start = rng.uniform(0.0, horizon - seconds)
     times = start + torch.arange(frames) / fps
-    return scene, times, world.caption(scene, rng)
+    return scene, times, captions.caption(scene, rng)
 
 
 def close_up(rng: random.Random, pixels: int, seconds: float, lowest: float) -> tuple[world.Scene, tuple, float]:
@@ -120,7 +120,7 @@ def sample(
             scene, times, text = whole_frame(rng, grid, frames, FPS, haste=HASTE ** rng.random())
         else:
             scene, window, start = close_up(rng, grid[0] * TOKEN, (frames - 1) / FPS, grid[0] * TOKEN * 1.3)
-            times, text = start + torch.arange(frames) / FPS, world.caption(scene, rng)
+            times, text = start + torch.arange(frames) / FPS, captions.caption(scene, rng)
         return {"latents": _seen(scene, times, grid, window)}, near(scene, times, grid, window), {"caption": text}
     crop, frames = (DETAIL_TOKENS, DETAIL_TOKENS), 1 if kind.endswith("_still") else CLIP_FRAMES
     if kind.startswith("first"):
@@ -128,7 +128,7 @@ def sample(
         times = start + torch.arange(frames) / FPS
         window = (x / grid[0], y / grid[0], DETAIL_TOKENS / float(ratio) / grid[0])
         pixels = {"latents": _seen(scene, times, crop, window), "whole_4": _seen(scene, times[::4], grid)}
-        info = {"caption": world.caption(scene, rng), "ratio": str(ratio), "at": [y, x]}
+        info = {"caption": captions.caption(scene, rng), "ratio": str(ratio), "at": [y, x]}
         return pixels, near(scene, times, crop, window), info
     scene, window, start = close_up(rng, DETAIL_TOKENS * TOKEN, 9.0, DETAIL_TOKENS * TOKEN)
     times, small = start + torch.arange(frames) / FPS, int(DETAIL_TOKENS * TOKEN / ratio)
@@ -136,7 +136,7 @@ def sample(
         "latents": _seen(scene, times, crop, window),
         "proxy_1": world.render(scene, times, small, small, window),
     }
-    return pixels, near(scene, times, crop, window), {"caption": world.caption(scene, rng), "ratio": str(ratio)}
+    return pixels, near(scene, times, crop, window), {"caption": captions.caption(scene, rng), "ratio": str(ratio)}
 
 
 def _seen(

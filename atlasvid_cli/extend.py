@@ -5,10 +5,10 @@
 
 import random
 import re
+from itertools import pairwise
 
-from . import world
+from . import captions, world
 
-PARTS = ("colour", "shape", "direction", "ground_colour", "ground")
 JOINTS = {"above", "across", "and", "from", "in", "of", "on", "over", "that", "to", "towards", "under", "with"}
 
 
@@ -17,7 +17,7 @@ def extended(prompt: str, seed: int) -> str:
     name no part kept at its end, so that they are still said to be unknown."""
     words = re.findall(r"\w+", prompt.lower())
     found = parts_of(words)
-    missing = [part for part in PARTS if part not in found]
+    missing = [part for part in captions.PARTS if part not in found]
     if not missing or not found:
         return prompt
     rng = random.Random(f"extend/{seed}/{prompt}")
@@ -29,19 +29,22 @@ def extended(prompt: str, seed: int) -> str:
         "ground": rng.choice(world.GROUNDS),
     }
     drawn["ground_colour"] = rng.choice([c for c in colours if c != drawn["colour"]])
-    rest = [word for word in words if word not in {*world.FILLERS, *found.values()}]
-    return " ".join([world.SENTENCE.format(**drawn | found), *rest])
+    rest = [word for word in words if word not in {*captions.FILLERS, *found.values()}]
+    return " ".join([captions.SENTENCE.format(**drawn | found), *rest])
 
 
 def parts_of(words: list[str]) -> dict[str, str]:
     """The parts of a scene that words name. A colour is that of the object or ground it stands before, with no
-    word between that joins two phrases, else of the one it stands after ("a ball that is red"); without either the
-    first is the object's."""
+    word between that joins two phrases, else of the one it stands after, as it is where it follows "is" ("a ball that
+    is red"); without either the first is the object's."""
     found: dict[str, str] = {}
     named = (("shape", world.SHAPES), ("direction", world.DIRECTIONS), ("ground", world.GROUNDS))
     for part, names in named:
-        if (word := next((word for word in words if word in names), None)) is not None:
-            found[part] = word
+        # "from left to right" is to the right
+        if said := sorted(
+            (last == "from", at) for at, (last, word) in enumerate(pairwise(["", *words])) if word in names
+        ):
+            found[part] = words[said[0][1]]
     nouns = {word: part for part, word in found.items() if part != "direction"}
     owners = {"shape": "colour", "ground": "ground_colour"}
     for at, word in enumerate(words):
@@ -49,7 +52,8 @@ def parts_of(words: list[str]) -> dict[str, str]:
             continue
         after = next((w for w in words[at + 1 :] if w in nouns or w in world.COLOURS or w in JOINTS), "")
         before = next((w for w in reversed(words[:at]) if w in nouns), "")
-        noun = after if after in nouns else before
+        said_after = bool(before) and words[at - 1] in ("is", "are")
+        noun = after if after in nouns and not said_after else before
         part = owners[nouns[noun]] if noun else next((p for p in owners.values() if p not in found), "colour")
         found.setdefault(part, word)
     return found

@@ -173,7 +173,7 @@ def edge_width(frame: np.ndarray) -> float | None:
     return float((high - low).float().median() * (along[1] - along[0]))
 
 
-def adherence(detection: Detection, attributes: tuple[str, str, str, str, str]) -> dict[str, bool]:
+def adherence(detection: Detection, attributes: world.Attributes) -> dict[str, bool]:
     """Which attributes of the prompt came true."""
     colour, shape, direction, ground_colour, ground = attributes
     return {

@@ -14,7 +14,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-from . import dataset, pipeline, store, world
+from . import captions, dataset, pipeline, store, world
 from .artefacts import run_hash
 from .console import Console
 from .cost import check_resources
@@ -24,8 +24,6 @@ from .plan import Plan, Request, make_plan
 from .session import Session
 from .video import read_frames
 from .windows import borders
-
-Attributes = tuple[str, str, str, str, str]  # as `world.sample_attributes` gives them
 
 FRAMES = 9  # looked at in each video, evenly spread
 STEADY = 0.15  # of its speed may an object's be off in a quarter of the video
@@ -46,11 +44,15 @@ class Assessment:
     unsteady: float | None = None
 
 
-def held_out_prompts(count: int) -> list[tuple[str, Attributes]]:
-    """The first `count` held-out combinations of a fixed sequence, as plain captions."""
-    rng = random.Random("quality")
-    drawn = [world.sample_attributes(rng, held_out=True) for _ in range(count)]
-    return [(world.sentence(attributes), attributes) for attributes in drawn]
+def held_out_prompts(count: int) -> list[tuple[str, world.Attributes]]:
+    """The first `count` held-out combinations of a fixed sequence, every other one not as the plain sentence but in
+    words and an order that training never uses."""
+    rng, words = random.Random("quality"), random.Random("forms")
+    prompts = []
+    for i in range(count):
+        attributes, form = world.sample_attributes(rng, held_out=True), captions.sample_form(words, held_out=True)
+        prompts.append((captions.sentence(attributes, form if i % 2 else None), attributes))
+    return prompts
 
 
 def window_borders(plan: Plan) -> tuple[list[int], list[int]]:
@@ -64,14 +66,14 @@ def window_borders(plan: Plan) -> tuple[list[int], list[int]]:
     return rows, columns
 
 
-def true_scene(plan: Plan, attributes: Attributes) -> world.Scene:
+def true_scene(plan: Plan, attributes: world.Attributes) -> world.Scene:
     """A scene with these attributes whose object stays in the frame for as long as the video lasts."""
     request = plan.request
     aspect = request.width / request.height
     return world.sample_scene(random.Random(request.seed), aspect, float(request.seconds), attributes)
 
 
-def true_frames(plan: Plan, attributes: Attributes) -> Iterator[np.ndarray]:
+def true_frames(plan: Plan, attributes: world.Attributes) -> Iterator[np.ndarray]:
     """Frames of a true render of a scene with these attributes, as large and as far apart as those looked at."""
     scene = true_scene(plan, attributes)
     for t in torch.linspace(0, float(plan.request.seconds), FRAMES):
@@ -150,7 +152,7 @@ def proxy_frames(plan: Plan, preview: Path) -> list[np.ndarray]:
     return frames_at(preview, [n // plan.proxy.time_ratio for n in looked_at(plan)])
 
 
-def assess(plan: Plan, frames: list[np.ndarray], proxy: list[np.ndarray], attributes: Attributes) -> Assessment:
+def assess(plan: Plan, frames: list[np.ndarray], proxy: list[np.ndarray], attributes: world.Attributes) -> Assessment:
     """Looks at the uint8 (H, W, 3) `frames` of a video and those of its proxy at the same times."""
     found = detect(frames, looked_at(plan)[-1] / plan.fps)
     lines = window_borders(plan)

@@ -126,8 +126,8 @@ def clip_shift(latents: int) -> float:
 def make(work: Path, out: Path) -> None:
     """Trains what is missing of the model folder `out`; checkpoints, latents and logs go to `work`."""
     if not (out / "text_encoder").exists():
-        accuracy = train_text.train(out)
-        write_json(work / "text.json", {"accuracy": accuracy})
+        figures = train_text.train(out)
+        write_json(work / "text.json", figures)
     if not (out / "vae").exists():
         vae = train_vae.train(train_vae.build(VAE_CONFIG, seed=0), work / "vae", VAE_STEPS, lr=3e-3)
         vae = train_vae.compress(vae, LATENT_CHANNELS)

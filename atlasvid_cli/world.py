@@ -1,4 +1,4 @@
-"""The procedural world that the embedded model is trained on: captions and exact frames at any scale.
+"""The procedural world that the embedded model is trained on: scenes, and their exact frames at any scale.
 
 A scene is one object of a given colour, shape and direction over a textured ground. Rendering is analytic (signed
 distances, box-filtered edges), so a 4K crop and a 256 px frame of the same scene agree without resampling.
@@ -11,6 +11,8 @@ import random
 from dataclasses import dataclass
 
 import torch
+
+Attributes = tuple[str, str, str, str, str]  # colour, shape, direction, ground colour, ground
 
 COLOURS: dict[str, tuple[float, float, float]] = {  # sRGB, 0..1
     "red": (0.86, 0.10, 0.12),
@@ -30,13 +32,6 @@ DIRECTIONS: dict[str, tuple[float, float]] = {
     "down": (0.0, 1.0),
 }
 GROUNDS = ("checkerboard", "stripes", "hills", "gradient")
-SENTENCE = "a {colour} {shape} moving {direction} over a {ground_colour} {ground}"  # which names all parts of a scene
-# words of captions that name no part of a scene
-FILLERS = tuple(
-    "a an the is that over under on across with in of and moving moves goes slides going sliding rolling rolls flying"  # noqa: SIM905
-    " flies drifting drifts to towards from its one single big small video clip background ground pattern patterned"
-    " above colored coloured color colour motion object slowly it travels travelling".split()
-)
 HELD_OUT_FRACTION = 0.1
 # how often each is drawn for training, by how hard it is to draw well (docs/LOG.md); held-out ones all alike
 SHAPE_SHARES, GROUND_SHARES = (2, 2, 3, 4, 4), (1, 1, 2, 1)
@@ -61,7 +56,7 @@ class Scene:
     phase: tuple[float, float]
 
     @property
-    def attributes(self) -> tuple[str, str, str, str, str]:
+    def attributes(self) -> Attributes:
         return self.colour, self.shape, self.direction, self.ground_colour, self.ground
 
 
@@ -71,8 +66,8 @@ def is_held_out(attributes: tuple[str, ...]) -> bool:
     return int.from_bytes(digest[:4], "big") < HELD_OUT_FRACTION * 2**32
 
 
-def sample_attributes(rng: random.Random, held_out: bool = False) -> tuple[str, str, str, str, str]:
-    """A random (colour, shape, direction, ground colour, ground) from the training or the held-out combinations."""
+def sample_attributes(rng: random.Random, held_out: bool = False) -> Attributes:
+    """Random attributes from the training or the held-out combinations."""
 
     def draw(values: tuple[str, ...], shares: tuple[int, ...]) -> str:
         return rng.choice(values) if held_out else rng.choices(values, shares)[0]
@@ -94,7 +89,7 @@ def sample_scene(
     rng: random.Random,
     aspect: float,
     seconds: float,
-    attributes: tuple[str, str, str, str, str] | None = None,
+    attributes: Attributes | None = None,
     haste: float = 1.0,
 ) -> Scene:
     """A random scene whose object stays inside the frame for `seconds`; `haste` times as fast, for 12/haste at most."""
@@ -124,32 +119,6 @@ def sample_scene(
         start,
         speed,
         (rng.random(), rng.random()),
-    )
-
-
-def sentence(attributes: tuple[str, str, str, str, str]) -> str:
-    """The plain caption of a scene with these attributes, as `Scene.attributes` has them."""
-    colour, shape, direction, ground_colour, ground = attributes
-    return SENTENCE.format(colour=colour, shape=shape, direction=direction, ground_colour=ground_colour, ground=ground)
-
-
-def caption(scene: Scene, rng: random.Random | None = None) -> str:
-    """A caption of the scene: the plain form, or with `rng` one of many word orders, some leaving a part out."""
-    c, s, d, gc, g = scene.attributes
-    plain = sentence(scene.attributes)
-    if rng is None or rng.random() < 0.5:
-        return plain
-    return rng.choice(
-        (
-            f"{c} {s} moving {d}, {gc} {g}",
-            f"over a {gc} {g} a {c} {s} moves {d}",
-            f"a {s} that is {c} goes {d} on a {g} that is {gc}",
-            f"the {c} {s} slides {d} across the {gc} {g}",
-            f"a {gc} {g} with a {c} {s} moving {d}",
-            f"a {c} {s} over a {gc} {g}",
-            f"a {c} {s} moving {d}",
-            f"a {s} moving {d} over a {gc} {g}",
-        )
     )
 
 

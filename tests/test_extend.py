@@ -5,7 +5,8 @@ import re
 import pytest
 
 from atlasvid_cli import world
-from atlasvid_cli.extend import PARTS, extended, parts_of
+from atlasvid_cli.captions import PARTS, SENTENCE
+from atlasvid_cli.extend import extended, parts_of
 
 
 @pytest.mark.parametrize(
@@ -24,6 +25,8 @@ from atlasvid_cli.extend import PARTS, extended, parts_of
         ),
         ("red moving left", {"colour": "red", "direction": "left"}),
         ("red on blue", {"colour": "red", "ground_colour": "blue"}),
+        ("a ring moving from left to right", {"shape": "ring", "direction": "right"}),
+        ("a star from down", {"shape": "star", "direction": "down"}),
         ("a zebra", {}),
     ],
 )
@@ -32,7 +35,7 @@ def test_a_colour_is_of_what_it_stands_by(prompt, parts):
 
 
 @pytest.mark.parametrize(
-    "template", [world.SENTENCE, "{ground_colour} {ground}, a {shape} that is {colour} goes {direction}"]
+    "template", [SENTENCE, "{ground_colour} {ground}, a {shape} that is {colour} goes {direction}"]
 )
 def test_whole_sentences_stay_as_they_are(template):
     prompt = template.format(colour="red", shape="ball", direction="up", ground_colour="green", ground="hills")
@@ -48,7 +51,7 @@ def test_what_is_drawn_completes_a_scene_of_two_colours_and_is_the_seeds(seed):
     prompt = "a white star over stripes"
     made = extended(prompt, seed)
     parts = parts_of(made.split())
-    assert set(parts) == set(PARTS) and made == world.SENTENCE.format(**parts)
+    assert set(parts) == set(PARTS) and made == SENTENCE.format(**parts)
     assert (parts["colour"], parts["shape"], parts["ground"]) == ("white", "star", "stripes")
     assert parts["ground_colour"] in set(world.COLOURS) - {"white"}
     assert extended(prompt, seed) == made

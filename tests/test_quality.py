@@ -5,7 +5,7 @@ from fractions import Fraction
 import numpy as np
 import pytest
 
-from atlasvid_cli import pipeline, quality, world
+from atlasvid_cli import captions, pipeline, quality, world
 from atlasvid_cli.console import Console
 from atlasvid_cli.errors import UsageError
 from atlasvid_cli.metrics import adherence, detect
@@ -16,6 +16,8 @@ def test_the_prompts_are_held_out_and_stay_the_same():
     prompts = quality.held_out_prompts(40)
     assert prompts[:10] == quality.held_out_prompts(10)
     assert all(world.is_held_out(attributes) for _, attributes in prompts)
+    plain = [prompt == captions.sentence(attributes) for prompt, attributes in prompts]
+    assert plain == [True, False] * 20
 
 
 def test_a_run_counts_its_videos_and_is_kept(random_preset, tmp_path, monkeypatch):

@@ -20,7 +20,7 @@ def test_the_recipe_ends_in_a_model_that_renders_and_resumes_as_finished(tmp_pat
     monkeypatch.setattr(train_tiny, "SAMPLES", dict.fromkeys(train_tiny.SAMPLES, 2))
     for name in ("LONG_CLIPS", "ENTRY_CLIPS"):
         monkeypatch.setattr(train_tiny, name, ((1, 64, 9),))
-    monkeypatch.setattr(train_text, "train", partial(train_text.train, steps=2))
+    monkeypatch.setattr(train_text, "train", partial(train_text.train, steps=2, settling_steps=2))
     monkeypatch.setattr(train_vae, "evaluate", lambda vae: {})
     monkeypatch.setattr(dataset, "FRAME_GRIDS", SMALL)
     monkeypatch.setattr(dataset, "PROXY_GRIDS", SMALL)
