@@ -78,7 +78,7 @@ class Form(NamedTuple):
 
 
 def sample_form(rng: random.Random, held_out: bool = False) -> Form:
-    """A random form of those that training tells scenes in, or of the tenth that it never does."""
+    """A random form of those that training draws, or of the tenth that it does not."""
     while True:
         order = rng.choice(ORDERS)
         ground = rng.choice(GROUNDS if "{over}" in order else NAMED_GROUNDS)
@@ -102,7 +102,7 @@ def sentence(attributes: world.Attributes, form: Form | None = None, without: st
     elif without == "ground":
         phrases["over"] = phrases["named"] = ""
     said = form.order.format(**phrases).format(**named)
-    if not plain:  # which is what the shipped model was trained on, "a orange ball" too
+    if not plain:  # that stays "a orange ball", as the shipped model was trained on it
         said = said.replace("a orange", "an orange")
     return ", ".join(" ".join(part.split()) for part in said.split(",") if part.strip())
 

@@ -13,12 +13,12 @@ JOINTS = {"above", "across", "and", "from", "in", "of", "on", "over", "that", "t
 
 
 def extended(prompt: str, seed: int) -> str:
-    """`prompt`, or where it leaves parts of a scene out the whole sentence, with these drawn by `seed` and words that
-    name no part kept at its end, so that they are still said to be unknown."""
+    """`prompt`, or where it does not name all parts of a scene the whole sentence, with what is missing drawn by `seed`
+    and words of no world kept at its end, so that they are still said to be unknown."""
     words = re.findall(r"\w+", prompt.lower())
     found = parts_of(words)
     missing = [part for part in captions.PARTS if part not in found]
-    if not missing or not found:
+    if not found or not (missing or set(found.values()) - set(words)):
         return prompt
     rng = random.Random(f"extend/{seed}/{prompt}")
     colours = sorted(set(world.COLOURS) - set(found.values()))
@@ -29,31 +29,40 @@ def extended(prompt: str, seed: int) -> str:
         "ground": rng.choice(world.GROUNDS),
     }
     drawn["ground_colour"] = rng.choice([c for c in colours if c != drawn["colour"]])
-    rest = [word for word in words if word not in {*captions.FILLERS, *found.values()}]
+    known = {*world.COLOURS, *world.SHAPES, *world.DIRECTIONS, *world.GROUNDS, *captions.FILLERS}
+    rest = [word for word in words if word not in known]
     return " ".join([captions.SENTENCE.format(**drawn | found), *rest])
 
 
 def parts_of(words: list[str]) -> dict[str, str]:
-    """The parts of a scene that words name. A colour is that of the object or ground it stands before, with no
-    word between that joins two phrases, else of the one it stands after, as it is where it follows "is" ("a ball that
-    is red"); without either the first is the object's."""
+    """The parts of a scene that words name, each by its first word.
+
+    "from left to right" and "from the left" are both to the right. A colour is that of the object or ground it stands
+    before, with no word between that joins two phrases, else of the one it stands after, as it is where it follows "is"
+    ("a ball that is red"); without either the first is the object's.
+    """
     found: dict[str, str] = {}
-    named = (("shape", world.SHAPES), ("direction", world.DIRECTIONS), ("ground", world.GROUNDS))
-    for part, names in named:
-        # "from left to right" is to the right
-        if said := sorted(
-            (last == "from", at) for at, (last, word) in enumerate(pairwise(["", *words])) if word in names
-        ):
-            found[part] = words[said[0][1]]
-    nouns = {word: part for part, word in found.items() if part != "direction"}
+    for part, names in (("shape", world.SHAPES), ("ground", world.GROUNDS)):
+        if (word := next((word for word in words if word in names), None)) is not None:
+            found[part] = word
+    nouns = {word: part for part, word in found.items()}
+    if direction := _direction([word for word in words if word not in ("a", "an", "the")]):
+        found["direction"] = direction
     owners = {"shape": "colour", "ground": "ground_colour"}
     for at, word in enumerate(words):
         if word not in world.COLOURS:
             continue
         after = next((w for w in words[at + 1 :] if w in nouns or w in world.COLOURS or w in JOINTS), "")
         before = next((w for w in reversed(words[:at]) if w in nouns), "")
-        said_after = bool(before) and words[at - 1] in ("is", "are")
-        noun = after if after in nouns and not said_after else before
+        is_before = bool(before) and owners[nouns[before]] not in found and words[at - 1] in ("is", "are")
+        noun = after if after in nouns and not is_before else before
         part = owners[nouns[noun]] if noun else next((p for p in owners.values() if p not in found), "colour")
         found.setdefault(part, word)
     return found
+
+
+def _direction(words: list[str]) -> str | None:
+    said = [(last, word) for last, word in pairwise(["", *words]) if word in world.DIRECTIONS]
+    if towards := [word for last, word in said if last != "from"]:
+        return towards[0]
+    return captions.BEHIND[said[0][1]] if said else None

@@ -45,8 +45,8 @@ class Assessment:
 
 
 def held_out_prompts(count: int) -> list[tuple[str, world.Attributes]]:
-    """The first `count` held-out combinations of a fixed sequence, every other one not as the plain sentence but in
-    words and an order that training never uses."""
+    """The first `count` held-out combinations of a fixed sequence, every other one not as the plain sentence but in a
+    held-out form."""
     rng, words = random.Random("quality"), random.Random("forms")
     prompts = []
     for i in range(count):

@@ -1,8 +1,8 @@
 """Makes the embedded model `tiny` from nothing: text encoder, VAE, latents, base, proxy adapter, detail adapter.
 
-`atlasvid train tiny` (`make tiny`) runs this. Each part resumes from its checkpoint in the work folder and is skipped
-once it is finished; the result is a plain diffusers folder that `WanPipeline.from_pretrained` loads. Expected figures
-are in docs/LOG.md.
+`atlasvid train tiny` (`make tiny`) runs this. Each part is skipped once it is finished, and all but the first (of ten
+minutes) resume from their checkpoints in the work folder; the result is a plain diffusers folder that
+`WanPipeline.from_pretrained` loads. Expected figures are in docs/LOG.md.
 """
 
 import math

@@ -60,9 +60,10 @@ class Scene:
         return self.colour, self.shape, self.direction, self.ground_colour, self.ground
 
 
-def is_held_out(attributes: tuple[str, ...]) -> bool:
-    """Whether a combination of attributes is kept out of training: decided by its hash alone, so it never moves."""
-    digest = hashlib.sha256(" ".join(attributes).encode()).digest()
+def is_held_out(combination: tuple[str, ...]) -> bool:
+    """Whether a combination of attributes, or of phrases, is kept out of training: by its hash alone, so it never
+    moves."""
+    digest = hashlib.sha256(" ".join(combination).encode()).digest()
     return int.from_bytes(digest[:4], "big") < HELD_OUT_FRACTION * 2**32
 
 

@@ -26,7 +26,12 @@ from atlasvid_cli.extend import extended, parts_of
         ("red moving left", {"colour": "red", "direction": "left"}),
         ("red on blue", {"colour": "red", "ground_colour": "blue"}),
         ("a ring moving from left to right", {"shape": "ring", "direction": "right"}),
-        ("a star from down", {"shape": "star", "direction": "down"}),
+        ("a ring moving from the left to the right", {"shape": "ring", "direction": "right"}),
+        ("a star from the left", {"shape": "star", "direction": "right"}),
+        (
+            "over white stripes is red ball",
+            dict(zip(PARTS, ("red", "ball", None, "white", "stripes"), strict=True)),
+        ),
         ("a zebra", {}),
     ],
 )
@@ -60,3 +65,12 @@ def test_what_is_drawn_completes_a_scene_of_two_colours_and_is_the_seeds(seed):
 def test_seeds_draw_different_scenes_and_unknown_words_are_kept():
     assert len({extended("a red ball", seed) for seed in range(10)}) > 5
     assert extended("a red zebra on the moon", 0).endswith(" zebra moon")
+
+
+def test_where_it_moves_from_is_not_said_again():
+    made = extended("a ring moving from left to right", 0)
+    assert "left" not in made.split() and "moving right" in made
+    whole = "a red ring from the left over white stripes"
+    assert extended(whole, 0) == "a red ring moving right over a white stripes"
+    both = "a red ring from left to right over white stripes"
+    assert extended(both, 0) == both

@@ -10,6 +10,7 @@ from atlasvid_cli.console import Console
 from atlasvid_cli.errors import UsageError
 from atlasvid_cli.metrics import adherence, detect
 from atlasvid_cli.plan import Request, make_plan
+from tests.test_captions import EVERY_FORM
 
 
 def test_the_prompts_are_held_out_and_stay_the_same():
@@ -18,6 +19,9 @@ def test_the_prompts_are_held_out_and_stay_the_same():
     assert all(world.is_held_out(attributes) for _, attributes in prompts)
     plain = [prompt == captions.sentence(attributes) for prompt, attributes in prompts]
     assert plain == [True, False] * 20
+    held_out = [form for form in EVERY_FORM if world.is_held_out(form)]
+    for prompt, attributes in prompts[1::2]:
+        assert any(captions.sentence(attributes, form) == prompt for form in held_out)
 
 
 def test_a_run_counts_its_videos_and_is_kept(random_preset, tmp_path, monkeypatch):
