@@ -14,7 +14,7 @@ JOINTS = {"above", "across", "and", "from", "in", "of", "on", "over", "that", "t
 
 def extended(prompt: str, seed: int) -> str:
     """`prompt`, or where it does not name all parts of a scene the whole sentence, with what is missing drawn by `seed`
-    and words of no world kept at its end, so that they are still said to be unknown."""
+    and words that the world does not have kept at its end, so that they are still said to be unknown."""
     words = re.findall(r"\w+", prompt.lower())
     found = parts_of(words)
     missing = [part for part in captions.PARTS if part not in found]

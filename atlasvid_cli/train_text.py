@@ -63,8 +63,6 @@ class AttributeHeads(nn.Module):
 
 def labelled_caption(rng: random.Random) -> tuple[str, list[int]]:
     """A caption of a training combination and the class of each attribute in it."""
-    if rng.random() < 0.1:
-        return "", [len(a) for a in ATTRIBUTES]
     told, plain, attributes = told_twice(rng)
     words = plain.split()
     found = zip(attributes, ATTRIBUTES, strict=True)
@@ -74,12 +72,15 @@ def labelled_caption(rng: random.Random) -> tuple[str, list[int]]:
 def told_twice(rng: random.Random, held_out: bool = False) -> Pair:
     """A caption in some words and order, the plain sentence that says the same, and the scene's attributes.
 
-    In three of ten both leave a part out; in three of ten the first has one to six words more, that say nothing (which
-    now and then make a held-out form of another). Held-out captions are whole, and in held-out forms.
+    One in ten is the empty prompt, that guidance leads away from. Of the others, in three of ten both leave a part out;
+    in three of ten the first has one to six words more, that say nothing (which now and then make a held-out form of
+    another). Held-out captions are whole, and in held-out forms.
     """
     attributes = world.sample_attributes(rng, held_out)
     if held_out:
         return captions.sentence(attributes, captions.sample_form(rng, True)), captions.sentence(attributes), attributes
+    if rng.random() < 0.1:
+        return "", "", attributes
     without = rng.choice((None,) * 7 + ("colour", "direction", "ground"))
     form = captions.sample_form(rng) if rng.random() < 0.75 else None
     words = captions.sentence(attributes, form, without).split()
@@ -89,11 +90,11 @@ def told_twice(rng: random.Random, held_out: bool = False) -> Pair:
 
 
 def roles(text: str, attributes: world.Attributes) -> list[str]:
-    """What each token of a caption that names an attribute says: that attribute, or of fillers the thing of the next
-    attribute, of those at the end of the last; "end" of what closes it."""
+    """What each token of a caption says: its attribute, or of fillers the thing of the next attribute, of those at the
+    end the last one's, and "end" of what closes it. A caption that is not empty names an attribute."""
     words = re.findall(r"\w+|[^\w\s]", text)
     thing_of = dict(zip(attributes, THINGS, strict=True))
-    near, found = next(thing_of[w] for w in reversed(words) if w in thing_of), []
+    near, found = next((thing_of[w] for w in reversed(words) if w in thing_of), ""), []
     for word in reversed(words):
         near = thing_of.get(word, near)
         found.append(word if word in thing_of else near)

@@ -33,6 +33,10 @@ def test_a_filler_helps_to_name_what_comes_next():
     ]
 
 
+def test_an_empty_prompt_says_that_it_ends():
+    assert train_text.roles("", ATTRIBUTES) == ["end"]
+
+
 def test_what_is_told_twice_says_the_same():
     rng, tokenizer = random.Random(0), train_text.build_tokenizer()
     for _ in range(300):
