@@ -1,7 +1,8 @@
 """Trains the embedded model's tokenizer and text encoder.
 
-First to recover every attribute, and its absence, from a caption; then to say the same of a scene in whatever words and
-order it is told (`settle`): a transformer that has learnt what one sentence looks like then follows all of them.
+First to recover every attribute, and its absence, from the plain sentence (of all forms at once it does not learn whose
+a colour is, docs/LOG.md); then to say the same of a scene in whatever words and order it is told (`settle`), so that a
+transformer which has learnt what one sentence looks like follows all of them.
 """
 
 import random
@@ -62,11 +63,10 @@ class AttributeHeads(nn.Module):
 
 
 def labelled_caption(rng: random.Random) -> tuple[str, list[int]]:
-    """A caption of a training combination and the class of each attribute in it."""
-    told, plain, attributes = told_twice(rng)
-    words = plain.split()
-    found = zip(attributes, ATTRIBUTES, strict=True)
-    return told, [names.index(value) if value in words else len(names) for value, names in found]
+    """A plain sentence of a training combination, or what is left of it, and the class of each attribute in it."""
+    _, plain, attributes = told_twice(rng)
+    words, found = plain.split(), zip(attributes, ATTRIBUTES, strict=True)
+    return plain, [names.index(value) if value in words else len(names) for value, names in found]
 
 
 def told_twice(rng: random.Random, held_out: bool = False) -> Pair:
