@@ -104,7 +104,7 @@ def test_the_shipped_encoder_tells_words_apart_as_in_the_plain_sentence(shipped,
     here = state(told.format(*ATTRIBUTES), ATTRIBUTES[part])
     same = state(captions.sentence(ATTRIBUTES), ATTRIBUTES[part])
     other = state(captions.sentence(tuple(changed)), changed[part])
-    assert (here - same).norm() < 0.25 * (here - other).norm()
+    assert (here - same).norm() < 0.5 * (here - other).norm()
     swapped = "white", "ring", "up", "red", "stripes"
     if part in (0, 3):  # and of the other thing it says something else
-        assert (here - same).norm() < 0.25 * (here - state(captions.sentence(swapped), ATTRIBUTES[part])).norm()
+        assert (here - same).norm() < 0.5 * (here - state(captions.sentence(swapped), ATTRIBUTES[part])).norm()
