@@ -1,7 +1,7 @@
 """Makes the embedded model `tiny` from nothing: text encoder, VAE, latents, base, proxy adapter, detail adapter.
 
-`atlasvid train tiny` (`make tiny`) runs this. Each part is skipped once it is finished, and all but the first (of twenty
-minutes) resume from their checkpoints in the work folder; the result is a plain diffusers folder that
+`atlasvid train tiny` (`make tiny`) runs this. Each part is skipped once it is finished, and all but the first (of some
+twenty minutes) resume from their checkpoints in the work folder; the result is a plain diffusers folder that
 `WanPipeline.from_pretrained` loads. Expected figures are in docs/LOG.md.
 """
 
