@@ -106,22 +106,23 @@ def _unsteady(places: list[tuple[int, float]]) -> float | None:
     return max(abs(speed(a, b) / speed(ends[0], ends[-1]) - 1) for a, b in itertools.pairwise(ends))
 
 
-def seam_energy(frame: np.ndarray, rows: list[int], columns: list[int]) -> tuple[float, float]:
-    """Mean squared step between neighbouring pixels of a uint8 (H, W, 3) frame: across the borders, and elsewhere.
+def seam_energy(frame: np.ndarray, rows: list[int], columns: list[int], pitch: int) -> tuple[float, float]:
+    """Mean squared step between neighbouring pixels of a uint8 (H, W, 3) frame: across the borders, and across the same
+    borders moved by 1 to `pitch` - 1 pixels.
 
-    A border at `rows` or `columns` y lies between pixels y - 1 and y. The ratio of the two, averaged over clips and
-    divided by that of true renders, says whether windows show (DESIGN §9).
+    A border at `rows` or `columns` y lies between pixels y - 1 and y. The ratio of the two, of means over clips, says
+    whether windows show: that of true renders, which know nothing of the grid, tends to 1, and over the phases of a
+    grid its mean is 1 (DESIGN §9).
     """
     pixels = frame.astype(np.float32) / 255
     border: list[np.ndarray] = []
-    elsewhere: list[np.ndarray] = []
+    beside: list[np.ndarray] = []
     for axis, at in ((0, rows), (1, columns)):
         steps = np.square(np.diff(pixels, axis=axis)).mean(axis=(1 - axis, 2))
-        on_border = np.zeros(len(steps), bool)
-        on_border[[y - 1 for y in at if 0 < y <= len(steps)]] = True
-        border.append(steps[on_border])
-        elsewhere.append(steps[~on_border])
-    return float(np.concatenate(border).mean()), float(np.concatenate(elsewhere).mean())
+        lines = np.array([y - 1 for y in at if y > 0 and y + pitch - 1 <= len(steps)], int)
+        border.append(steps[lines])
+        beside.append(steps[lines[:, None] + np.arange(1, pitch)].ravel())
+    return float(np.concatenate(border).mean()), float(np.concatenate(beside).mean())
 
 
 def edge_width(frame: np.ndarray) -> float | None:

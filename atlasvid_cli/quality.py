@@ -5,7 +5,6 @@ The detector of `metrics` looks at the decoded files and knows nothing of the mo
 
 import dataclasses
 import random
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -32,13 +31,12 @@ STEADY = 0.15  # of its speed may an object's be off in a quarter of the video
 @dataclass(frozen=True)
 class Assessment:
     """What was seen in a video: which attributes came true, how many objects there are beyond the one asked for,
-    [on window borders, elsewhere] the gradient energy, that of a true render, dB of coherence, pixels of edge width,
-    and how unsteady the object's speed is."""
+    [on window borders, beside them] the gradient energy, dB of coherence, pixels of edge width, and how unsteady the
+    object's speed is."""
 
     right: dict[str, bool]
     repetition: int
     energy: list[float]
-    true_energy: list[float]
     coherence: float
     edge_width: float | None
     unsteady: float | None = None
@@ -71,14 +69,6 @@ def true_scene(plan: Plan, attributes: world.Attributes) -> world.Scene:
     request = plan.request
     aspect = request.width / request.height
     return world.sample_scene(random.Random(request.seed), aspect, float(request.seconds), attributes)
-
-
-def true_frames(plan: Plan, attributes: world.Attributes) -> Iterator[np.ndarray]:
-    """Frames of a true render of a scene with these attributes, as large and as far apart as those looked at."""
-    scene = true_scene(plan, attributes)
-    for t in torch.linspace(0, float(plan.request.seconds), FRAMES):
-        pixels = world.render(scene, t[None], plan.request.height, plan.request.width)[:, 0]
-        yield ((pixels + 1) * 127.5).round().byte().permute(1, 2, 0).numpy()
 
 
 def coherence(plan: Plan, frames: list[np.ndarray], proxy: list[np.ndarray]) -> float:
@@ -155,17 +145,12 @@ def proxy_frames(plan: Plan, preview: Path) -> list[np.ndarray]:
 def assess(plan: Plan, frames: list[np.ndarray], proxy: list[np.ndarray], attributes: world.Attributes) -> Assessment:
     """Looks at the uint8 (H, W, 3) `frames` of a video and those of its proxy at the same times."""
     found = detect(frames, looked_at(plan)[-1] / plan.fps)
-    lines = window_borders(plan)
-    made, true = (
-        np.mean([seam_energy(f, *lines) for f in source], axis=0).tolist()
-        for source in (frames, true_frames(plan, attributes))
-    )
+    lines, pitch = window_borders(plan), plan.preset.geometry.token_pixels // plan.scale
     widths = [w for f in frames if (w := edge_width(f)) is not None]
     return Assessment(
         adherence(found, attributes),
         found.count - 1,
-        made,
-        true,
+        np.mean([seam_energy(f, *lines, pitch) for f in frames], axis=0).tolist(),
         coherence(plan, frames, proxy),
         float(np.median(widths)) if widths else None,
         found.unsteady,
@@ -173,9 +158,9 @@ def assess(plan: Plan, frames: list[np.ndarray], proxy: list[np.ndarray], attrib
 
 
 def seam_ratio(seen: list[Assessment]) -> float:
-    """Gradient energy on window borders over that elsewhere, means over videos, against the same of true renders."""
-    made, true = (np.mean([getattr(s, name) for s in seen], axis=0) for name in ("energy", "true_energy"))
-    return float(made[0] / made[1] / (true[0] / true[1]))
+    """Gradient energy on window borders over that beside them, means over videos."""
+    border, beside = np.mean([s.energy for s in seen], axis=0)
+    return float(border / beside)
 
 
 def frames_at(path: Path, wanted: list[int]) -> list[np.ndarray]:

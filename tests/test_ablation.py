@@ -115,7 +115,7 @@ def test_tiles_see_no_border_beyond_their_own():
 def test_columns_are_means_over_prompts_and_spread_over_seeds():
     def seen(right, repetition=0, seconds=1.0):
         flags = {"colour": right, "shape": right}
-        return ablation.Seen(quality.Assessment(flags, repetition, [2.0, 1.0], [1.0, 1.0], 30.0, None), seconds, 2**30)
+        return ablation.Seen(quality.Assessment(flags, repetition, [2.0, 1.0], 30.0, None), seconds, 2**30)
 
     row = ablation.summary([[seen(True), seen(True)], [seen(False, 2), seen(True, -1, 9.0)]])
     assert (row["adherence_percent"], row["spread"]) == (75.0, 35.4)

@@ -110,20 +110,24 @@ def test_components_of_a_ring_and_a_dot():
 
 
 def test_seams_are_seen_where_they_are(scenes):
-    def ratio(frames):
-        on, off = np.mean([seam_energy(f, [64, 96], [96, 192]) for f in frames], axis=0)
-        return on / off
+    def ratio(frames, phases=(0,)):
+        lines = [([at + phase for at in ats] for ats in ([32, 64, 96], [32, 96, 160])) for phase in phases]
+        on, beside = np.mean([seam_energy(f, *at, 32) for at in map(tuple, lines) for f in frames], axis=0)
+        return on / beside
 
     def with_seams(frame):
         seamed = frame.astype(np.int32)
         seamed[64:96] += 6
-        seamed[:, 96:192] -= 6
+        seamed[:, 96:160] -= 6
         return seamed.clip(0, 255).astype(np.uint8)
 
     clean = [f for s in scenes for f in frames_of(s, count=1)]
-    assert 0.6 < ratio(clean) < 1.6
+    assert ratio(clean, range(32)) == pytest.approx(1, abs=0.1)
     assert ratio([with_seams(f) for f in clean]) > 1.1 * ratio(clean)
-    assert seam_energy(np.zeros((8, 8, 3), np.uint8), [4], [4]) == (0.0, 0.0)
+    ramp = np.arange(9, dtype=np.uint8)[:, None, None] ** 2 * np.ones((1, 9, 3), np.uint8)  # steps of 1, 3, 5, ...
+    on, beside = seam_energy(ramp, [4], [], 4)
+    assert on * 255**2 == pytest.approx(7**2) and beside * 255**2 == pytest.approx((9**2 + 11**2 + 13**2) / 3)
+    assert seam_energy(np.zeros((8, 8, 3), np.uint8), [4], [4], 4) == (0.0, 0.0)
 
 
 @pytest.mark.parametrize(("height", "sigmas"), [(270, (1.0, 2.0)), (540, (2.0, 4.0))])
