@@ -249,6 +249,15 @@ def keep_others(path: Path) -> None:
         raise UsageError(f"{path} is of another job; give another --run-dir, or move it away")
 
 
+def keep_other_levels(session: Session, plan: Plan, proxy: dict[str, str], run_dir: Path) -> None:
+    """`keep_others` for every level above a proxy with this metadata, before the first is sampled."""
+    metadata = proxy
+    for number, stage in enumerate(plan.levels, start=1):
+        metadata = level_metadata(session, plan, stage, metadata)
+        if not is_current(path := level_path(plan, run_dir, number), metadata):
+            keep_others(path)
+
+
 def keep_videos(path: Path) -> None:
     """UsageError where there is a file that is no video of ours: in a folder of the user's, a preview takes no name."""
     with suppress(AtlasError):  # missing, or no video: probe's own sentence would name no remedy

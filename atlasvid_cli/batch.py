@@ -30,7 +30,7 @@ def run_batch(
     from .cost import check_resources
     from .plan import make_plan
     from .session import Session, session_of
-    from .video import CODECS, check_target, suffix_for
+    from .video import CODECS, check_target, suffix_for, warn_of_player
 
     resolved = make_plan(request)
     if not items:
@@ -53,6 +53,8 @@ def run_batch(
             check_target(target, request.codec, request.width, request.height)
         elif target.suffix != suffix:
             raise UsageError(f"{target} would hold latents; let --output end in {suffix}")
+    if kind == "video":
+        warn_of_player(console, request.codec, request.width, request.height)
     missing = sum(not is_made(target) for target in targets)
     if dry_run:
         session_of(request)
@@ -69,7 +71,7 @@ def run_batch(
     standard = session.preset.negative_prompt
     negatives = [standard if item.negative_prompt is None else item.negative_prompt for item in items]
     session.expect([*(item.prompt for item in items), *negatives])
-    failed = 0
+    failures: list[Exception] = []
     for number, (item, negative, target) in enumerate(zip(items, negatives, targets, strict=True), start=1):
         if many:
             console.note(f"{number} of {len(items)}: {item.prompt or item.id}")
@@ -83,7 +85,7 @@ def run_batch(
         except Exception as error:  # whatever one item does, the others get their turn
             if not many or stop_signals:
                 raise
-            failed += 1
+            failures.append(error)
             error_text, _ = explain(error)
             if traced:
                 traceback.print_exc()
@@ -95,8 +97,10 @@ def run_batch(
         if event.get("skipped"):
             console.note(f"{made} was finished before")
         console.emit(event, made)
-    if failed:
-        raise BatchFailed(f"{failed} of {len(items)} prompts failed; the same command tries them again")
+    if failures:
+        other = all(isinstance(error, UsageError) for error in failures)
+        remedy = "each says above what to change" if other else "the same command tries them again"
+        raise BatchFailed(f"{len(failures)} of {len(items)} prompts failed; {remedy}")
 
 
 def _extended(item: Item, console: "Console") -> Item:
@@ -112,7 +116,7 @@ def _extended(item: Item, console: "Console") -> Item:
 def _target(item: Item, folder: Path, output: Path | None, many: bool, suffix: str) -> Path:
     """Where an item's result goes."""
     own = folder / item.output if item.output else None
-    default = folder / (item.id if many else item.output or f"{slug(item.prompt)}-{item.seed}")
+    default = folder / (f"{item.id}-{item.seed}" if many else item.output or f"{slug(item.prompt)}-{item.seed}")
     return target_of(own if many or output is None else output, default, suffix)
 
 

@@ -165,7 +165,7 @@ def refine(
     """Stage 2: climb from a saved proxy (or result) to --res; prompt, length and seed come from the file."""
     from .console import Console
 
-    span = parse_frames(frames) if frames else None
+    span = None if frames is None else parse_frames(frames)
     request = make_request(
         res,
         None,
@@ -185,14 +185,14 @@ def refine(
         strict=strict,
     )
     width, height = request.width, request.height
-    box = parse_region(region, width, height) if region else None
+    box = None if region is None else parse_region(region, width, height)
     console = Console(as_json)
     from . import above, artefacts, pipeline
     from .cost import check_resources
     from .plan import make_plan
     from .session import Session, session_of
     from .store import lock, run_directory
-    from .video import check_target, suffix_for
+    from .video import check_target, suffix_for, warn_of_player
 
     artefacts.check_preset(latents, preset)
     saved, given = artefacts.request_defaults(latents), {"preset": preset, "fps": fps, "seed": seed}
@@ -203,6 +203,7 @@ def refine(
     default = latents.with_name(f"{latents.stem}-{width}x{height}{own_seed}{part}")
     target = target_of(output, default, suffix_for(codec))
     check_target(target, codec, width, height)
+    warn_of_player(console, codec, width, height)
     make_plan(request)  # usage errors first
     plan = above.plan_from_proxy(latents, request)
     if span and span[1] > plan.frames:
@@ -219,7 +220,7 @@ def refine(
     if plan.is_region:
         artefacts.check_base(plan, folder)
         console.note(f"a part of the video in {folder} is sampled again")
-        if request.seed == saved["seed"]:
+        if str(request.seed) == artefacts.describe(artefacts.level_path(plan, folder, len(plan.levels)))["seed"]:
             console.warn("with the seed of the video the part comes out much as it was; give another --seed")
     check_writable(target)
     proxy = artefacts.describe(latents)
@@ -227,7 +228,7 @@ def refine(
     artefacts.keep_foreign(target, region or artefacts.result_key(session, plan, proxy))
     with lock(run_directory(folder.parent, folder.name)):
         result = pipeline.refine(session, plan, latents, folder, console)
-        pipeline.decode(session, result, target, codec, console, spool=folder)
+        pipeline.finish(session, result, target, request, console, folder)
     console.emit({"video": str(target), "latents": str(result), "status": "ok"}, str(target))
 
 
@@ -241,7 +242,7 @@ def decode(
     debug: opt.Debug = False,
 ) -> None:
     """Saved latents to a video again, say with another codec; no sampling."""
-    from .video import check_target, suffix_for
+    from .video import check_target, suffix_for, warn_of_player
 
     suffix = suffix_for(codec)  # an unknown codec is said before the heavy imports
     from . import artefacts, pipeline
@@ -261,5 +262,6 @@ def decode(
     check_decode(load_preset(preset or known["preset"]), shape, width, height, target.parent, video)
     session = Session(preset or known["preset"], model_path)
     console = Console(as_json)
+    warn_of_player(console, codec, width, height)
     pipeline.decode(session, latents, target, codec, console)
     console.emit({"video": str(target), "status": "ok"}, str(target))

@@ -85,11 +85,11 @@ def bench(
         speed |= of_ablation if quality else {}
         if ignored := next((name for name, value in speed.items() if value), None):
             raise UsageError(f"--{ignored} does not go with --{'quality' if quality else 'ablation'}; leave one out")
-        request = make_request(res or "960x540", seconds or "4", preset, model_path=model_path)
+        request = make_request(res or "960x540", seconds, preset, model_path=model_path)
         if ablation:
             budget = 600.0 if budget_seconds is None else budget_seconds
             check_finite("--budget-seconds", budget, 1)
-            at = make_request(large, seconds or "4", preset, model_path=model_path) if large else None
+            at = make_request(large, seconds, preset, model_path=model_path) if large else None
             show_ablation(request, at, count or 4, seeds or 3, budget, output or Path("ablation"), Console(as_json))
         else:
             show_quality(request, count or 40, output or Path("quality"), Console(as_json))
@@ -102,13 +102,13 @@ def bench(
     check_finite("--budget-seconds", budget, 1)
     if page and page.suffix != ".html":
         raise UsageError(f"--html {page} must end in .html; name it report.html, say")
-    request = make_request(res or size, seconds or length, preset, model_path=model_path)
+    request = make_request(res or size, length if seconds is None else seconds, preset, model_path=model_path)
     console = Console(as_json)
     from .plan import make_plan
 
     make_plan(request)  # usage errors before the heavy imports
     if page:
-        check_writable(page.absolute())
+        check_writable(page.absolute(), "--html")
     from . import bench, report
     from .store import atomic
 

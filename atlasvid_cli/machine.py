@@ -6,7 +6,7 @@ import shutil
 import statistics
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import lru_cache
 from importlib.metadata import version
@@ -20,7 +20,12 @@ from .errors import UsageError, one_line
 if TYPE_CHECKING:
     import torch
 
-CGROUP = Path("/sys/fs/cgroup")  # a container's own
+CGROUP, OWN_CGROUPS = Path("/sys/fs/cgroup"), Path("/proc/self/cgroup")
+# files of a memory cgroup of version 2 and 1: limit, use, and what of its use are files that can be let go
+CGROUP_FILES = (
+    ("memory.max", "memory.current", ("inactive_file", "active_file")),
+    ("memory.limit_in_bytes", "memory.usage_in_bytes", ("total_inactive_file", "total_active_file")),
+)
 
 
 @dataclass(frozen=True)
@@ -212,8 +217,31 @@ def available_ram() -> int:
         for line in Path("/proc/meminfo").read_text().splitlines():
             if line.startswith("MemAvailable:"):
                 free = int(line.split()[1]) * 1024
-    with contextlib.suppress(OSError, ValueError, KeyError):  # no container, or one without a limit ("max")
-        limit, used = (int((CGROUP / f"memory.{name}").read_text()) for name in ("max", "current"))
-        stat = dict(line.split() for line in (CGROUP / "memory.stat").read_text().splitlines())
-        free = min(free, limit - used + int(stat["inactive_file"]))
+    for folder, (limit, used, files) in _memory_cgroups():
+        with contextlib.suppress(OSError, ValueError, KeyError):  # not there, or without a limit ("max")
+            stat = dict(line.split() for line in (folder / "memory.stat").read_text().splitlines())
+            kept = sum(int(stat[name]) for name in files)
+            free = min(free, int((folder / limit).read_text()) - int((folder / used).read_text()) + kept)
     return max(0, free)
+
+
+def _memory_cgroups() -> Iterator[tuple[Path, tuple[str, str, tuple[str, str]]]]:
+    """The folders of the cgroups that may bound this process's memory, its own and all above, with what their files are
+    called: a container has them, a batch system, systemd."""
+    try:
+        lines = OWN_CGROUPS.read_text().splitlines()
+    except OSError:
+        return
+    for line in lines:
+        _, controllers, path = line.split(":", 2)
+        if not controllers:
+            root, files = CGROUP, CGROUP_FILES[0]
+        elif "memory" in controllers.split(","):
+            root, files = CGROUP / "memory", CGROUP_FILES[1]
+        else:
+            continue
+        folder = root / path.strip("/")
+        for each in (folder, *folder.parents):
+            yield each, files
+            if each == root:
+                break

@@ -86,7 +86,10 @@ BenchSteps = Annotated[
     ),
 ]
 BenchRes = Annotated[str | None, typer.Option("--res", help="Size in pixels [default: 960x540; 800x448 with --quick].")]
-BenchSeconds = Annotated[str | None, typer.Option("--seconds", help="Length in seconds [default: 2; 1 with --quick].")]
+BenchSeconds = Annotated[
+    str | None,
+    typer.Option("--seconds", help="Length in seconds [default: 2; 1 with --quick, 4 with --quality or --ablation]."),
+]
 Repeats = Annotated[
     int | None, typer.Option("--repeats", min=1, max=100, help="Runs of each measurement [default: 3; 1 with --quick].")
 ]

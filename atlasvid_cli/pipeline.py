@@ -4,6 +4,7 @@ Stages are separated by files in the run directory, so resuming, rerunning a sta
 """
 
 import json
+import shlex
 import time
 from collections.abc import Iterator
 from fractions import Fraction
@@ -20,6 +21,7 @@ from .artefacts import (
     is_current,
     job_hash,
     keep_foreign,
+    keep_other_levels,
     keep_others,
     keep_videos,
     level_metadata,
@@ -34,12 +36,12 @@ from .cost import offload_of, vae_tile
 from .decode import decode_stream, tile_steps
 from .encode import encode_stream
 from .enlarge import enlarge
-from .errors import RenderError
+from .errors import RenderError, ResourceError
 from .experts import experts_of
 from .footage import Clip, read_clip
 from .machine import versions
 from .model import text_contexts
-from .plan import Plan
+from .plan import Plan, Request
 from .proxy import sample_proxy
 from .refine import Region, crop_to_stage, sample_detail
 from .session import Session
@@ -60,7 +62,7 @@ def render(
     marks.append(time.monotonic())
     latents = refine(session, plan, proxy, run_dir, progress)
     marks.append(time.monotonic())
-    video = decode(session, latents, output, plan.request.codec, progress, spool=run_dir)
+    video = finish(session, latents, output, plan.request, progress, run_dir)
     marks.append(time.monotonic())
     spent = {name: round(b - a, 2) for name, (a, b) in zip(("proxy", "detail", "decode"), pairwise(marks), strict=True)}
     seconds = round(marks[-1] - marks[0], 2)
@@ -172,6 +174,8 @@ def refine(session: Session, plan: Plan, proxy_path: Path, run_dir: Path, progre
     A region samples only the last level again, above the levels that its video was made from.
     """
     path = proxy_path
+    if not plan.is_region:
+        keep_other_levels(session, plan, describe(proxy_path), run_dir)
     for number, (name, stage) in enumerate(plan.named_stages()[1:], start=1):
         below_path, last = path, number == len(plan.levels)
         path = level_path(plan, run_dir, number)
@@ -184,11 +188,20 @@ def refine(session: Session, plan: Plan, proxy_path: Path, run_dir: Path, progre
             redo, metadata = region_of(session, plan, stage, path, below_metadata["key"], metadata)
             path = run_dir / f"detail-region-{metadata['key']}.safetensors"
         if not is_current(path, metadata):
-            keep_others(path)
             latents = _refine_level(session, plan, stage, name, number, below, metadata, redo, run_dir, progress)
             _save_latents(path, latents, metadata)
             _state_path(run_dir, number).unlink(missing_ok=True)
     return path
+
+
+def finish(session: Session, latents: Path, output: Path, request: Request, progress: Console, run_dir: Path) -> Path:
+    """`decode` of a run's last latents; where the disk is full, with a word about where they are kept."""
+    try:
+        return decode(session, latents, output, request.codec, progress, spool=run_dir)
+    except ResourceError as error:
+        model = f" --model-path {shlex.quote(request.model_path)}" if request.model_path else ""
+        again = f"atlasvid decode {shlex.quote(str(latents))}{model} -o FILE"
+        raise ResourceError(f"{str(error).rstrip('.')}; nothing is sampled again by {again}") from error
 
 
 def decode(

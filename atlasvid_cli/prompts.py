@@ -1,5 +1,6 @@
 """Prompt files: one prompt a line, or one JSON object a line."""
 
+import hashlib
 import json
 import re
 import sys
@@ -28,9 +29,13 @@ class Item:
 
 
 def slug(text: str) -> str:
-    """The first words of `text` as a file name of at most 40 letters, digits and hyphens, in any script."""
+    """The first words of `text` as a file name of at most 40 letters, digits and hyphens, in any script; where they are
+    not all, four digits of a hash of all tell it from others that begin alike."""
     words = re.sub(r"[\W_]+", "-", unicodedata.normalize("NFKC", text).lower()).strip("-")
-    return words[:SLUG_CHARACTERS].rstrip("-") or "prompt"
+    if len(words) <= SLUG_CHARACTERS:
+        return words or "prompt"
+    digits = hashlib.sha256(words.encode(errors="surrogatepass")).hexdigest()[:4]
+    return f"{words[: SLUG_CHARACTERS - 5].rstrip('-')}-{digits}"
 
 
 def items_of(
@@ -42,7 +47,7 @@ def items_of(
     clip: Path | None = None,
 ) -> list[Item]:
     """The items of a command: its prompt's, its prompt file's, or that of a `clip`, which needs no prompt."""
-    if prompt_file is None and shard:
+    if prompt_file is None and shard is not None:
         raise UsageError("--shard divides the prompts of a --prompt-file; leave it out, or give the file")
     if clip is not None:
         name = slug(clip.stem)
@@ -52,7 +57,7 @@ def items_of(
         raise UsageError('give either a prompt, as in atlasvid render "a red ball moving right", or --prompt-file')
     if prompt_file is None:
         return [single(prompt or "", negative_prompt, seed)]
-    return select(read_prompts(prompt_file, negative_prompt, seed), parse_shard(shard) if shard else None)
+    return select(read_prompts(prompt_file, negative_prompt, seed), None if shard is None else parse_shard(shard))
 
 
 def single(prompt: str, negative_prompt: str | None, seed: int) -> Item:

@@ -17,7 +17,7 @@ def make_request(
 ) -> "Request":
     """The request that flags make; `fields` are those of its fields that need no parsing. Raises UsageError."""
     width, height = parse_resolution(res)
-    length = parse_seconds(seconds or "4")
+    length = parse_seconds("4" if seconds is None else seconds)
     check_finite("--guidance-scale", fields.get("guidance_scale"), 1)
     check_finite("--flow-shift", fields.get("flow_shift"), zero=False)
     from .plan import Request
@@ -39,13 +39,13 @@ def with_clip(
     for option, value in {"prompt-file": prompt_file, **sampling}.items():
         if value is not None:
             raise UsageError(f"--{option} cannot be used with --from-video; leave one of the two out")
-    from .footage import open_clip
+    from .footage import ROUNDED, open_clip
 
     clip = open_clip(path)
-    length = request.seconds if seconds else clip.seconds
+    length = clip.seconds if seconds is None else request.seconds
     if length > MAX_SECONDS:
         raise UsageError(f"{path} lasts {float(length):.0f} s; give --seconds, at most {MAX_SECONDS}")
-    if length > clip.seconds:
+    if length > clip.seconds + 3 * ROUNDED:  # its first and last time stamp, and its length
         lasts = f"{path} lasts {float(clip.seconds):g} s and not {float(length):g} s"
         raise InputError(f"{lasts}; give fewer --seconds, or leave it out to take the whole clip")
     if clip.is_hdr:

@@ -4,6 +4,7 @@ import gc
 import hashlib
 import json
 from collections.abc import Iterable
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -108,8 +109,7 @@ class Session:
         self._warned: set[str] = set()
         self._embeddings: dict[str, Embedding] = {}
         self._expected: list[str] = []
-        encoder = model_hash(self.folder, "text_encoder")
-        self._cache = EmbeddingCache((cache or cache_folder()) / f"text-{encoder}-{self.device.type}")
+        self._cache_folder = cache or cache_folder()
 
     @classmethod
     def of(cls, request: Request) -> "Session":
@@ -260,6 +260,12 @@ class Session:
                 self._warned.add(f"text {text}")
                 length, begins = self.preset.transformer.text_length, " ".join(text.split()[:6])
                 console.warn(f"a prompt is longer than the {length} tokens that are read; left out from {begins!r} on")
+
+    @cached_property
+    def _cache(self) -> EmbeddingCache:
+        """Read for the first prompt: its name takes the text encoder's hash, of gigabytes that `decode` never needs."""
+        encoder = model_hash(self.folder, "text_encoder")
+        return EmbeddingCache(self._cache_folder / f"text-{encoder}-{self.device.type}")
 
     def _kept(self, prompt: str) -> Embedding | None:
         return self._embeddings.get(prompt) or self._cache.read(prompt)

@@ -122,7 +122,7 @@ def temporary(path: Path, suffix: str) -> Path:
 
     What killed writers on this machine have left of `path` is removed.
     """
-    name = os.fsdecode(os.fsencode(path.name)[:100])  # file systems count bytes
+    name = os.fsencode(path.name)[:100].decode(errors="ignore")  # file systems count bytes, some take UTF-8 alone
     stem = f".{name}.{uuid.getnode():012x}-"
     for left in path.parent.glob(f"{glob.escape(stem)}*{suffix}"):
         process = left.name.removeprefix(stem).split("-")[0]

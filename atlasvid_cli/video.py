@@ -23,6 +23,8 @@ from .store import replacing
 if TYPE_CHECKING:
     import torch
 
+    from .console import Console
+
 
 class Codec(NamedTuple):
     """How a codec is written. Subsampled H.264, H.265 and ProRes cannot hold odd sizes, which are written as 4:4:4."""
@@ -100,6 +102,16 @@ def check_target(path: Path, codec: str, width: int, height: int) -> None:
     if min(width, height) < spec.smallest:
         raise UsageError(
             f"{codec} cannot encode {width}x{height}: choose another codec, or {spec.smallest} px or more."
+        )
+
+
+def warn_of_player(console: "Console", codec: str, width: int, height: int) -> None:
+    """A word about odd sides in 8-bit H.264, whose chroma is then as large as its luma."""
+    if codec == "h264" and (width % 2 or height % 2):
+        even = f"{width + width % 2}x{height + height % 2}"
+        console.warn(
+            f"{width}x{height} has an odd side, so that H.264 is written as 4:4:4, which many players cannot show;"
+            f" --res {even} plays everywhere"
         )
 
 

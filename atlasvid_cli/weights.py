@@ -9,7 +9,7 @@ import json
 import re
 from collections.abc import Iterable, Mapping
 from fractions import Fraction
-from functools import cache, partial
+from functools import partial
 from pathlib import Path
 from pickle import UnpicklingError
 from typing import Any
@@ -25,6 +25,7 @@ from transformers.utils.logging import disable_progress_bar
 
 from . import original
 from .causal import is_still, near_pixels
+from .digests import file_digest
 from .errors import InputError, one_line
 from .half import HalfEncoder
 from .presets import Preset, Sampler
@@ -103,15 +104,6 @@ def _shards(index: Path) -> Iterable[str]:
     return json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()
 
 
-@cache
-def _file_digest(path: Path, size: int, modified: int) -> str:
-    """sha256 of a file. The hub's cache names large files by it, so that gigabytes need not be read."""
-    if re.fullmatch(r"[0-9a-f]{64}", path.name):
-        return path.name
-    with path.open("rb") as data:
-        return hashlib.file_digest(data, "sha256").hexdigest()
-
-
 def model_hash(folder: Path, *names: str | None) -> str:
     """sha256 over the named weights (16 hex digits): what saved latents are bound to."""
     digest = hashlib.sha256()
@@ -126,8 +118,7 @@ def model_hash(folder: Path, *names: str | None) -> str:
         for file in files:
             if not file.is_file():
                 raise InputError(f"{file} does not exist: mend its name in the preset, or give another --model-path")
-            real = file.resolve()
-            digest.update(bytes.fromhex(_file_digest(real, real.stat().st_size, real.stat().st_mtime_ns)))
+            digest.update(bytes.fromhex(file_digest(file)))
     return digest.hexdigest()[:16]
 
 

@@ -13,13 +13,16 @@ import time
 from contextlib import contextmanager
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
 from atlasvid_cli import __version__, cli, tensor_file
 from atlasvid_cli.extend import extended
+from atlasvid_cli.footage import open_clip
 from atlasvid_cli.video import probe, write_video
 from atlasvid_cli.world import render, sample_scene
+from tests.test_footage import write
 
 RENDER = ["--res", "256x192", "--seconds", "0.5"]
 OPTIONS = {
@@ -104,6 +107,10 @@ def test_the_command_line_imports_nothing_heavy():
         (["render", "x", "--bogus"], 2, "--bogus"),
         (["render", "x", "--prompt-file", "-"], 2, "either a prompt"),
         (["render", "x", "--shard", "1/2"], 2, "--prompt-file"),
+        (["render", "x", "--shard", ""], 2, "--prompt-file"),  # of an unset variable
+        (["render", "--prompt-file", "absent.txt", "--seconds", ""], 2, "--seconds"),
+        (["refine", "absent.safetensors", "--region", ""], 2, "--region"),
+        (["refine", "absent.safetensors", "--frames", ""], 2, "--frames"),
         (["render", "x", "--flow-shift", "0"], 2, "--flow-shift"),
         (["render", "x", "--guidance-scale", "0.5"], 2, "--guidance-scale"),
         (["render", "x", "--fps", "120", "--seconds", "600"], 2, "fewer --seconds"),
@@ -296,9 +303,15 @@ def test_a_batch_passes_over_a_failing_item(run, random_preset, tmp_path, monkey
     assert code == 1 and "1 of 3" in err
     assert [e["status"] for e in events] == ["ok", "failed", "ok"]
     assert [e["seed"] for e in events] == [0, 1, 2] and events[1]["video"] is None
-    assert len(list((tmp_path / "out").glob("*.mp4"))) == 2
+    names = ["0000-a-red-ball-0.mp4", "0002-a-blue-star-2.mp4"]
+    assert sorted(path.name for path in (tmp_path / "out").glob("*.mp4")) == names
+    assert "1 of 3 prompts failed; the same command tries them again" in err
     _, out, _ = run(*arguments, "--shard", "2/2")
     assert [json.loads(line)["id"] for line in out.splitlines()] == ["0001-two"]
+    code, _, err = run(*arguments, "--shard", "1/3", "--steps", "1")  # another video of that name
+    assert code == 1 and "1 of 1 prompts failed; each says above what to change" in err
+    code, out, _ = run(*arguments, "--shard", "1/3", "--seed", "7")
+    assert code == 0 and json.loads(out)["video"] == str(tmp_path / "out" / "0000-a-red-ball-7.mp4")
     assert "Traceback" not in err and "fail_on_two" in run(*arguments, "--shard", "2/2", "--debug")[2]
 
 
@@ -389,6 +402,7 @@ def test_a_region_is_of_the_video_of_its_seed_or_of_the_proxys(run, random_prese
     for seed, of in (("7", "7"), ("8", "0")):
         code, out, err = run(*refine, "--seed", seed, "--region", "0,0,64,64", "-o", f"part{seed}.mp4")
         assert code == 0 and Path(json.loads(out)["latents"]).parent == Path(made[of]).parent, err
+        assert ("much as it was" in err) == (seed == of)
         assert str(Path(made[of]).parent) in err
 
 
@@ -510,6 +524,13 @@ def test_render_takes_a_clip_too(run, random_preset, tmp_path):
     code, out, err = run(*arguments)
     assert code == 0 and json.loads(out)["video"] == str(tmp_path / "a-0.mp4"), err
     assert json.loads(run(*arguments)[1])["status"] == "skipped"
+
+
+def test_a_clip_whose_container_rounds_its_length_down_is_as_long_as_it_was_made(run, tmp_path):
+    clip = write(tmp_path / "a.mkv", [np.zeros((64, 64, 3), np.uint8)] * 96, rate=24)
+    assert open_clip(clip).seconds < 4
+    code, _, err = run("render", "--from-video", "a.mkv", "--seconds", "4", "--dry-run")
+    assert code == 0, err
 
 
 def test_what_a_clip_cannot_give_is_said_before_anything_loads(run, tmp_path, monkeypatch):

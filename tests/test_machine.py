@@ -6,8 +6,30 @@ from atlasvid_cli import machine
 def test_a_containers_limit_bounds_the_memory(monkeypatch, tmp_path):
     whole = machine.available_ram()
     monkeypatch.setattr(machine, "CGROUP", tmp_path)
-    for name, text in {"max": "max", "current": "5000", "stat": "anon 3000\ninactive_file 1000"}.items():
-        (tmp_path / f"memory.{name}").write_text(text)
-    assert machine.available_ram() > whole / 2  # no limit
-    (tmp_path / "memory.max").write_text("9000")
-    assert machine.available_ram() == 9000 - 5000 + 1000
+    monkeypatch.setattr(machine, "OWN_CGROUPS", tmp_path / "own")
+    assert machine.available_ram() > whole / 2  # no cgroups
+    (tmp_path / "own").write_text("0::/slice/job/step\n")
+    for place, limit in {"slice/job/step": "max", "slice/job": "9000", "slice": "50000"}.items():
+        (tmp_path / place).mkdir(parents=True)
+        files = {"max": limit, "current": "5000", "stat": "anon 3000\ninactive_file 1000\nactive_file 500"}
+        for name, text in files.items():
+            (tmp_path / place / f"memory.{name}").write_text(text)
+    assert machine.available_ram() == 9000 - 5000 + 1500  # that of a group above
+    (tmp_path / "slice" / "job" / "memory.max").write_text("max")
+    (tmp_path / "slice" / "memory.max").write_text("max")
+    assert machine.available_ram() > whole / 2
+
+
+def test_a_limit_of_the_first_version_of_cgroups_bounds_it_too(monkeypatch, tmp_path):
+    monkeypatch.setattr(machine, "CGROUP", tmp_path)
+    monkeypatch.setattr(machine, "OWN_CGROUPS", tmp_path / "own")
+    (tmp_path / "own").write_text("5:cpu,cpuacct:/a\n4:cpuset,memory:/docker/0f\n0::/\n")
+    (tmp_path / "memory").mkdir()  # in a container its own group is mounted as the root
+    files = {
+        "limit_in_bytes": "8000",
+        "usage_in_bytes": "3000",
+        "stat": "total_inactive_file 100\ntotal_active_file 10",
+    }
+    for name, text in files.items():
+        (tmp_path / "memory" / f"memory.{name}").write_text(text)
+    assert machine.available_ram() == 8000 - 3000 + 110

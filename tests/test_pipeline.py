@@ -2,10 +2,12 @@
 
 import hashlib
 import json
+import shlex
 import shutil
 from dataclasses import astuple, replace
 from fractions import Fraction
 from itertools import islice
+from pathlib import Path
 
 import pytest
 import torch
@@ -15,7 +17,7 @@ from safetensors.torch import load_file, save_file
 from atlasvid_cli import above, artefacts, pipeline, tensor_file
 from atlasvid_cli.encode import encode_clips
 from atlasvid_cli.enlarge import enlarge
-from atlasvid_cli.errors import InputError, RenderError, UsageError
+from atlasvid_cli.errors import InputError, RenderError, ResourceError, UsageError
 from atlasvid_cli.footage import open_clip
 from atlasvid_cli.parse import Lora
 from atlasvid_cli.plan import Request, make_plan
@@ -189,6 +191,34 @@ def test_a_run_of_another_job_is_left_alone(session, request_, console, tmp_path
     assert (digest(proxy), digest(result)) == before
     result.write_bytes(result.read_bytes()[:-5])
     assert digest(pipeline.refine(session, plan, proxy, tmp_path, console)) == before[1]
+
+
+def test_another_job_in_the_way_of_the_last_level_is_told_before_the_first(
+    session, request_, console, tmp_path, monkeypatch
+):
+    proxy = pipeline.make_proxy(session, make_plan(request_), PROMPT, "", tmp_path, console)
+    pipeline.refine(session, above.plan_from_proxy(proxy, request_), proxy, tmp_path, console)
+    monkeypatch.setattr(pipeline, "_refine_level", lambda *a: pytest.fail("sampled"))
+    larger = above.plan_from_proxy(proxy, replace(request_, width=1536, height=1152))
+    assert len(larger.levels) > 1
+    with pytest.raises(UsageError, match="--run-dir"):
+        pipeline.refine(session, larger, proxy, tmp_path, console)
+
+
+def test_a_video_that_does_not_fit_says_where_its_latents_are(session, request_, console, tmp_path, monkeypatch):
+    def full(*_, **__):
+        raise ResourceError("the disk is full: free some.")
+
+    run, shown = tmp_path / "a run", pipeline.decode
+    plan = make_plan(request_)
+    proxy = pipeline.make_proxy(session, plan, PROMPT, "", run, console)
+    monkeypatch.setattr(pipeline, "decode", full)
+    with pytest.raises(ResourceError) as told:
+        pipeline.render(session, plan, PROMPT, "", run, tmp_path / "a.mp4", console)
+    again = shlex.split(str(told.value).split("by ")[1])
+    assert again[:2] == ["atlasvid", "decode"] and again[2] == str(run / "detail.safetensors")
+    assert proxy.exists()
+    shown(session, Path(again[2]), tmp_path / "a.mp4", "h264", console)
 
 
 @pytest.mark.parametrize("name", ["proxy.mp4", "proxy.safetensors", "detail.safetensors"])

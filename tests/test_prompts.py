@@ -97,6 +97,12 @@ def test_slugs_are_file_names(text: str) -> None:
     assert len(name.encode()) <= 160
 
 
+def test_prompts_that_begin_alike_have_names_of_their_own() -> None:
+    names = [slug(f"an orange triangle moving right over a purple {ground}") for ground in ("stripes", "hills")]
+    assert len(set(names)) == 2 and all(name.startswith("an-orange-triangle-") and len(name) <= 40 for name in names)
+    assert slug("A red, red ball!") == "a-red-red-ball" and slug("x" * 40) == "x" * 40
+
+
 @QUICK
 @given(count=st.integers(0, 40), n=st.integers(1, 9))
 def test_shards_partition_the_items(count: int, n: int) -> None:

@@ -11,6 +11,7 @@ import pytest
 import torch
 
 from atlasvid_cli import video
+from atlasvid_cli.console import Console
 from atlasvid_cli.errors import InputError, RenderError, ResourceError, UsageError
 
 META = {"prompt": "a red circle, «naïve» = 1; 2", "seed": "7", "atlasvid": "0.1"}
@@ -211,6 +212,15 @@ def test_wrong_requests(tmp_path):
         write(tmp_path / "a.mp4", ramp(1, 32, 64), "av1")
     with pytest.raises(ResourceError, match="No such file"):
         write(tmp_path / "missing" / "a.mp4", ramp(1, 64, 64))
+
+
+@pytest.mark.parametrize(
+    ("codec", "width", "even"), [("h264", 853, "854x480"), ("h264", 854, None), ("ffv1", 853, None)]
+)
+def test_what_many_players_cannot_show_is_told(codec, width, even, capsys):
+    video.warn_of_player(Console(interactive=False), codec, width, 480)
+    said = capsys.readouterr().err
+    assert f"--res {even}" in said if even else not said
 
 
 def test_unreadable_files(tmp_path):
