@@ -10,7 +10,7 @@ def test_a_containers_limit_bounds_the_memory(monkeypatch, tmp_path):
     assert machine.available_ram() > whole / 2  # no cgroups
     (tmp_path / "own").write_text("0::/slice/job/step\n")
     for place, limit in {"slice/job/step": "max", "slice/job": "9000", "slice": "50000"}.items():
-        (tmp_path / place).mkdir(parents=True)
+        (tmp_path / place).mkdir(parents=True, exist_ok=True)
         files = {"max": limit, "current": "5000", "stat": "anon 3000\ninactive_file 1000\nactive_file 500"}
         for name, text in files.items():
             (tmp_path / place / f"memory.{name}").write_text(text)
