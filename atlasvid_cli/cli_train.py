@@ -26,6 +26,7 @@ def train(
     lr: opt.Rate = None,
     rank: opt.Rank = None,
     seed: opt.TrainSeed = None,
+    expert: opt.TrainedExpert = None,
     debug: opt.Debug = False,
 ) -> None:
     """Train an adapter for a stage on captioned clips, or the embedded model itself; the same command resumes.
@@ -35,7 +36,8 @@ def train(
     from .console import Console
 
     check_finite("--lr", lr, 0)
-    given = {"data": data, "steps": steps, "lr": lr, "rank": rank, "seed": seed, "model-path": model_path}
+    given = {"data": data, "steps": steps, "lr": lr, "rank": rank, "seed": seed, "expert": expert}
+    given |= {"model-path": model_path}
     console = Console(quiet=os.environ.get("RANK", "0") != "0")  # as accelerate and torchrun number processes
     console.emit({}, str(train_part(what, preset, work, output, given, console)))
 
@@ -63,16 +65,20 @@ def train_part(
         with lock(work):
             train_tiny.make(work, output)
         return output
+    if given.get("expert", "low") not in ("high", "low"):
+        raise UsageError(f"--expert {given['expert']!r} is none; give high or low")
     if "data" not in given:
         raise UsageError(f"train {what} needs clips: give --data, a folder of clip.mp4 + clip.txt")
     from . import train_adapter
     from .presets import load_preset
 
-    load_preset(preset)  # usage errors first
-    from .session import Session
-
-    session = Session(preset, given.pop("model-path", None))
-    target = (output or Path(f"{what}_lora.safetensors")).absolute()
+    model_path = given.pop("model-path", None)
+    of_expert = f"_{given['expert']}" if "expert" in given else ""
+    target = (output or Path(f"{what}{of_expert}_lora.safetensors")).absolute()
     check_writable(target)
     check_writable(work.absolute() / "log.jsonl", "--work")
-    return train_adapter.make(session, train_adapter.Job(what, output=target, work=work, **given), console)
+    job = train_adapter.Job(what, output=target, work=work, **given)
+    train_adapter.check(load_preset(preset), job)  # before weights are fetched
+    from .session import Session
+
+    return train_adapter.make(Session(preset, model_path), job, console)

@@ -140,5 +140,8 @@ Rate = Annotated[
     float | None, typer.Option("--lr", help="Peak learning rate, after a warm-up [default: 0.003, of prodigy 1].")
 ]
 Rank = Annotated[int | None, typer.Option("--rank", min=1, max=1024, help="Rank of the adapter [default: 64].")]
+TrainedExpert = Annotated[
+    str | None, typer.Option("--expert", help="Of two experts the one for high or low noise, in training a proxy.")
+]
 RefineSeed = Annotated[int | None, typer.Option("--seed", min=0, max=2**63 - 1, help="Seed [default: the proxy's].")]
 TrainSeed = Annotated[int | None, typer.Option("--seed", min=0, max=2**63 - 1, help="Seed [default: 0].")]

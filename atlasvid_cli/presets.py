@@ -95,6 +95,10 @@ class Experts:
     guidance_scale: float
     lora: str | None = None
 
+    def sigmas(self, second: bool) -> tuple[float, float]:
+        """Between which sigmas an expert works."""
+        return (0.0, self.boundary) if second else (self.boundary, 1.0)
+
 
 Upsample = Literal["latents", "pixels"]
 
@@ -254,8 +258,10 @@ def load_preset(name: str) -> Preset:
     if preset.proxy.autoguidance and (preset.experts or not preset.proxy.lora):
         raise UsageError(f"{path.name}: proxy: autoguidance needs a lora, and one transformer; leave it out")
     proxy, detail = (_beside(stage, "lora", path.parent) for stage in (preset.proxy, preset.detail))
+    experts = preset.experts and _beside(preset.experts, "lora", path.parent)
     first, upper = (_beside(level, "entry", path.parent) for level in (detail.first, detail.upper))
-    preset = dataclasses.replace(preset, proxy=proxy, detail=dataclasses.replace(detail, first=first, upper=upper))
+    detail = dataclasses.replace(detail, first=first, upper=upper)
+    preset = dataclasses.replace(preset, proxy=proxy, detail=detail, experts=experts)
     for name, level in (("first", preset.detail.first), ("upper", preset.detail.upper)):
         if level.guidance_interval[0] > level.guidance_interval[1]:
             raise UsageError(f"{path.name}: detail: {name}: guidance_interval must go from its lower end to its upper")

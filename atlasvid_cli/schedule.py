@@ -12,9 +12,14 @@ def shift_sigma(sigma: float, shift: float) -> float:
     return shift * sigma / (1 + (shift - 1) * sigma)
 
 
+def unshift_sigma(sigma: float, shift: float) -> float:
+    """The s whose `shift_sigma` is `sigma`."""
+    return sigma / (shift - (shift - 1) * sigma)
+
+
 def sigmas(steps: int, strength: float, shift: float) -> list[float]:
     """steps + 1 sigmas from `strength` (0..1] down to 0: even in unshifted time, then shifted."""
-    start = strength / (shift - (shift - 1) * strength)  # unshifted time whose shifted sigma is `strength`
+    start = unshift_sigma(strength, shift)
     return [shift_sigma(start * (1 - i / steps), shift) for i in range(steps + 1)]
 
 

@@ -18,7 +18,7 @@ from peft import LoraConfig, get_peft_model_state_dict
 from .loop import MUON, run, validation
 from .model import clip_forward, detail_forward, patchify, proxy_context, text_context
 from .presets import Detail, Training
-from .schedule import shift_sigma, upsample
+from .schedule import shift_sigma, unshift_sigma, upsample
 from .shapes import Grid
 from .tensor_file import save_tensors
 
@@ -37,11 +37,17 @@ def lora_config(rank: int) -> LoraConfig:
     return LoraConfig(r=rank, lora_alpha=rank, target_modules=LORA_TARGETS, init_lora_weights=True)
 
 
-def draw_sigma(generator: torch.Generator, shift: float, largest: float = 1.0) -> float:
+def draw_sigma(
+    generator: torch.Generator, shift: float, largest: float = 1.0, within: tuple[float, float] = (0.0, 1.0)
+) -> float:
     """A logit-normal sigma under the flow-matching time shift, scaled to 0..`largest` and rounded as schedulers do to a
-    whole timestep."""
-    plain = torch.sigmoid(torch.randn((), generator=generator)).item()
-    return max(1, int(1000 * largest * shift_sigma(plain, shift))) / 1000
+    whole timestep; of the same distribution the part `within` two sigmas."""
+    normal = torch.randn((), generator=generator)
+    if within != (0.0, 1.0):
+        low, high = (torch.special.ndtr(torch.logit(torch.tensor(unshift_sigma(s, shift)))) for s in within)
+        normal = torch.special.ndtri(low + (high - low) * torch.special.ndtr(normal))
+    timestep = int(1000 * largest * shift_sigma(torch.sigmoid(normal).item(), shift))
+    return max(1, math.ceil(1000 * within[0]), timestep) / 1000
 
 
 def grid_of(latents: torch.Tensor) -> Grid:
@@ -57,11 +63,13 @@ def clip_loss(
     time_ratio: int,
     shift: float,
     near: torch.Tensor | None = None,
+    within: tuple[float, float] = (0.0, 1.0),
 ) -> torch.Tensor:
-    """Flow-matching loss of stage 1 on latents of one shape: predict noise - latents. `near`: see `_weighted`."""
+    """Flow-matching loss of stage 1 on latents of one shape, at sigmas `within` two: predict noise - latents. `near`:
+    see `_weighted`."""
     clean = patchified(torch.stack(samples))
     noise = torch.randn(clean.shape, generator=generator)
-    sigma = torch.tensor([draw_sigma(generator, shift) for _ in samples])
+    sigma = torch.tensor([draw_sigma(generator, shift, within=within) for _ in samples])
     noisy = torch.lerp(clean, noise, sigma.view(-1, 1, 1))
     text = text_context(model, prompts, TEXT_LENGTH)
     out = clip_forward(model, noisy, grid_of(samples[0]), (sigma * 1000).round(), text, time_ratio)
@@ -91,13 +99,15 @@ def detail_loss(
     generator: torch.Generator,
     detail: Detail,
     proxy_time_ratio: int,
+    highest: float = 1.0,
 ) -> torch.Tensor:
     """Loss of stage 2 on crops of one kind (`by_kind`) with their aligned proxies, as the first detail level meets them
     or as an upper one does: either where they have both proxies.
 
     The level's path is straight from where its sampling starts, the proxy made as large and noised to the level's
     strength, to the truth (as from degraded videos in FlashVideo, arXiv 2502.05179): what upsampling adds, such as an
-    object that is in two places at once, is there to be taken away. At strength 1 that is plain flow matching.
+    object that is in two places at once, is there to be taken away. At strength 1, and without a proxy, that is plain
+    flow matching, at sigmas of `highest` at most.
     """
     levels = ((detail.first, proxy_time_ratio), (detail.upper, 1))
     level, time_ratio = rng.choice([(level, r) for level, r in levels if f"proxy_{r}" in samples[0]])
@@ -127,7 +137,8 @@ def detail_loss(
             detail.proxy_window,
             detail.proxy_centre,
         )
-    sigma = torch.tensor([draw_sigma(generator, detail.flow_shift, strength) for _ in samples])
+    within = 0.0, min(1.0, highest / strength)
+    sigma = torch.tensor([draw_sigma(generator, detail.flow_shift, strength, within) for _ in samples])
     clean, begun = patchified(latents), patchified(start)
     out = detail_forward(
         model,
@@ -220,6 +231,7 @@ def train_clips(
     tokens: int,
     stills: tuple[float, float] = (0.0, 0.0),
     shift_of: Callable[[int], float] = lambda latents: 3.0,
+    within: tuple[float, float] = (0.0, 1.0),
     accumulate: int = 1,
     seed: int = 0,
     held_out: Sequence[dict] = (),
@@ -229,7 +241,8 @@ def train_clips(
 ) -> None:
     """Stage 1 training on clips, and on single `images` at a share of draws going from `stills[0]` to `stills[1]`.
 
-    A step sees `accumulate` batches of about `tokens` tokens; `shift_of` gives a clip's shift by its latent frames.
+    A step sees `accumulate` batches of about `tokens` tokens; `shift_of` gives a clip's shift by its latent frames, and
+    sigmas lie `within` two.
     """
     stills_by_shape, clips_by_shape = by_shape(images), by_shape(clips)
 
@@ -238,12 +251,15 @@ def train_clips(
         picked, latents = draw_batch(stills_by_shape if still else clips_by_shape, rng, tokens)
         prompts = [pick_prompt(s, embed, rng) for s in picked]
         length = latents[0].shape[1]
-        return clip_loss(model, latents, prompts, generator, time_ratio, shift_of(length), _near(picked, length))
+        return clip_loss(
+            model, latents, prompts, generator, time_ratio, shift_of(length), _near(picked, length), within
+        )
 
     def held_out_loss(sample: dict, rng: random.Random, generator: torch.Generator) -> torch.Tensor:
         latents, prompts = sample["latents"].float(), [embed(sample["caption"])]
         length = latents.shape[1]
-        return clip_loss(model, [latents], prompts, generator, time_ratio, shift_of(length), _near([sample], length))
+        figures = time_ratio, shift_of(length), _near([sample], length), within
+        return clip_loss(model, [latents], prompts, generator, *figures)
 
     validate = validation(held_out, held_out_loss)
     run(model, folder, steps, lr, seed, loss_at, accumulate, validate, on_step, training, show)
@@ -260,6 +276,7 @@ def train_detail(
     detail: Detail,
     *,
     time_ratio: int = 4,
+    highest: float = 1.0,
     accumulate: int = 3,
     seed: int = 0,
     held_out: Sequence[dict] = (),
@@ -267,17 +284,18 @@ def train_detail(
     training: Training = MUON,
     show: Callable[[int], None] = lambda step: None,
 ) -> None:
-    """Stage 2 training of `proxy_model`, which is `model` itself where the adapter acts on both streams."""
+    """Stage 2 training of `proxy_model`, which is `model` itself where the adapter acts on both streams, at sigmas of
+    `highest` at most."""
     groups = by_kind(data)
 
     def loss_at(step: int, rng: random.Random, generator: torch.Generator) -> torch.Tensor:
         crops = draw_crops(groups, rng, time_ratio)
         prompts = [pick_prompt(s, embed, rng) for s in crops]
-        return detail_loss(model, proxy_model, crops, prompts, rng, generator, detail, time_ratio)
+        return detail_loss(model, proxy_model, crops, prompts, rng, generator, detail, time_ratio, highest)
 
     def held_out_loss(sample: dict, rng: random.Random, generator: torch.Generator) -> torch.Tensor:
         prompts = [embed(sample["caption"])]
-        return detail_loss(model, proxy_model, [sample], prompts, rng, generator, detail, time_ratio)
+        return detail_loss(model, proxy_model, [sample], prompts, rng, generator, detail, time_ratio, highest)
 
     validate = validation(held_out, held_out_loss)
     run(proxy_model, folder, steps, lr, seed, loss_at, accumulate, validate, on_step, training, show)

@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
+from typing import Literal
 
 import torch
 from diffusers import WanTransformer3DModel
@@ -20,6 +21,7 @@ from .embeddings import EmbeddingCache
 from .errors import InputError, UsageError
 from .loop import all_processes
 from .optim import check_optimizer
+from .presets import Preset
 from .session import Session
 from .train_samples import Sampler
 from .wear import add_enlarged, add_worn
@@ -34,7 +36,8 @@ LEARNING_RATES = {"muon": 3e-3, "adamw": 3e-3, "prodigy": 1.0}
 
 @dataclass(frozen=True)
 class Job:
-    """What to train: stage `proxy` or `detail`, on `data` (folder, index, or `world`), into the file `output`."""
+    """What to train: stage `proxy` or `detail`, on `data` (folder, index, or `world`), into the file `output`; of two
+    experts the `expert` for high or low noise, in stage 2 always the latter."""
 
     stage: str
     data: Path
@@ -44,19 +47,39 @@ class Job:
     lr: float | None = None  # LEARNING_RATES of the preset's optimizer
     rank: int = 64
     seed: int = 0
+    expert: Literal["high", "low"] | None = None
 
 
-def make(session: Session, job: Job, console: Console) -> Path:
-    """Trains the adapter and saves it; checkpoints, latents, embeddings and log.jsonl lie in `job.work`.
+@dataclass(frozen=True)
+class Learner:
+    """Whom an adapter is for: the folder of its weights, what it samples stage 1 with, and the sigmas between which it
+    works."""
 
-    Of several processes (`accelerate launch`), which share a disk, the first one encodes, saves and speaks.
-    `InputError` where no clip can be used, `UsageError` where the output is another file.
-    """
-    if session.preset.experts:
-        raise UsageError(f"preset {session.preset.name} has two experts, which are not trained yet; choose another")
-    processes = all_processes()
-    preset, base = session.preset, model_hash(session.folder, "transformer")
-    stage1 = model_hash(session.folder, "transformer", preset.proxy.lora) if job.stage == "detail" else None
+    part: str
+    lora: str | None
+    guidance_scale: float
+    sigmas: tuple[float, float] = (0.0, 1.0)
+
+
+def learner_of(preset: Preset, job: Job) -> Learner:
+    """The preset's transformer, or one of its two experts. Raises UsageError."""
+    experts, proxy = preset.experts, preset.proxy
+    if not experts:
+        if job.expert:
+            raise UsageError(f"preset {preset.name} has one transformer; leave --expert out")
+        return Learner("transformer", proxy.lora, proxy.guidance_scale)
+    if job.stage == "detail" and job.expert == "high":
+        raise UsageError("detail levels take the expert for low noise alone; leave --expert out")
+    if job.stage == "proxy" and not job.expert:
+        raise UsageError(f"preset {preset.name} has two experts, with an adapter each; give --expert high or low")
+    if job.expert == "high":
+        return Learner("transformer", proxy.lora, proxy.guidance_scale, experts.sigmas(second=False))
+    return Learner("transformer_2", experts.lora, experts.guidance_scale, experts.sigmas(second=True))
+
+
+def check(preset: Preset, job: Job) -> Learner:
+    """Whom a job trains. Raises UsageError for what cannot be trained, before weights are looked for."""
+    learner = learner_of(preset, job)
     if not (preset.proxy.scaled_time and preset.detail.scaled_positions and preset.detail.clean_proxy):
         raise UsageError(
             f"preset {preset.name} leaves out scaled_time, scaled_positions or clean_proxy, and training does not know"
@@ -74,16 +97,29 @@ def make(session: Session, job: Job, console: Console) -> Path:
         )
     check_optimizer(preset.training.optimizer)
     check_output(job.output)
+    return learner
+
+
+def make(session: Session, job: Job, console: Console) -> Path:
+    """Trains the adapter and saves it; checkpoints, latents, embeddings and log.jsonl lie in `job.work`.
+
+    Of several processes (`accelerate launch`), which share a disk, the first one encodes, saves and speaks.
+    `InputError` where no clip can be used, `UsageError` where the output is another file.
+    """
+    preset, learner = session.preset, check(session.preset, job)
+    processes = all_processes()
+    base = model_hash(session.folder, learner.part)
+    stage1 = model_hash(session.folder, learner.part, learner.lora) if job.stage == "detail" else None
     lr = LEARNING_RATES[preset.training.optimizer] if job.lr is None else job.lr
     with processes.main_process_first():  # the others find what it encoded
         groups = _samples(session, job, console)
     key = store.artefact_hash(
         {
-            "weights": [model_hash(session.folder, "transformer", "text_encoder", "vae"), stage1],
+            "weights": [model_hash(session.folder, learner.part, "text_encoder", "vae"), stage1],
             "preset": [
                 preset.proxy.time_ratio,
                 preset.proxy.flow_shift,
-                preset.proxy.guidance_scale,
+                learner.guidance_scale,
                 preset.negative_prompt,
                 preset.detail.flow_shift,
                 preset.detail.streams,
@@ -98,6 +134,7 @@ def make(session: Session, job: Job, console: Console) -> Path:
             "training": [dataclasses.astuple(preset.training), train.OBJECT_WEIGHT],
             "samples": corpus.figures(session, job.stage),
             "data": [[group[0].get("clip"), group[0]["caption"]] for group in groups],
+            **({"sigmas": learner.sigmas} if preset.experts else {}),
         }
     )
     check_output(job.output, key)
@@ -116,9 +153,9 @@ def make(session: Session, job: Job, console: Console) -> Path:
     with store.lock(folder) if processes.is_main_process else contextlib.nullcontext():
         if job.stage == "detail":
             with processes.main_process_first():
-                _wear(session, [*trained, *held_out], embed, folder, console)
+                _wear(session, learner, [*trained, *held_out], embed, folder, console)
                 _enlarge(session, [*trained, *held_out], folder, console)
-        model = _trained(session, job, folder, trained, held_out, embed, lr, console)
+        model = _trained(session, job, learner, folder, trained, held_out, embed, lr, console)
         if processes.is_main_process:
             train.save_adapter(model, job.output, metadata | {"run": key})
     processes.wait_for_everyone()
@@ -128,6 +165,7 @@ def make(session: Session, job: Job, console: Console) -> Path:
 def _trained(
     session: Session,
     job: Job,
+    learner: Learner,
     folder: Path,
     trained: list[dict],
     held_out: list[dict],
@@ -137,14 +175,15 @@ def _trained(
 ) -> WanTransformer3DModel:
     """The base with the adapter, trained on samples; checkpoints and the log lie in `folder`."""
     preset = session.preset
-    model = _trainable(session)
-    bare = _trainable(session) if job.stage == "detail" and preset.detail.streams == "proxy" else model
+    model = _trainable(session, learner.part)
+    bare = _trainable(session, learner.part) if job.stage == "detail" and preset.detail.streams == "proxy" else model
     torch.manual_seed(job.seed)
     model.add_adapter(train.lora_config(job.rank))
     for parameter in model.parameters():
         if parameter.requires_grad:
             parameter.data = parameter.data.float()  # bfloat16 would lose updates as small as theirs
-    sampler = Sampler(session, job.stage, bare, model, held_out, embed, folder / "samples")
+    shown = learner.guidance_scale, learner.sigmas
+    sampler = Sampler(session, job.stage, bare, model, held_out, embed, folder / "samples", *shown)
     with console.stage(f"train {job.stage}", job.steps) as advance:
         if job.stage == "proxy":
             train.train_clips(
@@ -158,6 +197,7 @@ def _trained(
                 time_ratio=preset.proxy.time_ratio,
                 tokens=preset.training.batch * preset.proxy.base_tokens * corpus.proxy_latents(preset),
                 shift_of=lambda latents: preset.proxy.flow_shift,
+                within=learner.sigmas,
                 accumulate=preset.training.accumulate,
                 seed=job.seed,
                 held_out=held_out,
@@ -176,6 +216,7 @@ def _trained(
                 lr,
                 preset.detail,
                 time_ratio=preset.proxy.time_ratio,
+                highest=learner.sigmas[1],
                 accumulate=preset.training.detail_accumulate,
                 seed=job.seed,
                 held_out=held_out,
@@ -186,19 +227,22 @@ def _trained(
     return model
 
 
-def _wear(session: Session, samples: list[dict], embed: train.Embed, folder: Path, console: Console) -> None:
+def _wear(
+    session: Session, learner: Learner, samples: list[dict], embed: train.Embed, folder: Path, console: Console
+) -> None:
     """Gives the samples their worn proxies, made once and kept in the training's `folder`."""
     proxy = session.preset.proxy
     with console.stage("worn proxies", len({1, proxy.time_ratio}) * len(samples)) as advance:
-        for time_ratio, adapter in {1: None, proxy.time_ratio: proxy.lora}.items():
+        for time_ratio, adapter in {1: None, proxy.time_ratio: learner.lora}.items():
             path, name = folder / f"worn-{time_ratio}.safetensors", f"worn_{time_ratio}"
             try:
                 kept = tensor_file.open_tensors(path)[0]
             except InputError:  # missing, or damaged
-                model = load_transformer(session.folder, adapter, "proxy", session.dtype).to(session.device)
-                guidance_scale = 1.0 if adapter is None else proxy.guidance_scale
-                shift_of, negative = (lambda latents: proxy.flow_shift), session.preset.negative_prompt
-                add_worn(model, samples, embed, time_ratio, shift_of, advance, guidance_scale, negative)
+                model = load_transformer(session.folder, adapter, "proxy", session.dtype, learner.part)
+                model = model.to(session.device)
+                scale = 1.0 if adapter is None else learner.guidance_scale
+                shift_of, guidance = (lambda latents: proxy.flow_shift), (scale, session.preset.negative_prompt)
+                add_worn(model, samples, embed, time_ratio, shift_of, advance, *guidance, largest=learner.sigmas[1])
                 del model  # before the next one, or the one to train, is loaded
                 kept = {str(i): sample[name] for i, sample in enumerate(samples) if name in sample}
                 tensor_file.save_tensors(path, kept, {})
@@ -228,9 +272,9 @@ def _enlarge(session: Session, samples: list[dict], folder: Path, console: Conso
             samples[int(i)].pop(f"worn_{time_ratio}", None)
 
 
-def _trainable(session: Session) -> WanTransformer3DModel:
+def _trainable(session: Session, part: str) -> WanTransformer3DModel:
     """The base on the compute device in its dtype; on a GPU blocks are computed again backwards, to save its memory."""
-    model = load_transformer(session.folder, dtype=session.dtype).to(session.device)
+    model = load_transformer(session.folder, dtype=session.dtype, part=part).to(session.device)
     if session.device.type == "cuda":
         model.enable_gradient_checkpointing()
     return model

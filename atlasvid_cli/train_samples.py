@@ -13,10 +13,12 @@ from .decode import decode_stream
 from .model import TextContext, text_context
 from .proxy import Expert, sample_proxy
 from .refine import sample_detail
+from .schedule import sigmas
 from .session import Session
-from .stages import level_stage, proxy_stage
+from .stages import Stage, level_stage, proxy_stage
 from .train import PATCH, Embed, grid_of
 from .video import contact_sheet, write_png
+from .wear import wear
 from .weights import load_scheduler, load_vae
 
 SHOWN = 2  # held-out samples
@@ -30,7 +32,8 @@ class Sampler:
     """Samples `held_out` with the models in training, as `render` would but without autoguidance: their own grids,
     the preset's steps.
 
-    `model` is the one in training, `bare` the other stream's in stage 2 where the adapter acts on one alone.
+    `model` is the one in training, `bare` the other stream's in stage 2 where the adapter acts on one alone. One that
+    works between two `sigmas` alone starts stage 1 from the truth noised to the upper and steps from the lower to 0.
     """
 
     session: Session
@@ -40,6 +43,8 @@ class Sampler:
     held_out: list[dict]
     embed: Embed
     folder: Path
+    guidance_scale: float
+    sigmas: tuple[float, float]
 
     def show(self, step: int) -> None:
         """Writes `folder/step-<step>-<sample>.png`: a row of frames of the truth, and below it one as sampled."""
@@ -53,10 +58,21 @@ class Sampler:
     def _proxy(self, sample: dict) -> torch.Tensor:
         preset, grid = self.session.preset, grid_of(sample["latents"])
         stage = proxy_stage(preset, grid, preset.proxy.time_ratio)
+        if self.sigmas != (0.0, 1.0):
+            return self._part_of_proxy(sample, stage)
         prompt, negative = self._texts(self.model, sample["caption"], preset.negative_prompt)
-        expert = Expert(self.model, prompt, negative, stage.guidance_scale)
+        expert = Expert(self.model, prompt, negative, self.guidance_scale)
         scheduler = load_scheduler(self.session.folder, stage.flow_shift, stage.sampler)
         return sample_proxy(lambda _: expert, scheduler, stage, preset.transformer.channels, PATCH, SEED)
+
+    def _part_of_proxy(self, sample: dict, stage: Stage) -> torch.Tensor:
+        low, high = self.sigmas
+        inside = [s for s in sigmas(stage.steps, 1.0, stage.flow_shift) if low <= s < high]
+        schedule = [high, *(s for s in inside if s > 0), 0.0]
+        figures = stage.time_ratio, [schedule], torch.Generator().manual_seed(SEED)
+        negative = self.embed(self.session.preset.negative_prompt)
+        latents, prompts = sample["latents"].float()[None], [self.embed(sample["caption"])]
+        return wear(self.model, latents, prompts, *figures, self.guidance_scale, negative)[0]
 
     def _detail(self, sample: dict) -> torch.Tensor:
         preset, ratio = self.session.preset, Fraction(sample["ratio"])

@@ -60,17 +60,16 @@ def wear(
     latents: torch.Tensor,
     prompts: list[torch.Tensor],
     time_ratio: int,
-    shift: float,
-    strengths: list[float],
+    schedules: list[list[float]],
     generator: torch.Generator,
     guidance_scale: float = 1.0,
     negative: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """Latents (n, C, T, H, W), each noised to its own sigma of `strengths` (0..1] and denoised by Euler steps under the
-    flow `shift`; a `guidance_scale` above 1 guides away from `negative`."""
+    """Latents (n, C, T, H, W), each noised to the first of its own falling sigmas (0..1] and denoised by Euler steps
+    along them; a `guidance_scale` above 1 guides away from `negative`."""
     grid = grid_of(latents[0])
     clean, noise = (patchified(x) for x in (latents, torch.randn(latents.shape, generator=generator)))
-    schedule = torch.tensor([sigmas(STEPS, strength, shift) for strength in strengths])[..., None, None]
+    schedule = torch.tensor(schedules)[..., None, None]
     x = torch.lerp(clean, noise, schedule[:, 0])
     text = text_context(model, prompts, TEXT_LENGTH)
     away = None if guidance_scale == 1 or negative is None else text_context(model, [negative] * len(x), TEXT_LENGTH)
@@ -93,9 +92,10 @@ def add_worn(
     on_done: Callable[[int], None] = lambda samples: None,
     guidance_scale: float = 1.0,
     negative: str = "",
+    largest: float = 1.0,
 ) -> None:
     """Gives every sample of stage 2 that has a proxy of that time ratio a worn copy of it, `worn_<time_ratio>` fp16:
-    always the same one for the same samples."""
+    always the same one for the same samples, noised to sigmas of `largest` at most."""
     proxy, whole = f"proxy_{time_ratio}", f"whole_{time_ratio}"
     views = [s | {"latents": s[whole if whole in s else proxy], "sample": s} for s in data if proxy in s]
     for group in by_shape(views):
@@ -108,10 +108,9 @@ def add_worn(
             latents = torch.stack([s["latents"].float() for s in batch])
             prompts = [embed(s["caption"]) for s in batch]
             shift = shift_of(t)
-            strengths = [shift_sigma(rng.uniform(*UNSHIFTED), shift) for _ in batch]
-            worn = wear(
-                model, latents, prompts, time_ratio, shift, strengths, generator, guidance_scale, embed(negative)
-            )
+            strengths = [min(largest, shift_sigma(rng.uniform(*UNSHIFTED), shift)) for _ in batch]
+            schedules = [sigmas(STEPS, strength, shift) for strength in strengths]
+            worn = wear(model, latents, prompts, time_ratio, schedules, generator, guidance_scale, embed(negative))
             for sample, each in zip((view["sample"] for view in batch), worn, strict=True):
                 sample[f"worn_{time_ratio}"] = (own_part(sample, each) if whole in sample else each).half()
             on_done(len(batch))

@@ -78,6 +78,18 @@ def test_crops_of_a_draw_have_one_length_and_proxies_as_long():
     assert seen == {1: {"still", "x"}, 5: {"x"}}  # a clip's first latent frame is a still
 
 
+@pytest.mark.parametrize("within", [(0.0, 0.875), (0.875, 1.0)])
+def test_sigmas_of_an_expert_are_the_part_of_all_sigmas_between_its_own(within):
+    low, high = within
+    generator = torch.Generator().manual_seed(0)
+    everything = [train.draw_sigma(generator, 12.0) for _ in range(20000)]
+    inside = [s for s in everything if low <= s < high]
+    drawn = [train.draw_sigma(generator, 12.0, within=within) for _ in range(5000)]
+    assert all(low <= s < high for s in drawn)
+    expected, found = (torch.quantile(torch.tensor(x), torch.tensor([0.1, 0.5, 0.9])) for x in (inside, drawn))
+    torch.testing.assert_close(found, expected, atol=0.01, rtol=0)
+
+
 def test_errors_near_the_object_count_more_where_the_data_tells_where_it_is(monkeypatch):
     [sample] = details()
     near = torch.zeros(1, 5, 4, 4, dtype=torch.uint8)
@@ -133,7 +145,7 @@ def test_a_level_that_starts_from_pixels_learns_the_way_from_there(monkeypatch):
     sample["enlarged_4"] = torch.full_like(sample["latents"], 3.0)
     seen = []
     monkeypatch.setattr(train, "PROXY_DROP", 0.0)
-    monkeypatch.setattr(train, "draw_sigma", lambda generator, shift, largest=1.0: largest)
+    monkeypatch.setattr(train, "draw_sigma", lambda generator, shift, largest, within: largest)
     monkeypatch.setattr(train, "detail_forward", lambda _, x, *rest, **named: seen.append(x.mean().item()) or x)
     bare = model()
     for kind in ("latents", "pixels"):

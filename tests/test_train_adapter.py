@@ -17,7 +17,7 @@ from PIL import Image
 from atlasvid_cli import dataset, loop, tensor_file, train, train_adapter, weights
 from atlasvid_cli.console import Console
 from atlasvid_cli.corpus import load_samples
-from atlasvid_cli.errors import UsageError
+from atlasvid_cli.errors import InputError, UsageError
 from atlasvid_cli.presets import Training, load_preset
 from atlasvid_cli.session import Session
 from atlasvid_cli.train_adapter import Job, embedder, make, split_groups
@@ -231,9 +231,9 @@ def test_where_the_adapter_is_for_the_proxy_stream_only_that_one_learns(session,
 def test_stage_2_learns_from_proxies_as_the_preset_makes_them(session, job, monkeypatch):
     seen, real = {}, train_adapter.add_worn
 
-    def recorded(model, data, embed, time_ratio, *rest):
+    def recorded(model, data, embed, time_ratio, *rest, **named):
         seen[time_ratio] = model
-        real(model, data, embed, time_ratio, *rest)
+        real(model, data, embed, time_ratio, *rest, **named)
 
     monkeypatch.setattr(train_adapter, "add_worn", recorded)
     make(session, replace(job, steps=1), quiet())
@@ -260,6 +260,53 @@ def test_stage_2_starts_as_the_preset_does_from_pixels_made_once(session_of_pixe
     make(session_of_pixels, replace(job, output=job.output.with_name("b.safetensors")), quiet())
     assert made == [1, 4, 1]  # in a folder of its own
     assert all({"worn_4", "enlarged_1"} <= set(sample) and "enlarged_4" not in sample for sample in seen.pop())
+
+
+@pytest.mark.parametrize("stage, expert", [("proxy", "high"), ("proxy", "low"), ("detail", None)])
+def test_an_adapter_is_for_one_of_two_experts(experts_preset, clips, tmp_path, monkeypatch, stage, expert):
+    """Trained at the sigmas at which it works, from its own weights, and taken by renders as its own alone."""
+    part, (low, high) = ("transformer", (0.9, 1.0)) if expert == "high" else ("transformer_2", (0.0, 0.9))
+    shutil.copytree(experts_preset.parent, tmp_path, dirs_exist_ok=True)
+    path, text = tmp_path / "experts.toml", experts_preset.read_text()
+    path.write_text(text.replace("proxy_attention = false", "proxy_attention = true"))
+    monkeypatch.setattr(
+        train, "PROXY_DROP", 0.5
+    )  # without a proxy the way begins at noise, where the second does not work
+    drawn, loaded, noised = [], set(), []
+    draw, load, wears = train.draw_sigma, train_adapter.load_transformer, train_adapter.add_worn
+    monkeypatch.setattr(train, "draw_sigma", lambda *a, **k: drawn.append(draw(*a, **k)) or drawn[-1])
+    monkeypatch.setattr(
+        train_adapter, "load_transformer", lambda *a, **k: loaded.add((*a, *k.values())[-1]) or load(*a, **k)
+    )
+    monkeypatch.setattr(train_adapter, "add_worn", lambda *a, **k: noised.append(k["largest"]) or wears(*a, **k))
+    job = Job(stage, clips, tmp_path / "stock" / "own.safetensors", tmp_path / "work", 3, 0.03, 4, expert=expert)
+    make(Session(str(path)), job, quiet())
+    assert drawn and all(low <= sigma < high for sigma in drawn)
+    assert loaded == {part} and set(noised) <= {0.9}
+    metadata, _ = tensor_file.read_header(job.output)
+    assert metadata["base"] == weights.model_hash(tmp_path / "stock", part)
+    assert list(job.work.glob(f"{stage}-*/samples/step-000003-0.png"))
+
+    def taken_by(table):
+        path.write_text(text.replace(f"[{table}]\n", f'[{table}]\nlora = "own.safetensors"\n'))
+        Session(str(path)).check_adapters()
+
+    own, other = {None: ("detail", "proxy"), "high": ("proxy", "experts"), "low": ("experts", "proxy")}[expert]
+    taken_by(own)
+    with pytest.raises(InputError, match="was trained for"):
+        taken_by(other)
+
+
+def test_whom_to_train_is_said(random_preset, experts_preset, tmp_path):
+    one, two = load_preset(str(random_preset)), load_preset(str(experts_preset))
+    job = Job("proxy", tmp_path, tmp_path / "a.safetensors", tmp_path)
+    for preset, wrong, said in (
+        (one, replace(job, expert="low"), "one transformer"),
+        (two, job, "--expert high or low"),
+        (two, replace(job, stage="detail", expert="high"), "low noise alone"),
+    ):
+        with pytest.raises(UsageError, match=said):
+            train_adapter.check(preset, wrong)
 
 
 def test_an_optimizer_that_is_not_there_is_said_before_clips_are_read(session, job, monkeypatch):

@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from atlasvid_cli import train, wear
+from atlasvid_cli.schedule import sigmas
 from atlasvid_cli.train import PATCH, patchify
 from tests.test_train import DETAIL, clips, details, embed, model
 
@@ -21,7 +22,8 @@ def test_a_model_that_knows_the_truth_wears_nothing(monkeypatch):
         return (x - clean) / seen[-1][:, None, None]
 
     monkeypatch.setattr(wear, "clip_forward", knowing)
-    made = wear.wear(model(), latents, [embed("x")] * 3, 4, 2.0, [0.3, 0.8, 1.0], torch.Generator())
+    schedules = [sigmas(4, strength, 2.0) for strength in (0.3, 0.8, 1.0)]
+    made = wear.wear(model(), latents, [embed("x")] * 3, 4, schedules, torch.Generator())
     torch.testing.assert_close(made, latents, atol=2e-2, rtol=0)  # timesteps are whole thousandths
     assert seen[0].tolist() == pytest.approx([0.3, 0.8, 1.0], abs=1e-3)
     assert all((now > then).all() for now, then in pairwise(seen))
@@ -30,7 +32,9 @@ def test_a_model_that_knows_the_truth_wears_nothing(monkeypatch):
 def test_a_model_that_knows_nothing_wears_more_from_a_higher_sigma():
     [sample] = details()
     worn = [
-        wear.wear(model(), sample["proxy_1"][None], [embed("x")], 1, 3.0, [sigma], torch.Generator().manual_seed(0))
+        wear.wear(
+            model(), sample["proxy_1"][None], [embed("x")], 1, [sigmas(4, sigma, 3.0)], torch.Generator().manual_seed(0)
+        )
         for sigma in (0.01, 0.3, 0.9)
     ]
     changed = [(x[0] - sample["proxy_1"]).square().mean().item() for x in worn]
@@ -83,8 +87,9 @@ def test_wear_is_guided_as_stage_1_is(monkeypatch):
     monkeypatch.setattr(wear, "clip_forward", forward)
     monkeypatch.setattr(wear, "text_context", lambda _, prompts, length: float(len(prompts[0])))
     latents = torch.zeros(1, 4, 2, 4, 6)
+    schedule = [sigmas(4, 0.5, 3.0)]
     made = [
-        wear.wear(model(), latents, [torch.zeros(3)], 4, 3.0, [0.5], torch.Generator().manual_seed(0), scale, negative)
+        wear.wear(model(), latents, [torch.zeros(3)], 4, schedule, torch.Generator().manual_seed(0), scale, negative)
         for scale, negative in ((1.0, torch.zeros(1)), (3.0, torch.zeros(1)))
     ]
     # from sigma 0.5 to 0: velocities 3, and 1 + 3 * (3 - 1) = 7
