@@ -11,7 +11,7 @@ import random
 from collections.abc import Iterator
 from dataclasses import dataclass
 from fractions import Fraction
-from itertools import islice
+from itertools import cycle, islice
 from pathlib import Path
 from typing import Any
 
@@ -114,6 +114,8 @@ def load_samples(session: Session, stage: str, data: Path, work: Path, console: 
                     _save(path, encoded)
                     made = _cached(path)
                 assert made is not None
+                if clip.is_hdr:
+                    console.warn(f"{entry.path} is HDR and is taken as it is, pale: convert it to SDR, or leave it out")
                 groups.append([{**sample, "caption": entry.caption, "clip": clip.sha256} for sample in made])
             except InputError as error:
                 skipped += 1
@@ -184,7 +186,7 @@ def encode_for_proxy(vae: AutoencoderKLWan, preset: Preset, clip: Clip) -> Encod
 
 def encode_for_detail(vae: AutoencoderKLWan, preset: Preset, clip: Clip) -> Encoded:
     """Square crops of the clip at any zoom that it has the pixels for, each with its own proxies; a piece has one crop
-    and one ratio, drawn from the clip's content."""
+    and one ratio, drawn from the clip's content: all ratios in turn, so that a clip of enough pieces has them all."""
     geometry, time_ratio = preset.geometry, preset.proxy.time_ratio
     latents, tokens = preset.training_crop
     side, length = tokens * geometry.token_pixels, (latents - 1) * geometry.temporal + 1
@@ -194,10 +196,10 @@ def encode_for_detail(vae: AutoencoderKLWan, preset: Preset, clip: Clip) -> Enco
     if most < 1:
         raise InputError(f"{clip.path} is {clip.width:.0f}x{clip.height:.0f}: detail needs {side} px a side or more")
     rng = random.Random(clip.sha256)
-    ratios = preset.training_ratios
-    drawn = [
-        (Crop(most ** rng.random(), rng.random(), rng.random()), rng.choice([*ratios, ratios[-1]])) for _ in pieces
-    ]
+    ratios = [*preset.training_ratios, preset.training_ratios[-1]]
+    rng.shuffle(ratios)
+    crops = [Crop(most ** rng.random(), rng.random(), rng.random()) for _ in pieces]
+    drawn = list(zip(crops, cycle(ratios)))
     frames = read_clip(clip, Fraction(preset.fps), sum(pieces), (side, side), crop_at=lambda k: drawn[k // length][0])
     return [_detail_sample(vae, islice(frames, length), ratio, time_ratio) for _, ratio in drawn]
 

@@ -55,7 +55,11 @@ def explain(error: BaseException) -> tuple[str, ExitCode]:
         return str(error), error.exit_code
     out_of_memory = isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError"
     if out_of_memory or "can't allocate memory" in str(error):
-        return "memory ran out: choose a smaller --res, fewer --seconds or a smaller --chunk", ExitCode.RESOURCE
+        return (
+            "memory ran out: choose a smaller --res, fewer --seconds or a smaller --chunk, in training a smaller --rank"
+            " or [training] batch",
+            ExitCode.RESOURCE,
+        )
     if isinstance(error, OSError) and error.errno in (errno.EACCES, errno.EPERM, errno.ENAMETOOLONG) and error.filename:
         return f"{error.filename} cannot be read ({error.strerror}); check the path and who may read it", ExitCode.INPUT
     return f"{type(error).__name__}: {error} (--debug shows where)", ExitCode.RENDER

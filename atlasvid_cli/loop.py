@@ -5,6 +5,7 @@ goes on as if it had never stopped, and draws may be shared among processes, as 
 """
 
 import json
+import math
 import random
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -21,6 +22,7 @@ from diffusers import WanTransformer3DModel
 from diffusers.training_utils import EMAModel
 
 from .checkpoint import load_checkpoint, save_checkpoint
+from .errors import RenderError
 from .machine import cpu_autocast
 from .optim import Optimizer, learning_rate
 from .presets import Training
@@ -112,7 +114,12 @@ def run(
                         p.grad = grad if p.grad is None else p.grad.add_(grad)
             if processes.num_processes > 1:
                 total = _summed(trained, total)
-            torch.nn.utils.clip_grad_norm_(trained, 1.0)
+            norm = torch.nn.utils.clip_grad_norm_(trained, 1.0)
+            if not math.isfinite(total + norm.item()):
+                raise RenderError(
+                    f"the loss or its gradient is not finite at step {step + 1}: give a smaller --lr; nothing of that"
+                    f" step is saved, and the last good weights are in {folder}"
+                )
             optimizer.step(learning_rate(step, steps, lr))
             if average:
                 average.step(trained)

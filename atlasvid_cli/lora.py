@@ -3,9 +3,12 @@
 diffusers (`transformer.blocks.0.attn1.to_q.lora_A.weight`), peft (`base_model.model.` before it), ComfyUI and Kijai
 (`diffusion_model.blocks.0.self_attn.q.lora_down.weight`), musubi (`lora_unet_blocks_0_self_attn_q.lora_down.weight`).
 diffusers' own loader wants full sets of keys and drops those that it does not know; here every key is accounted for.
+A factor's scale is in the file's tensors, else what diffusers' header or peft's config beside the file says.
 """
 
+import json
 import math
+import re
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -18,8 +21,16 @@ from safetensors.torch import load_file
 from .errors import InputError
 from .parse import Lora
 
-PREFIXES = ("base_model.model.", "model.diffusion_model.", "diffusion_model.", "transformer.", "lora_unet_")
-# What a key says of its layer: the two factors of a low-rank change, its scale, or the whole change of weight or bias.
+PREFIXES = (
+    "base_model.model.",
+    "model.diffusion_model.",
+    "diffusion_model.",
+    "transformer.",
+    "lora_unet__",  # VideoX-Fun's
+    "lora_unet_",
+)
+# What a key says of its layer: the two factors of a low-rank change, its bias's beside them, their scale, or the whole
+# change of weight, bias or modulation.
 ROLES = {
     ".lora_A.weight": "down",
     ".lora_A.default.weight": "down",
@@ -27,10 +38,14 @@ ROLES = {
     ".lora_B.weight": "up",
     ".lora_B.default.weight": "up",
     ".lora_up.weight": "up",
+    ".lora_B.bias": "up bias",
     ".alpha": "alpha",
     ".diff": "weight",
     ".diff_b": "bias",
+    ".diff_m": "modulation",
+    ".modulation.diff": "modulation",
 }
+MODULATION = "scale_shift_table"
 # diffusers' names of Wan's layers -> those of the original checkpoints
 ORIGINAL = (
     ("attn1", "self_attn"),
@@ -41,6 +56,7 @@ ORIGINAL = (
     ("to_v", "v"),
     ("ffn.net.0.proj", "ffn.0"),
     ("ffn.net.2", "ffn.2"),
+    ("norm2", "norm3"),
     ("condition_embedder.time_embedder.linear_1", "time_embedding.0"),
     ("condition_embedder.time_embedder.linear_2", "time_embedding.2"),
     ("condition_embedder.text_embedder.linear_1", "text_embedding.0"),
@@ -67,7 +83,7 @@ def merge_lora(model: WanTransformer3DModel, lora: Lora, strict: bool, warn: Cal
     Keys without a layer of theirs are named in a warning, or with `strict` in an InputError, as is a file of which
     nothing matches, or one whose shapes are of another model. A `model` on the meta device only checks.
     """
-    layers = layers_by_name(model)
+    layers, config = layers_by_name(model), _config(lora.path)
     changes: dict[str, dict[str, torch.Tensor]] = {}
     unmatched = []
     for key, tensor in load_file(lora.path).items():
@@ -82,21 +98,42 @@ def merge_lora(model: WanTransformer3DModel, lora: Lora, strict: bool, warn: Cal
             raise InputError(f"{message}; give a LoRA that was made for this model")
         warn(f"{message} and are left out")
     for name, change in changes.items():
-        _apply(layers[name], change, lora, name)
+        _apply(layers[name], change, lora, name, config)
     return sum(change.keys() != {"alpha"} for change in changes.values())
 
 
 def layers_by_name(model: WanTransformer3DModel) -> dict[str, Any]:
-    """Every layer with a weight, by each name that LoRA files use for it."""
-    layers: dict[str, Any] = {}
+    """Every layer with a weight or a modulation, by each name that LoRA files use for it."""
+    layers: dict[str, Any] = {"head": model}
     for name, module in model.named_modules():
-        if isinstance(getattr(module, "weight", None), torch.nn.Parameter):
+        if any(isinstance(getattr(module, own, None), torch.nn.Parameter) for own in ("weight", MODULATION)):
             original = name
             for ours, theirs in ORIGINAL:
                 original = original.replace(ours, theirs)
             for spelling in (name, original):
                 layers[spelling] = layers[spelling.replace(".", "_")] = module
     return layers
+
+
+def _config(path: Path) -> dict[str, Any]:
+    """What diffusers writes into a LoRA's header, or peft beside it, of its scales; empty where neither did."""
+    beside = path.with_name("adapter_config.json")
+    try:
+        with safe_open(path, "pt") as file:
+            said = (file.metadata() or {}).get("lora_adapter_metadata", "{}")
+        if said == "{}" and path.name == "adapter_model.safetensors" and beside.is_file():
+            said = beside.read_text(encoding="utf-8")
+        return {key.removeprefix("transformer."): value for key, value in json.loads(said).items()}
+    except (OSError, ValueError, AttributeError) as error:
+        raise InputError(f"what {path} says of its alpha cannot be read ({error}); fetch the file again") from None
+
+
+def _scale(config: dict[str, Any], name: str, rank: int) -> float:
+    """The scale that a config gives the factors of a layer (peft's `lora_alpha`, `alpha_pattern`, `use_rslora`)."""
+    patterns = config.get("alpha_pattern") or {}
+    matching = (alpha for pattern, alpha in patterns.items() if re.match(rf"(.*\.)?({pattern})$", name))
+    alpha = next(matching, config.get("lora_alpha"))
+    return 1.0 if alpha is None else alpha / (math.sqrt(rank) if config.get("use_rslora") else rank)
 
 
 def _split(key: str) -> tuple[str, str | None]:
@@ -111,28 +148,33 @@ def _split(key: str) -> tuple[str, str | None]:
 
 
 @torch.no_grad()
-def _apply(layer: Any, change: dict[str, torch.Tensor], lora: Lora, name: str) -> None:
-    device = layer.weight.device
+def _apply(layer: Any, change: dict[str, torch.Tensor], lora: Lora, name: str, config: dict[str, Any]) -> None:
+    device = next(layer.parameters()).device
     change = {role: tensor if role == "alpha" else tensor.to(device) for role, tensor in change.items()}
+
+    def own(parameter: str) -> torch.Tensor | None:
+        return getattr(layer, parameter, None)
 
     def add(parameter: torch.Tensor | None, delta: torch.Tensor) -> None:
         if parameter is None or delta.numel() != parameter.numel():
             raise InputError(f"{lora.path} does not fit layer {name}; give a LoRA that was made for this model")
         parameter.copy_(parameter.float() + lora.weight * delta.float().view_as(parameter))
 
-    if ("down" in change) != ("up" in change):
+    halves = {"down", "up", "up bias"} & change.keys()
+    if halves and not {"down", "up"} <= halves:
         raise InputError(f"{lora.path} has half a LoRA for layer {name}; fetch the file again")
     if "down" in change:
         down, up = (change[part].float().flatten(min(1, change[part].ndim - 1)) for part in ("down", "up"))
         rank, alpha = max(1, len(down)), change.get("alpha")
-        scale = 1.0 if alpha is None else alpha.item() / rank if alpha.numel() == 1 else math.nan
+        scale = _scale(config, name, rank) if alpha is None else alpha.item() / rank if alpha.numel() == 1 else math.nan
         if down.ndim != 2 or up.ndim != 2 or up.shape[1] != len(down) or not math.isfinite(scale):
             raise InputError(f"{lora.path} has factors that do not fit each other for layer {name}; fetch it again")
-        add(layer.weight, scale * up @ down)
-    if "weight" in change:
-        add(layer.weight, change["weight"])
-    if "bias" in change:
-        add(layer.bias, change["bias"])
+        add(own("weight"), scale * up @ down)
+        if "up bias" in change:
+            add(own("bias"), scale * change["up bias"])
+    for role, parameter in (("weight", "weight"), ("bias", "bias"), ("modulation", MODULATION)):
+        if role in change:
+            add(own(parameter), change[role])
 
 
 def _some(names: Sequence[str]) -> str:

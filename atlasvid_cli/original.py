@@ -86,6 +86,18 @@ def files(folder: Path, part: str) -> list[Path]:
     return sorted(_home(folder, part).glob("*.safetensors"))
 
 
+def homes(folder: Path) -> list[Path]:
+    """The folders of its transformers: both experts' where there is one of them."""
+    return [_home(folder, part) for part in (EXPERTS if has_experts(folder) else ("transformer",))]
+
+
+def is_whole(folder: Path) -> bool:
+    """Whether every part has a file at least: VAE, text encoder, tokenizer, and all transformers."""
+    own = all(any(home.glob("*.safetensors")) and (home / "config.json").is_file() for home in homes(folder))
+    tokenizer = (folder / TOKENIZER).is_dir() and any((folder / TOKENIZER).glob("*.json"))
+    return own and tokenizer and all(file.is_file() for part in ("vae", "text_encoder") for file in files(folder, part))
+
+
 def config(folder: Path, part: str) -> dict[str, Any]:
     """diffusers' config of the `vae` or of a transformer. OSError and ValueError where it cannot be read."""
     if part == "vae":

@@ -162,7 +162,7 @@ def _sample_proxy(
             session.preset.geometry.patch,
             plan.request.seed,
             resume,
-            lambda step, tensors: tensor_file.save_state(state, step, tensors, key),
+            lambda step, tensors: _save_state(state, step, tensors, key, "proxy"),
             advance,
             kernels=session.kernels,
         )
@@ -298,7 +298,7 @@ def _refine_level(
             chunk=plan.chunk,
             region=region,
             resume=resume,
-            save=lambda step, tensors: tensor_file.save_state(state, step, tensors, metadata["key"]),
+            save=lambda step, tensors: _save_state(state, step, tensors, metadata["key"], "detail"),
             on_block=advance,
             kernels=session.kernels,
             states=torch.device("cpu") if offload_of(plan) == "host" else None,
@@ -322,12 +322,22 @@ def _enlarged(
 
 
 def _save_latents(path: Path, latents: torch.Tensor, metadata: dict[str, str]) -> None:
-    if not tensor_file.is_finite(latents):
-        raise RenderError(
-            f"the {metadata['kind']} came out with values that are not finite; leave out --lora or --compile, or give"
-            " another --attention-backend or --weight-dtype"
-        )
+    _check_finite({"latents": latents}, metadata["kind"])
     tensor_file.save_tensors(path, {"latents": latents}, metadata)
+
+
+def _save_state(path: Path, step: int, tensors: dict[str, torch.Tensor], key: str, kind: str) -> None:
+    _check_finite(tensors, kind)
+    tensor_file.save_state(path, step, tensors, key)
+
+
+def _check_finite(tensors: dict[str, torch.Tensor], kind: str) -> None:
+    """Raises RenderError where values are not, after any step: the steps that follow would be spent for nothing."""
+    if not all(map(tensor_file.is_finite, tensors.values())):
+        raise RenderError(
+            f"the {kind} came out with values that are not finite; leave out --lora or --compile, or give another"
+            " --attention-backend or --weight-dtype"
+        )
 
 
 def _resume(path: Path, key: str, progress: Console) -> tensor_file.StepState | None:

@@ -216,11 +216,13 @@ class Preset:
 
     @property
     def training_ratios(self) -> list[Fraction]:
-        """The ratios r_s that stage 2 trains at, from 2 to the largest, which is drawn twice as often: those at which a
-        crop is of whole proxy tokens."""
+        """The ratios r_s that stage 2 trains at, those at which a crop is of whole proxy tokens: from the smallest that
+        several levels take (the root of the largest) or `min_ratio`, to the largest, which
+        is drawn twice as often."""
         _, tokens = self.training_crop
         fewest = math.ceil(tokens / self.detail.max_ratio)
-        return [Fraction(tokens, proxy) for proxy in range(max(fewest, tokens // 2), fewest - 1, -1)]
+        smallest = max(self.detail.min_ratio, math.sqrt(self.detail.max_ratio))
+        return [Fraction(tokens, proxy) for proxy in range(max(fewest, int(tokens / smallest)), fewest - 1, -1)]
 
 
 MAY_BE_ZERO = ("margin", "guidance_interval", "autoguidance", "ema", "still")

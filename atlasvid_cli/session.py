@@ -34,6 +34,7 @@ from .weights import (
     load_text,
     load_transformer,
     load_vae,
+    merge_adapter,
     model_folder,
     model_hash,
 )
@@ -140,7 +141,9 @@ class Session:
         for level in (detail.first, detail.upper):
             if level.entry:
                 check_entry(self.folder, level.entry)
-        skeleton = load_skeleton(self.folder) if self.loras else None
+        skeleton = load_skeleton(self.folder)
+        for adapter in {adapter for stage in trained_for for _, adapter in self._weights(stage) if adapter}:
+            merge_adapter(skeleton, self.folder, adapter)
         for lora in self.loras:
             merge_lora(skeleton, lora, self.strict, warn=lambda text: None)
 

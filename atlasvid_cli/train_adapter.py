@@ -8,6 +8,7 @@ import dataclasses
 import random
 from collections.abc import Sequence
 from dataclasses import dataclass
+from fractions import Fraction
 from functools import lru_cache
 from pathlib import Path
 from typing import Literal
@@ -139,6 +140,7 @@ def make(session: Session, job: Job, console: Console) -> Path:
     )
     check_output(job.output, key)
     trained, held_out = split_groups(groups)
+    _check_ratios(preset, job, trained)
     if not held_out:
         console.warn(f"with fewer than {HELD_OUT} clips none is held out, so there is no validation loss")
     with processes.main_process_first():
@@ -155,9 +157,10 @@ def make(session: Session, job: Job, console: Console) -> Path:
             with processes.main_process_first():
                 _wear(session, learner, [*trained, *held_out], embed, folder, console)
                 _enlarge(session, [*trained, *held_out], folder, console)
-        model = _trained(session, job, learner, folder, trained, held_out, embed, lr, console)
+        metadata |= {"run": key}
+        model = _trained(session, job, learner, folder, trained, held_out, embed, lr, metadata, console)
         if processes.is_main_process:
-            train.save_adapter(model, job.output, metadata | {"run": key})
+            train.save_adapter(model, job.output, metadata)
     processes.wait_for_everyone()
     return job.output
 
@@ -171,9 +174,10 @@ def _trained(
     held_out: list[dict],
     embed: train.Embed,
     lr: float,
+    metadata: dict[str, str],
     console: Console,
 ) -> WanTransformer3DModel:
-    """The base with the adapter, trained on samples; checkpoints and the log lie in `folder`."""
+    """The base with the adapter, trained on samples; checkpoint, log and the adapters of some steps are in `folder`."""
     preset = session.preset
     model = _trainable(session, learner.part)
     bare = _trainable(session, learner.part) if job.stage == "detail" and preset.detail.streams == "proxy" else model
@@ -184,6 +188,11 @@ def _trained(
             parameter.data = parameter.data.float()  # bfloat16 would lose updates as small as theirs
     shown = learner.guidance_scale, learner.sigmas
     sampler = Sampler(session, job.stage, bare, model, held_out, embed, folder / "samples", *shown)
+
+    def show(step: int) -> None:
+        train.save_adapter(model, folder / f"step-{step:06d}.safetensors", metadata)
+        sampler.show(step)
+
     with console.stage(f"train {job.stage}", job.steps) as advance:
         if job.stage == "proxy":
             train.train_clips(
@@ -203,7 +212,7 @@ def _trained(
                 held_out=held_out,
                 on_step=advance,
                 training=preset.training,
-                show=sampler.show,
+                show=show,
             )
         else:
             train.train_detail(
@@ -222,7 +231,7 @@ def _trained(
                 held_out=held_out,
                 on_step=advance,
                 training=preset.training,
-                show=sampler.show,
+                show=show,
             )
     return model
 
@@ -300,6 +309,17 @@ def split_groups(groups: list[list[dict]]) -> tuple[list[dict], list[dict]]:
     held_out = [s for group in groups[HELD_OUT - 1 :: HELD_OUT] for s in group]
     random.Random(0).shuffle(held_out)
     return trained, held_out[:VALIDATED]
+
+
+def _check_ratios(preset: Preset, job: Job, trained: list[dict]) -> None:
+    """UsageError where an adapter of stage 2 would not know the largest ratio that its own preset climbs by."""
+    largest = preset.training_ratios[-1]
+    if job.stage == "detail" and str(job.data) != WORLD and all(Fraction(s["ratio"]) < largest for s in trained):
+        known = float(max(Fraction(s["ratio"]) for s in trained))
+        raise UsageError(
+            f"these clips have too few pieces for all ratios of preset {preset.name}: give more or longer ones, or set"
+            f" max_ratio = {known:g} in a preset of your own"
+        )
 
 
 def _samples(session: Session, job: Job, console: Console) -> list[list[dict]]:

@@ -26,9 +26,12 @@ from transformers.utils.logging import disable_progress_bar
 from . import original
 from .causal import is_still, near_pixels
 from .digests import file_digest
-from .errors import InputError, one_line
+from .errors import InputError, ResourceError, one_line
 from .half import HalfEncoder
+from .lora import merge_lora
+from .parse import Lora
 from .presets import Preset, Sampler
+from .store import FULL
 from .tensor_file import check_header, open_tensors, read_header
 
 # what reading damaged weights raises
@@ -56,7 +59,11 @@ def model_folder(preset: Preset, model_path: str | None) -> Path:
         pass
     try:
         return Path(fetch())
-    except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OfflineModeIsEnabled, OSError):
+    except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OfflineModeIsEnabled, OSError) as error:
+        if isinstance(error, OSError) and error.errno in FULL:
+            raise ResourceError(
+                f"the disk is full before {name} is fetched: free space, or set HF_HOME to a folder on another disk"
+            ) from None
         raise InputError(
             f"the weights {name} (revision {revision}) are not whole in the hub cache and cannot be fetched; run"
             f" `hf download {name} --revision {revision}` where there is a network, or give a folder by --model-path"
@@ -86,8 +93,15 @@ def _local(preset: Preset, model_path: str | None) -> Path:
 def is_whole(folder: Path) -> bool:
     """Whether no weights of a model folder are missing, as in a snapshot of which single files were fetched."""
     if original.is_original(folder):
-        parts = (original.files(folder, part) for part in ("vae", "text_encoder", "transformer"))
-        return all(files and all(file.is_file() for file in files) for files in parts)
+        if not original.is_whole(folder):
+            return False
+        homes = original.homes(folder)
+        try:
+            return all(
+                (home / shard).is_file() for home in homes for i in home.glob("*.index.json") for shard in _shards(i)
+            )
+        except (OSError, ValueError, KeyError, AttributeError):
+            return False
     try:
         index = json.loads((folder / "model_index.json").read_text(encoding="utf-8"))
         for part in (folder / name for name, kind in index.items() if isinstance(kind, list) and kind[0]):
@@ -228,10 +242,13 @@ def load_transformer(
         check_adapter(folder, lora, stage, part)
     model = _load(WanTransformer3DModel, folder, part, dtype)
     if lora:
-        model.load_lora_adapter(folder / lora, prefix="transformer")
-        model.fuse_lora()
-        model.unload_lora()
+        merge_adapter(model, folder, lora)
     return model
+
+
+def merge_adapter(model: WanTransformer3DModel, folder: Path, lora: str) -> None:
+    """Merges the adapter `lora` in `folder`, in any layout that `merge_lora` knows; every key must fit."""
+    merge_lora(model, Lora(folder / lora), strict=True, warn=lambda text: None)
 
 
 def load_skeleton(folder: Path) -> WanTransformer3DModel:

@@ -2,6 +2,7 @@
 
 import json
 import math
+from dataclasses import replace
 from fractions import Fraction
 from itertools import pairwise
 
@@ -103,6 +104,24 @@ def test_stage_2_gets_crops_with_their_proxies(session, tmp_path, console):
         assert sample["latents"].shape[1:] == (latents, side, side)
         assert sample["proxy_4"].shape[1:] == (3, side // ratio, side // ratio)
         assert sample["proxy_1"].shape[1:] == (latents, side // ratio, side // ratio)
+
+
+def test_a_clip_of_many_pieces_has_every_ratio_the_largest_twice(session, tmp_path, monkeypatch):
+    monkeypatch.setattr(corpus, "_detail_sample", lambda vae, frames, ratio, r: (len(list(frames)), ratio))
+    pairs(tmp_path, a=15.0)
+    made = corpus.encode_for_detail(None, session.preset, footage.open_clip(tmp_path / "a.mp4"))
+    ratios = session.preset.training_ratios
+    turns = len(ratios) + 1
+    assert len(made) >= turns
+    assert sorted(ratio for _, ratio in made[:turns]) == sorted([*ratios, ratios[-1]])
+
+
+def test_an_hdr_clip_is_named(session, tmp_path, console, capsys, monkeypatch):
+    pairs(tmp_path, a=2.1)
+    opened = footage.open_clip
+    monkeypatch.setattr(corpus, "open_clip", lambda path: replace(opened(path), is_hdr=True))
+    corpus.load_samples(session, "proxy", tmp_path, tmp_path / "work", console)
+    assert "a.mp4 is HDR" in capsys.readouterr().err
 
 
 def test_a_crop_is_never_enlarged_and_its_proxy_shows_the_same(session, tmp_path, monkeypatch):

@@ -13,6 +13,7 @@ from safetensors.torch import load_file
 from torch import nn
 
 from atlasvid_cli import loop
+from atlasvid_cli.errors import RenderError
 from atlasvid_cli.optim import learning_rate
 from atlasvid_cli.presets import Training
 
@@ -111,6 +112,19 @@ def test_the_average_of_the_weights_is_validated_and_kept(tmp_path):
     saved = load_file(tmp_path / "a" / "checkpoint.safetensors")
     assert torch.equal(saved["model.0.weight"], plain["0.weight"])
     assert torch.equal(saved["average.0.weight"], seen[-1])
+
+
+def test_a_loss_that_is_not_finite_ends_it_with_what_was_good(tmp_path):
+    model = network()
+    good = loss_of(model)
+
+    def loss_at(step, rng, generator):
+        return good(step, rng, generator) * (float("nan") if step == 14 else 1)
+
+    with pytest.raises(RenderError, match=r"step 15.*smaller --lr"):
+        loop.run(model, tmp_path, 40, 0.02, 0, loss_at)
+    kept = load_file(tmp_path / "checkpoint.safetensors")
+    assert kept and all(tensor.isfinite().all() for tensor in kept.values())
 
 
 def test_a_log_whose_last_line_was_cut_short_is_gone_on_with(tmp_path):

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from peft import LoraConfig, get_peft_model_state_dict
 from safetensors.torch import save_file
 
 from atlasvid_cli.errors import InputError
@@ -9,6 +10,7 @@ from atlasvid_cli.lora import check_lora, merge_lora
 from atlasvid_cli.parse import Lora
 
 RANK, ALPHA = 3, 1.5
+PEFT_FILE = "adapter_model.safetensors"
 # a self-attention, a cross-attention and a feed-forward layer, by diffusers' and by the original names
 LAYERS = {
     "blocks.0.attn1.to_q": "blocks.0.self_attn.q",
@@ -75,6 +77,54 @@ def test_the_diffusers_layout_equals_peft_fused(transformer, tmp_path):
     theirs.unload_lora()
     for name, value in theirs.state_dict().items():
         torch.testing.assert_close(ours.state_dict()[name], value, atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize("options", [{}, {"use_rslora": True}, {"alpha_pattern": {"attn1.to_q": 5}}], ids=str)
+def test_what_diffusers_and_peft_say_of_alpha_is_heeded(transformer, tmp_path, options):
+    """In the header, and in the config beside the file, as diffusers itself merges it."""
+    theirs = fresh(transformer)
+    targets = ["attn1.to_q", "attn2.to_out.0"]
+    theirs.add_adapter(LoraConfig(r=4, lora_alpha=9, target_modules=targets, init_lora_weights=False, **options))
+    theirs.save_lora_adapter(tmp_path / "diffusers", weight_name="a.safetensors")
+    state = get_peft_model_state_dict(theirs, adapter_name="default")
+    (tmp_path / "peft").mkdir()
+    save_file({f"base_model.model.{k}": v.contiguous() for k, v in state.items()}, tmp_path / "peft" / PEFT_FILE)
+    theirs.peft_config["default"].save_pretrained(tmp_path / "peft")
+    theirs.fuse_lora()
+    theirs.unload_lora()
+    for path in (tmp_path / "diffusers" / "a.safetensors", tmp_path / "peft" / PEFT_FILE):
+        ours = fresh(transformer)
+        merge_lora(ours, Lora(path), strict=True, warn=no_warning)
+        for name, value in theirs.state_dict().items():
+            torch.testing.assert_close(ours.state_dict()[name], value, atol=1e-5, rtol=0)
+
+
+def test_norms_modulations_and_the_bias_of_factors_are_changed_too(transformer, tmp_path):
+    model, path = fresh(transformer), tmp_path / "a.safetensors"
+    block, before = model.blocks[1], transformer.blocks[1]
+    scale = torch.randn_like(block.norm2.weight)
+    table, head = torch.randn_like(block.scale_shift_table), torch.randn_like(model.scale_shift_table)
+    down, up, bias = torch.randn(2, 48), torch.randn(48, 2), torch.randn(48)
+    tensors = {
+        "diffusion_model.blocks.1.norm3.diff": scale,
+        "diffusion_model.blocks.1.norm3.diff_b": 2 * scale,
+        "diffusion_model.blocks.1.diff_m": table,
+        "diffusion_model.head.diff_m": head,
+        "lora_unet__blocks_1_self_attn_v.lora_down.weight": down,
+        "lora_unet__blocks_1_self_attn_v.lora_up.weight": up,
+        "lora_unet__blocks_1_self_attn_v.lora_B.bias": bias,
+    }
+    save_file(tensors, path)
+    merge_lora(model, Lora(path, 0.5), strict=True, warn=no_warning)
+    for ours, was, change in (
+        (block.norm2.weight, before.norm2.weight, scale),
+        (block.norm2.bias, before.norm2.bias, 2 * scale),
+        (block.scale_shift_table, before.scale_shift_table, table),
+        (model.scale_shift_table, transformer.scale_shift_table, head),
+        (block.attn1.to_v.weight, before.attn1.to_v.weight, up @ down),
+        (block.attn1.to_v.bias, before.attn1.to_v.bias, bias),
+    ):
+        torch.testing.assert_close(ours, was + 0.5 * change, atol=1e-5, rtol=0)
 
 
 def test_whole_changes_of_weight_and_bias_are_added(transformer, tmp_path):

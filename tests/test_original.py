@@ -22,7 +22,15 @@ from atlasvid_cli.presets import load_preset
 from atlasvid_cli.session import Session
 from atlasvid_cli.train_text import build_tokenizer
 from atlasvid_cli.video import probe
-from atlasvid_cli.weights import check_config, load_scheduler, load_text, load_transformer, load_vae, model_folder
+from atlasvid_cli.weights import (
+    check_config,
+    is_whole,
+    load_scheduler,
+    load_text,
+    load_transformer,
+    load_vae,
+    model_folder,
+)
 
 RESIDUAL = {"norm1": "residual.0", "conv1": "residual.2", "norm2": "residual.3", "conv2": "residual.6"}
 
@@ -182,6 +190,20 @@ def test_the_scheduler_is_that_of_the_converted_repositories(checkpoint):
     assert isinstance(scheduler, UniPCMultistepScheduler)
     found = scheduler.config
     assert (found.prediction_type, found.use_flow_sigmas, found.flow_shift) == ("flow_prediction", True, 5.0)
+
+
+def test_a_snapshot_with_parts_missing_is_not_whole(checkpoint, tmp_path):
+    folder = shutil.copytree(checkpoint, tmp_path / "one")
+    shards = sorted(folder.glob("*.safetensors"))
+    index = {"weight_map": {str(i): shard.name for i, shard in enumerate(shards)}}
+    (folder / "diffusion_pytorch_model.safetensors.index.json").write_text(json.dumps(index))
+    assert is_whole(folder)
+    for part in (shards[1], folder / original.TOKENIZER, folder / original.TEXT):
+        part.rename(tmp_path / "away")
+        assert not is_whole(folder)
+        (tmp_path / "away").rename(part)
+    (folder / original.EXPERTS["transformer"]).mkdir()
+    assert not is_whole(folder)
 
 
 def test_two_experts_lie_in_their_own_folders(parts, checkpoint, preset, tmp_path):

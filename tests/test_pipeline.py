@@ -15,6 +15,7 @@ from diffusers import WanPipeline
 from safetensors.torch import load_file, save_file
 
 from atlasvid_cli import above, artefacts, pipeline, tensor_file
+from atlasvid_cli import proxy as proxy_module
 from atlasvid_cli.encode import encode_clips
 from atlasvid_cli.enlarge import enlarge
 from atlasvid_cli.errors import InputError, RenderError, ResourceError, UsageError
@@ -337,6 +338,19 @@ def test_a_result_is_refined_no_smaller_than_it_was_generated(session, request_,
         above.plan_from_proxy(result, replace(request_, width=192, height=144))
     large = replace(request_, width=128 * plan.scale, height=96 * plan.scale)
     assert above.plan_from_proxy(result, large).levels
+
+
+def test_a_step_whose_values_are_not_finite_is_the_last(session, request_, console, tmp_path, monkeypatch):
+    plan, forward, calls = make_plan(request_), proxy_module.clip_forward, []
+
+    def fails(*arguments):
+        calls.append(arguments)
+        return forward(*arguments) * (1 if len(calls) == 1 else float("nan"))
+
+    monkeypatch.setattr(proxy_module, "clip_forward", fails)
+    with pytest.raises(RenderError, match="not finite"):
+        pipeline.make_proxy(session, plan, PROMPT, "", tmp_path, console)
+    assert len(calls) == plan.proxy.forwards(1) < plan.proxy.forwards()
 
 
 def test_values_that_are_not_finite_are_never_saved(session, request_, console, tmp_path, monkeypatch):

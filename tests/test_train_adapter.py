@@ -317,12 +317,26 @@ def test_an_optimizer_that_is_not_there_is_said_before_clips_are_read(session, j
         make(session, job, quiet())
 
 
+def test_clips_without_the_largest_ratio_are_refused_before_training(session, job, monkeypatch):
+    """Its own preset would not take the adapter."""
+    monkeypatch.setattr(train_adapter, "_trained", lambda *_: pytest.fail("trained"))
+    samples = load_samples(session, "detail", job.data, job.work, quiet())
+    small = [[sample | {"ratio": "2"} for sample in group] for group in samples]
+    monkeypatch.setattr(train_adapter, "_samples", lambda *_: small)
+    with pytest.raises(UsageError, match="max_ratio = 2 "):
+        make(session, replace(job, stage="detail"), quiet())
+
+
 def test_held_out_clips_are_shown_as_sampled(session, job):
-    """A picture of a row of true frames above one of made ones, at every so many steps and at the end."""
+    """A picture of a row of true frames above one of made ones, at every so many steps and at the end, and the adapter
+    that made them."""
     make(session, job, quiet())
     [folder] = job.work.glob(f"{job.stage}-*/samples")
     steps = {p.name.rsplit("-", 1)[0] for p in folder.iterdir()}
     assert steps == {"step-000006", "step-000009"}
+    adapters = [folder.parent / f"step-{step:06d}.safetensors" for step in (6, 9)]
+    first, last = (tensor_file.open_tensors(path)[0] for path in adapters)
+    assert adapters[1].read_bytes() == job.output.read_bytes() and any(not torch.equal(first[n], last[n]) for n in last)
     picture = np.asarray(Image.open(folder / "step-000009-0.png"), dtype=float)
     half = picture.shape[0] // 2
     true, made = picture[:half], picture[half:]

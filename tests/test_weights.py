@@ -1,13 +1,15 @@
 """Weights are found, checked and refused before anything is computed."""
 
+import errno
 import json
 import shutil
 
 import pytest
 import torch
+from huggingface_hub.errors import LocalEntryNotFoundError
 from safetensors.torch import load_file, save_file
 
-from atlasvid_cli.errors import InputError
+from atlasvid_cli.errors import InputError, ResourceError
 from atlasvid_cli.presets import load_preset, preset_names
 from atlasvid_cli.weights import (
     check_config,
@@ -125,7 +127,6 @@ def test_hub_weights_are_sought_at_the_pinned_revision_and_in_the_cache_first(mo
     asked = []
 
     def fetch(name, revision, allow_patterns, local_files_only=False):
-        from huggingface_hub.errors import LocalEntryNotFoundError
 
         asked.append((name, revision, local_files_only))
         if local_files_only:
@@ -153,6 +154,27 @@ def test_a_snapshot_of_single_files_is_completed(monkeypatch, stock):
     [shard, *_] = sorted((stock / "text_encoder").glob("*.safetensors"))
     shard.rename(stock / "elsewhere")
     assert not is_whole(stock) and model_folder(preset, None) == stock and asked[1:] == [True, False]
+
+
+def test_a_full_disk_is_told_as_such_where_weights_are_fetched(monkeypatch):
+    def fetch(name, local_files_only=False, **_):
+        raise LocalEntryNotFoundError("not there") if local_files_only else OSError(errno.ENOSPC, "No space left")
+
+    monkeypatch.setattr("atlasvid_cli.weights.snapshot_download", fetch)
+    with pytest.raises(ResourceError, match=r"disk is full.*HF_HOME"):
+        model_folder(load_preset("wan2.1-1.3b"), None)
+
+
+def test_an_adapter_may_have_any_layout_and_one_that_fits_nothing_is_refused(stock, tmp_path):
+    shutil.copytree(stock, folder := tmp_path / "copy")
+    layer = load_transformer(folder).blocks[0].attn1.to_q
+    down, up = torch.randn(2, layer.weight.shape[1]), torch.randn(layer.weight.shape[0], 2)
+    for name, prefix in (("good", "diffusion_model.blocks.0.self_attn.q"), ("bad", "diffusion_model.blocks.0.q")):
+        save_file({f"{prefix}.lora_down.weight": down, f"{prefix}.lora_up.weight": up}, folder / f"{name}.safetensors")
+    changed = load_transformer(folder, "good.safetensors", "proxy").blocks[0].attn1.to_q.weight
+    torch.testing.assert_close(changed, layer.weight + up @ down)
+    with pytest.raises(InputError, match="fit no layer"):
+        load_transformer(folder, "bad.safetensors", "proxy")
 
 
 def test_a_vae_that_looks_at_the_past_is_not_taken_for_a_still_one(random_preset):
