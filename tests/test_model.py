@@ -21,6 +21,7 @@ from atlasvid_cli.model import (
 from atlasvid_cli.presets import window_cycle
 from atlasvid_cli.shapes import Grid
 from atlasvid_cli.windows import layout
+from tests.dense import dense_velocity
 
 GRID = Grid(5, 6, 7)
 WHOLE = window_cycle([(9, 9, 9)])
@@ -109,6 +110,24 @@ def test_one_window_without_proxy_equals_diffusers(transformer, latents, text, p
     expected = transformer(latents[None], torch.tensor([400]), padded, return_dict=False)[0][0]
     out = detail_forward(transformer, patchify(latents, 2), GRID, 400, text, None, WHOLE, 1)
     torch.testing.assert_close(unpatchify(out, GRID, 2), expected, atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize("centre", [False, True])
+@pytest.mark.parametrize(
+    ("ratio", "time_ratio", "below", "margin", "phase"),
+    [(Fraction(5, 2), 4, Grid(3, 5, 7), (0, 1, 1), 1), (Fraction(2), 1, Grid(6, 6, 9), (0, 0, 1), 2)],
+)
+def test_both_streams_equal_masked_full_attention(
+    transformer, padded, text, ratio, time_ratio, below, margin, phase, centre
+):
+    """Windows, alignment, margins, positions and modulations of the method, at sizes that nothing divides."""
+    grid, generator = Grid(6, 11, 17), torch.Generator().manual_seed(4)
+    latents, proxy = (torch.randn(4, g.t, g.h * 2, g.w * 2, generator=generator) for g in (grid, below))
+    figures = ratio, time_ratio, margin, (2, 3, 4), centre
+    expected = dense_velocity(transformer, latents, 600, padded, proxy, *figures, LAYOUTS, phase)
+    context = proxy_context(transformer, patchify(proxy, 2), below, text, *figures)
+    out = detail_forward(transformer, patchify(latents, 2), grid, 600, text, context, LAYOUTS, 5, phase)
+    torch.testing.assert_close(unpatchify(out, grid, 2), expected, atol=1e-5, rtol=0)
 
 
 @pytest.mark.parametrize("chunk", [1, 5, 64])

@@ -1,14 +1,15 @@
 from dataclasses import replace
 from fractions import Fraction
+from inspect import signature
 
 import pytest
 import torch
 
 from atlasvid_cli import refine
-from atlasvid_cli.model import text_context
+from atlasvid_cli.model import patchify, text_context
 from atlasvid_cli.presets import Detail, Level
 from atlasvid_cli.refine import Region, sample_detail
-from atlasvid_cli.schedule import sigmas
+from atlasvid_cli.schedule import noise, sigmas
 from atlasvid_cli.shapes import Grid
 from atlasvid_cli.stages import Stage
 
@@ -118,6 +119,59 @@ def test_steps_outside_the_interval_take_one_forward(sample):
 @pytest.mark.parametrize("part", ["shifted", "proxy_attention", "scaled_positions", "clean_proxy"])
 def test_each_part_of_the_method_counts(sample, part):
     assert (sample(detail=replace(DETAIL, **{part: False})) - sample()).abs().max() > 1e-4
+
+
+def spied(monkeypatch, name):
+    """What every call of a function that `refine` uses is given, by the names of its parameters."""
+    calls, real = [], getattr(refine, name)
+
+    def spy(*arguments, **named):
+        given = signature(real).bind(*arguments, **named)
+        given.apply_defaults()
+        calls.append({k: v.clone() if k == "tokens" else v for k, v in given.arguments.items()})
+        return real(*arguments, **named)
+
+    monkeypatch.setattr(refine, name, spy)
+    return calls
+
+
+def test_the_proxy_is_read_at_timestep_0_and_the_windows_cycle_begins_one_further_at_every_step(sample, monkeypatch):
+    proxies, details = spied(monkeypatch, "proxy_context"), spied(monkeypatch, "detail_forward")
+    sample()
+    assert [call["timestep"] for call in proxies] == [0.0]
+    assert [call["phase"] for call in details] == [0, 1, 2]
+    times = [call["timestep"] for call in details]
+    assert times == [int(1000 * s) for s in sigmas(STAGE.steps, STAGE.strength, STAGE.flow_shift)[:-1]]
+    proxies.clear()
+    sample(detail=replace(DETAIL, clean_proxy=False))
+    assert [call["timestep"] for call in proxies] == times
+
+
+def test_what_surrounds_a_region_goes_from_its_noise_to_the_video(sample, monkeypatch):
+    video, seed = sample(), 77
+    calls = spied(monkeypatch, "detail_forward")
+    sample(seed=seed, region=Region((2, 3, 4), (6, 7, 9), video))
+    _, t, h, w = video.shape
+    start = noise(seed, 1, 4, range(t), range(h), range(w))
+    outside = torch.ones(9, 10, 12, dtype=torch.bool)
+    outside[2:6, 3:7, 4:9] = False
+    for call, sigma in zip(calls, sigmas(STAGE.steps, STAGE.strength, STAGE.flow_shift), strict=False):
+        expected = patchify((1 - sigma) * video + sigma * start, 2)  # the halo is all that there is
+        torch.testing.assert_close(call["tokens"][0][outside.flatten()], expected[outside.flatten()])
+
+
+def test_a_region_sees_its_halo_and_nothing_beyond(sample):
+    detail = replace(DETAIL, windows=((3, 2, 2),))
+    video = sample(detail=detail)
+
+    def inside(changed_row):
+        around = video.clone()
+        around[:, :, changed_row * 2 : changed_row * 2 + 2] += 1.0
+        region = Region((0, 0, 0), (9, 2, 12), around)
+        return sample(detail=detail, seed=77, region=region)[:, :, :4]
+
+    assert torch.equal(inside(4), inside(9))
+    assert not torch.equal(inside(2), inside(9))
 
 
 def test_without_shifts_what_is_beyond_a_window_border_is_never_seen(transformer, prompt):

@@ -56,3 +56,10 @@ def test_upsampling_a_ramp_is_exact_inside():
     out = upsample(ramp, Fraction(3), 4, (range(0, 9), range(20), range(24)))
     yy, xx = (torch.arange(4, 16) + 0.5) / 3 - 0.5, (torch.arange(4, 20) + 0.5) / 3 - 0.5
     torch.testing.assert_close(out[0, 3, 4:16, 4:20], yy[:, None] * 2 + xx, atol=1e-4, rtol=0)
+
+
+def test_upsampling_a_ramp_in_time_puts_each_latent_at_the_end_of_its_group():
+    ramp = torch.arange(3.0)[None, :, None, None].expand(1, 3, 4, 4)
+    out = upsample(ramp, Fraction(2), 4, (range(0, 12), range(8), range(8)))
+    expected = (torch.arange(12.0) / 4).clamp_max(2)
+    torch.testing.assert_close(out[0, :, 3, 3], expected)
