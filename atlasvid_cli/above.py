@@ -32,6 +32,11 @@ def plan_from_proxy(path: Path, request: Request) -> Plan:
             f" one like --res {like}"
         )
     plan = make_plan(request, grid, Fraction(known["fps"]))
+    shown = tuple(int(known[side]) * int(known["scale"]) for side in ("width", "height"))
+    if plan.proxy_size != shown:  # another size than it was made for: grids, rounded up, know less of it than pixels
+        sides = zip((request.width, request.height), shown, strict=True)
+        ratio = max(Fraction(side * plan.scale, of) for side, of in sides)
+        plan = make_plan(request, grid, Fraction(known["fps"]), ratio=max(Fraction(1), ratio))
     if plan.target.h < grid.h or plan.target.w < grid.w:
         size = "x".join(str(int(known[side]) * int(known["scale"])) for side in ("width", "height"))
         raise UsageError(

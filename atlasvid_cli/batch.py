@@ -156,5 +156,7 @@ def proxy_one(
         made = pipeline.make_proxy(session, plan, item.prompt, negative, run, console)
         if not target.exists():
             store.publish(made, target)
+        elif not artefacts.is_current(target, wanted):  # another process was quicker
+            raise UsageError(f"{target} was made meanwhile from something else; choose another --output")
     event = {"proxy": str(target), "preview": str(run / "proxy.mp4"), "run_dir": str(run)}
     return event | ({"status": "skipped", "skipped": True} if skipped else {})

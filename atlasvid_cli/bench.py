@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 from diffusers import AutoencoderKLWan
-from diffusers.models.attention_dispatch import _AttentionBackendRegistry
+from diffusers.models.attention_dispatch import attention_backend
 
 from .arms import (
     Bench,
@@ -43,6 +43,7 @@ from .weights import load_text, load_transformer
 SIZES = ((1, "1/4"), (1, "1/2"), (0.35, "1"), (0.5, "1"), (0.75, "1"))  # (side, seconds) of the growth fit
 
 
+@attention_backend(KERNELS.attention)  # diffusers' arm too, whatever the environment says
 def run(request: Request, steps: int | None, repeats: int, seconds: float, console: Console) -> dict[str, Any]:
     """Measures everything and returns the report as JSON can hold it.
 
@@ -99,6 +100,7 @@ def _gemm_rate(dtype: str | None = None) -> float:
     return gemm_rate(2048 if compute_device().kind == "cpu" else None, 1.0, dtype)
 
 
+@attention_backend(KERNELS.attention)
 def native_render_seconds(request: Request, seconds: float, video: Path) -> float:
     """What diffusers' WanPipeline would take from text to file, projected where more than `seconds` would be needed.
 
@@ -228,7 +230,6 @@ def result(
     fits = {
         who: growth_exponent([(p["tokens"], p[f"{who}_seconds"]) for p in points]) for who in ("atlasvid", "native")
     }
-    backend = _AttentionBackendRegistry.get_active_backend()[0]
     return {
         "speedup": total(native) / total(equal),
         "speedup_denoise": speedup_denoise,
@@ -275,7 +276,7 @@ def result(
         "device": compute_device().name,
         "dtype": compute_device().dtype,
         "threads": torch.get_num_threads(),
-        "backend": getattr(backend, "value", str(backend)),
+        "backend": KERNELS.attention,
         "versions": versions(),
     }
 

@@ -219,7 +219,11 @@ def refine(
     folder = run_dir or above.refine_run(session, plan, latents, target.parent / "runs")
     if plan.is_region:
         artefacts.check_base(plan, folder)
-        console.note(f"a part of the video in {folder} is sampled again")
+        (x, y, w, h), (first, end) = plan.region_shown
+        console.note(
+            f"of the video in {folder} what lies in tokens is sampled again: {w}x{h} pixels from ({x}, {y}), frames"
+            f" {first}:{end}"
+        )
         if str(request.seed) == artefacts.describe(artefacts.level_path(plan, folder, len(plan.levels)))["seed"]:
             console.warn("with the seed of the video the part comes out much as it was; give another --seed")
     check_writable(target)

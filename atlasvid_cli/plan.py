@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from .footage import Clip
 
 
+ALGORITHM = 1  # raised by whoever changes what the same plan and weights give: kept work is not taken for the new
 MAX_LATENTS = 1 << 14  # latent frames: beyond, noise would repeat (`schedule.noise`)
 # what of a preset's `Detail` decides latents, beside the sampling of its levels
 METHOD = (
@@ -111,6 +112,14 @@ class Plan:
         box = x * self.scale, y * self.scale, w * self.scale, h * self.scale
         return shapes.tokens_of(box, self.request.frames or (0, self.frames), self.target, self.preset.geometry)
 
+    @property
+    def region_shown(self) -> tuple[tuple[int, int, int, int], tuple[int, int]]:
+        """The box (x, y, w, h) and the frames first..end of the video that such whole tokens are."""
+        (x, y, w, h), (first, end) = shapes.box_of(*self.region, self.preset.geometry)
+        x, y, right, bottom = (side // self.scale for side in (x, y, x + w, y + h))
+        size = min(right, self.request.width) - x, min(bottom, self.request.height) - y
+        return (x, y, *size), (first, min(end, self.frames))
+
     def sampled(self, stage: Stage) -> Grid:
         """The grid that a stage computes: of a region's level that part and its halo."""
         if not (self.is_region and stage is self.levels[-1]):
@@ -125,11 +134,19 @@ class Plan:
             return {"stages": [self.key(s) for s in (*stages, *self.levels)]}
         if stage is self.proxy and (clip := self.request.clip):
             shown = {"grid": _plain(stage.grid), "size": list(self.proxy_size), **self._played}
-            return {"preset": self.preset.name, "seed": self.request.seed, "clip": clip.sha256, **shown}
+            return {
+                "algorithm": ALGORITHM,
+                "preset": self.preset.name,
+                "seed": self.request.seed,
+                "clip": clip.sha256,
+                **shown,
+            }
         sampled = dataclasses.replace(stage, entry=None)  # the file is known by what it holds (`Session.start_hash`)
-        fields = {"preset": self.preset.name, "seed": self.request.seed, "stage": _plain(sampled)}
+        own = _plain(sampled)
         if not stage.is_autoguided:
-            del fields["stage"]["autoguidance"]
+            del own["autoguidance"]
+        fields = {"algorithm": ALGORITHM, "preset": self.preset.name, "seed": self.request.seed, "stage": own}
+        fields |= {"text_length": self.preset.transformer.text_length}
         if stage is self.proxy:
             fields |= {"shown": list(self.proxy_size), **self._played}  # by its preview, and by what refine makes of it
         else:
@@ -228,9 +245,14 @@ class Plan:
 
 
 def make_plan(
-    request: Request, proxy: Grid | None = None, proxy_fps: Fraction | None = None, preset: Preset | None = None
+    request: Request,
+    proxy: Grid | None = None,
+    proxy_fps: Fraction | None = None,
+    preset: Preset | None = None,
+    ratio: Fraction | None = None,
 ) -> Plan:
-    """Resolves a request; with the grid and fps of a saved `proxy`, its levels climb from that. Raises UsageError.
+    """Resolves a request; with the grid and fps of a saved `proxy`, its levels climb from that, in all by a known
+    `ratio`, else by that of the grids. Raises UsageError.
 
     A changed `preset` takes the place of the one that the request names.
     """
@@ -268,10 +290,10 @@ def make_plan(
             experts = dataclasses.replace(stage_1.experts, guidance_scale=given["guidance_scale"])
             stage_1 = dataclasses.replace(stage_1, experts=experts)
     levels = []
-    for i, (grid, ratio) in enumerate(shapes.climb(base, target, detail.max_ratio)):
+    for i, (grid, step) in enumerate(shapes.climb(base, target, detail.max_ratio, ratio)):
         from_proxy = i == 0 and time_ratio == preset.proxy.time_ratio  # and not from an earlier result
         level = detail.first if from_proxy else detail.upper
-        stage = level_stage(detail, level, grid, ratio, 1 if i else time_ratio)
+        stage = level_stage(detail, level, grid, step, 1 if i else time_ratio)
         levels.append(stage if proxy is None else dataclasses.replace(stage, **given))
     return Plan(request, preset, fps, written, scale, stage_1, tuple(levels), proxy is not None)
 

@@ -179,8 +179,9 @@ class Session:
         return self._hashes["vae"]
 
     def start_hash(self, entry: str | None) -> str:
-        """Identity of the weights that make what a level starts from in pixels."""
-        return model_hash(self.folder, "vae", entry) if entry else self.vae_hash
+        """Identity of the weights that make what a level starts from in pixels, and of how they compute."""
+        weights = model_hash(self.folder, "vae", entry) if entry else self.vae_hash
+        return f"{weights} {decode_dtype(self.preset.decode_dtype)}"
 
     def transformer(self, stage: str, offload: Offload, console: Console, second: bool = False) -> Any:
         """The model with the adapter of stage `proxy` or `detail`, on the compute device as far as `offload` says;
@@ -268,7 +269,8 @@ class Session:
     def _cache(self) -> EmbeddingCache:
         """Read for the first prompt: its name takes the text encoder's hash, of gigabytes that `decode` never needs."""
         encoder = model_hash(self.folder, "text_encoder")
-        return EmbeddingCache(self._cache_folder / f"text-{encoder}-{self.device.type}")
+        read = self.preset.transformer.text_length
+        return EmbeddingCache(self._cache_folder / f"text-{encoder}-{self.device.type}-{read}")
 
     def _kept(self, prompt: str) -> Embedding | None:
         return self._embeddings.get(prompt) or self._cache.read(prompt)

@@ -83,6 +83,13 @@ def tokens_of(
     return start, (min(stop[0], grid.t), min(stop[1], grid.h), min(stop[2], grid.w))
 
 
+def box_of(start: Shape, end: Shape, geometry: Geometry) -> tuple[tuple[int, int, int, int], tuple[int, int]]:
+    """The box (x, y, w, h) in pixels and the frames first..end that tokens `start`..`end` (t, h, w) hold."""
+    (t, h, w), (to_t, to_h, to_w), pixels = start, end, geometry.token_pixels
+    first, last = (geometry.temporal * (at - 1) + 1 if at else 0 for at in (t, to_t))
+    return (w * pixels, h * pixels, (to_w - w) * pixels, (to_h - h) * pixels), (first, last)
+
+
 def with_halo(start: Shape, end: Shape, grid: Grid, halo: Shape) -> tuple[Shape, Shape]:
     """A box of tokens (t, h, w) and `halo` of them to either side, within the grid."""
     (t, h, w), (to_t, to_h, to_w), (a, b, c) = start, end, halo
@@ -117,20 +124,21 @@ def shown_size(size: tuple[int, int], ratio: Fraction, proxy: Grid, geometry: Ge
     return width, height
 
 
-def climb(proxy: Grid, target: Grid, max_ratio: float) -> list[tuple[Grid, Fraction]]:
+def climb(proxy: Grid, target: Grid, max_ratio: float, known: Fraction | None = None) -> list[tuple[Grid, Fraction]]:
     """The detail levels [(grid, ratio to the level below)] from `proxy` to `target`: fewest levels, one ratio, which is
-    rounded up to sixteenths."""
-    reach = max(1.0, target.h / proxy.h, target.w / proxy.w)
+    rounded up to sixteenths; of a `known` ratio between the two, to forty-eighths of that.
+
+    Rounding up to tokens at every level may ask for a row or column more than the proxy has: it holds nothing that the
+    video shows, and what lies beyond a level is its border again.
+    """
+    reach = known or max(1.0, target.h / proxy.h, target.w / proxy.w)
+    steps = 3 * RATIO_STEPS if known else RATIO_STEPS
     count = max(1, math.ceil(math.log(reach, max_ratio) - 1e-9))
-    ratio = Fraction(math.ceil(reach ** (1 / count) * RATIO_STEPS - 1e-9), RATIO_STEPS)
-    while True:
-        levels = [(target, ratio)]
-        for _ in range(count - 1):
-            levels.insert(0, (proxy_grid(levels[0][0], ratio, 1), ratio))
-        lowest = proxy_grid(levels[0][0], ratio, 1)
-        if lowest.h <= proxy.h and lowest.w <= proxy.w:
-            return levels
-        ratio += Fraction(1, RATIO_STEPS)  # rounding up at every level took one token too many
+    ratio = Fraction(math.ceil(reach ** (1 / count) * steps - 1e-9), steps)
+    levels = [(target, ratio)]
+    for _ in range(count - 1):
+        levels.insert(0, (proxy_grid(levels[0][0], ratio, 1), ratio))
+    return levels
 
 
 def supersample(width: int, height: int, token_pixels: int, base_tokens: int, min_ratio: float) -> int:

@@ -16,6 +16,7 @@ from safetensors.torch import load_file, save_file
 
 from atlasvid_cli import above, artefacts, pipeline, tensor_file
 from atlasvid_cli import proxy as proxy_module
+from atlasvid_cli.batch import proxy_one
 from atlasvid_cli.encode import encode_clips
 from atlasvid_cli.enlarge import enlarge
 from atlasvid_cli.errors import InputError, RenderError, ResourceError, UsageError
@@ -23,6 +24,7 @@ from atlasvid_cli.footage import open_clip
 from atlasvid_cli.parse import Lora
 from atlasvid_cli.plan import Request, make_plan
 from atlasvid_cli.presets import presets_folder
+from atlasvid_cli.prompts import Item
 from atlasvid_cli.refine import crop_to_stage
 from atlasvid_cli.session import Session
 from atlasvid_cli.video import probe, read_frames, write_video
@@ -287,6 +289,44 @@ def test_a_level_starts_from_frames_half_as_large_where_there_is_an_entry(sessio
     encoder = session.half_encoder(stage.entry)
     expected = enlarge(session.vae(), cropped, stage.ratio, stage.time_ratio, size, frames, encoder=encoder)
     assert torch.equal(made, expected)
+
+
+def test_a_proxy_that_another_process_made_meanwhile_is_not_told_as_this_one(
+    session, request_, console, tmp_path, monkeypatch
+):
+    plan, target, make = make_plan(request_), tmp_path / "p.safetensors", pipeline.make_proxy
+    other = make(session, plan, "a blue ball", "", tmp_path / "other", console)
+
+    def meanwhile(*arguments):
+        made = make(*arguments)
+        shutil.copy(other, target)
+        return made
+
+    monkeypatch.setattr(pipeline, "make_proxy", meanwhile)
+    with pytest.raises(UsageError, match="meanwhile"):
+        proxy_one(session, plan, Item("1", PROMPT, None, 3), "", tmp_path / "run", target, console)
+    assert digest(target) == digest(other)
+
+
+@pytest.mark.parametrize(
+    ("made", "asked"), [((960, 540), (1280, 720)), ((960, 540), (1440, 810)), ((908, 412), (930, 422))]
+)
+@pytest.mark.parametrize("kind", ["proxy", "result"])
+def test_a_refinement_at_another_size_shows_what_its_file_shows(made, asked, kind, monkeypatch):
+    plan = make_plan(Request("tiny", *made, Fraction(2)))
+    (width, height), grid, scale, fps = (
+        (plan.proxy_size, plan.proxy.grid, 1, 4) if kind == "proxy" else (made, plan.target, plan.scale, 16)
+    )
+    known = {"width": str(width), "height": str(height), "scale": str(scale), "fps": str(fps)}
+    monkeypatch.setattr(above, "describe", lambda path: known)
+    monkeypatch.setattr(above, "latents_shape", lambda path: (grid.t, grid.h * 2, grid.w * 2))
+    again = above.plan_from_proxy(tmp := Path("x"), Request("tiny", *made, Fraction(2)))
+    assert again.proxy_size == (width * scale, height * scale)
+    if kind == "proxy":
+        assert [(s.grid, s.ratio) for s in again.levels] == [(s.grid, s.ratio) for s in plan.levels]
+    shown = above.plan_from_proxy(tmp, Request("tiny", *asked, Fraction(2))).proxy_size
+    for side, whole in zip(shown, (width * scale, height * scale), strict=True):
+        assert 0.965 * whole <= side <= whole
 
 
 def test_a_video_that_another_process_made_meanwhile_is_kept(session, request_, console, tmp_path, monkeypatch):

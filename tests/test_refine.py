@@ -7,6 +7,7 @@ import torch
 
 from atlasvid_cli import refine
 from atlasvid_cli.model import patchify, text_context
+from atlasvid_cli.plan import ALGORITHM
 from atlasvid_cli.presets import Detail, Level
 from atlasvid_cli.refine import Region, sample_detail
 from atlasvid_cli.schedule import noise, sigmas
@@ -58,6 +59,14 @@ def test_a_proxy_stream_that_is_kept_is_as_good_as_one_made_at_every_step(sample
 def test_the_same_seed_gives_the_same_bytes_and_another_does_not(sample):
     assert torch.equal(sample(), sample())
     assert (sample() - sample(seed=6)).abs().max() > 0.1
+
+
+def test_what_the_method_makes_changes_only_with_its_number(sample):
+    """Who changes these values on purpose raises `plan.ALGORITHM`, so that no kept work is taken for the new."""
+    made = sample(replace(STAGE, guidance_scale=2.0, strength=0.7))
+    expected = torch.tensor([1.2654, 2.2855, 0.8999, 0.4217, -0.3713, 0.8801])
+    assert ALGORITHM == 1
+    torch.testing.assert_close(made[0, 4, 7, :6], expected, atol=2e-3, rtol=0)
 
 
 @pytest.mark.parametrize("stage", [STAGE, replace(STAGE, guidance_scale=2.0, strength=0.7)])

@@ -10,6 +10,7 @@ from atlasvid_cli.shapes import (
     Geometry,
     Grid,
     base_grid,
+    box_of,
     climb,
     frames_to_generate,
     frames_to_write,
@@ -18,6 +19,7 @@ from atlasvid_cli.shapes import (
     proxy_latent,
     shown_size,
     supersample,
+    tokens_of,
     video_grid,
 )
 
@@ -56,7 +58,9 @@ def test_the_4k_cascade_of_the_embedded_model():
     assert climb(base, target, 4) == [(Grid(49, 22, 38), ratio), (Grid(49, 68, 120), ratio)]
 
 
-@pytest.mark.parametrize(("width", "height"), [(960, 540), (1920, 1080), (3840, 2160), (1080, 1080), (540, 960)])
+@pytest.mark.parametrize(
+    ("width", "height"), [(960, 540), (1920, 1080), (3840, 2160), (1080, 1080), (540, 960), (1080, 1920)]
+)
 def test_little_of_the_embedded_models_proxies_is_hidden(width, height):
     """Its proxy adapter was trained near so many tokens a latent frame; what a video hides may be its object."""
     tokens = load_preset("tiny").proxy.base_tokens
@@ -64,7 +68,7 @@ def test_little_of_the_embedded_models_proxies_is_hidden(width, height):
     base = base_grid(target, tokens, 4, 4)
     ratio = math.prod(step for _, step in climb(base, target, 4))
     assert 0.9 * tokens <= base.h * base.w <= 1.125 * tokens
-    assert target.h * target.w / ratio**2 > 0.84 * base.h * base.w
+    assert target.h * target.w / ratio**2 > 0.9 * base.h * base.w
 
 
 @given(st.integers(64, 8000), st.integers(64, 8000), st.integers(1, 60))
@@ -73,12 +77,27 @@ def test_the_cascade_fits_any_size(width, height, latents):
     base = base_grid(target, 40, 4, 4)
     levels = climb(base, target, 4)
     assert levels[-1][0] == target
-    below, time_ratio = base, 4
+    below, time_ratio, climbed = base, 4, Fraction(1)
     for grid, ratio in levels:
         assert 1 <= ratio <= 4
         aligned = proxy_grid(grid, ratio, time_ratio)
-        assert aligned.t <= below.t and aligned.h <= below.h and aligned.w <= below.w
-        below, time_ratio = grid, 1
+        # a row or column that rounding up asks for and no video shows
+        assert aligned.t <= below.t and aligned.h <= below.h + 1 and aligned.w <= below.w + 1
+        below, time_ratio, climbed = grid, 1, climbed * ratio
+    assert target.h / climbed <= base.h and target.w / climbed <= base.w
+
+
+@given(st.integers(64, 2000), st.integers(64, 2000), st.integers(1, 40), st.integers(1, 600))
+def test_a_box_of_tokens_holds_what_they_were_asked_for(x, y, size, first):
+    grid, last = Grid(200, 80, 80), first + size
+    start, end = tokens_of((x, y, size, size), (first, last), grid, TINY)
+    (left, top, wide, high), (begin, until) = box_of(start, end, TINY)
+    assert left <= x and top <= y and x + size <= left + wide and y + size <= top + high
+    assert begin <= first and last <= until and (until - begin) - size < 2 * TINY.temporal
+    assert wide - size < 2 * TINY.token_pixels and tokens_of((left, top, wide, high), (begin, until), grid, TINY) == (
+        start,
+        end,
+    )
 
 
 @pytest.mark.parametrize(("width", "height", "scale"), [(64, 64, 7), (640, 360, 1), (3840, 2160, 1)])
