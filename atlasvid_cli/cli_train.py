@@ -71,14 +71,15 @@ def train_part(
         raise UsageError(f"train {what} needs clips: give --data, a folder of clip.mp4 + clip.txt")
     from . import train_adapter
     from .presets import load_preset
+    from .train_job import Job, check
 
     model_path = given.pop("model-path", None)
     of_expert = f"_{given['expert']}" if "expert" in given else ""
     target = (output or Path(f"{what}{of_expert}_lora.safetensors")).absolute()
     check_writable(target)
     check_writable(work.absolute() / "log.jsonl", "--work")
-    job = train_adapter.Job(what, output=target, work=work, **given)
-    train_adapter.check(load_preset(preset), job)  # before weights are fetched
+    job = Job(what, output=target, work=work, **given)
+    check(load_preset(preset), job)  # before weights are fetched
     from .session import Session
 
     return train_adapter.make(Session(preset, model_path), job, console)

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
-from . import store, tensor_file
+from . import store
 from .artefacts import (
     describe,
     is_current,
@@ -36,7 +36,7 @@ from .cost import offload_of, vae_tile
 from .decode import decode_stream, tile_steps
 from .encode import encode_stream
 from .enlarge import enlarge
-from .errors import RenderError, ResourceError
+from .errors import ResourceError
 from .experts import experts_of
 from .footage import Clip, read_clip
 from .machine import versions
@@ -44,6 +44,7 @@ from .model import text_contexts
 from .plan import Plan, Request
 from .proxy import sample_proxy
 from .refine import Region, crop_to_stage, sample_detail
+from .results import resume_from, save_latents, save_state, state_path
 from .session import Session
 from .stages import Stage
 from .targets import sheet_of
@@ -124,7 +125,7 @@ def make_proxy(
         latents = _sample_proxy(session, plan, (prompt, negative_prompt), state, metadata["key"], progress)
     for shown in (preview, sheet_of(preview)):
         shown.unlink(missing_ok=True)  # a damaged proxy's
-    _save_latents(path, latents, metadata)
+    save_latents(path, latents, metadata)
     state.unlink(missing_ok=True)
     decode(session, path, preview, "h264", progress, "preview")
     return path
@@ -151,7 +152,7 @@ def _sample_proxy(
 ) -> torch.Tensor:
     stage = plan.proxy
     embeddings = session.embeddings(prompts, progress)  # before a model is loaded: the two need not fit together
-    resume = _resume(state, key, progress)
+    resume = resume_from(state, key, progress)
     with progress.stage("proxy", stage.steps) as advance:
         advance(resume[0] if resume else 0, before=True)
         return sample_proxy(
@@ -162,7 +163,7 @@ def _sample_proxy(
             session.preset.geometry.patch,
             plan.request.seed,
             resume,
-            lambda step, tensors: _save_state(state, step, tensors, key, "proxy"),
+            lambda step, tensors: save_state(state, step, tensors, key, "proxy"),
             advance,
             kernels=session.kernels,
         )
@@ -189,8 +190,8 @@ def refine(session: Session, plan: Plan, proxy_path: Path, run_dir: Path, progre
             path = run_dir / f"detail-region-{metadata['key']}.safetensors"
         if not is_current(path, metadata):
             latents = _refine_level(session, plan, stage, name, number, below, metadata, redo, run_dir, progress)
-            _save_latents(path, latents, metadata)
-            _state_path(run_dir, number).unlink(missing_ok=True)
+            save_latents(path, latents, metadata)
+            state_path(run_dir, number).unlink(missing_ok=True)
     return path
 
 
@@ -269,9 +270,9 @@ def _refine_level(
     run_dir: Path,
     progress: Console,
 ) -> torch.Tensor:
-    state = _state_path(run_dir, number)
+    state = state_path(run_dir, number)
     store.run_directory(run_dir.parent, run_dir.name)
-    resume = _resume(state, metadata["key"], progress)
+    resume = resume_from(state, metadata["key"], progress)
     enlarged = None
     if stage.in_pixels and (region or not resume):  # of a region what surrounds it starts so again
         enlarged = _enlarged(session, stage, name, below, run_dir, progress)
@@ -298,7 +299,7 @@ def _refine_level(
             chunk=plan.chunk,
             region=region,
             resume=resume,
-            save=lambda step, tensors: _save_state(state, step, tensors, metadata["key"], "detail"),
+            save=lambda step, tensors: save_state(state, step, tensors, metadata["key"], "detail"),
             on_block=advance,
             kernels=session.kernels,
             states=torch.device("cpu") if offload_of(plan) == "host" else None,
@@ -319,37 +320,6 @@ def _enlarged(
     figures = stage.ratio, stage.time_ratio, size, frames, tile, spool
     with progress.stage(f"{name} start", frames) as advance:
         return enlarge(session.vae(), below, *figures, advance, encoder)
-
-
-def _save_latents(path: Path, latents: torch.Tensor, metadata: dict[str, str]) -> None:
-    _check_finite({"latents": latents}, metadata["kind"])
-    tensor_file.save_tensors(path, {"latents": latents}, metadata)
-
-
-def _save_state(path: Path, step: int, tensors: dict[str, torch.Tensor], key: str, kind: str) -> None:
-    _check_finite(tensors, kind)
-    tensor_file.save_state(path, step, tensors, key)
-
-
-def _check_finite(tensors: dict[str, torch.Tensor], kind: str) -> None:
-    """Raises RenderError where values are not, after any step: the steps that follow would be spent for nothing."""
-    if not all(map(tensor_file.is_finite, tensors.values())):
-        raise RenderError(
-            f"the {kind} came out with values that are not finite; leave out --lora or --compile, or give another"
-            " --attention-backend or --weight-dtype"
-        )
-
-
-def _resume(path: Path, key: str, progress: Console) -> tensor_file.StepState | None:
-    """The state that an interrupted run of the same stage left, with a word about one that cannot be used."""
-    state, warning = tensor_file.load_state(path, key)
-    if warning:
-        progress.warn(warning)
-    return state
-
-
-def _state_path(run_dir: Path, number: int) -> Path:
-    return run_dir / f"level-{number}.state.safetensors"
 
 
 def _thumbnail(width: int, height: int) -> tuple[int, int]:

@@ -7,11 +7,9 @@ import contextlib
 import dataclasses
 import random
 from collections.abc import Sequence
-from dataclasses import dataclass
 from fractions import Fraction
 from functools import lru_cache
 from pathlib import Path
-from typing import Literal
 
 import torch
 from diffusers import WanTransformer3DModel
@@ -21,9 +19,9 @@ from .console import Console
 from .embeddings import EmbeddingCache
 from .errors import InputError, UsageError
 from .loop import all_processes
-from .optim import check_optimizer
 from .presets import Preset
 from .session import Session
+from .train_job import Job, Learner, check, check_output
 from .train_samples import Sampler
 from .wear import add_enlarged, add_worn
 from .weights import load_transformer, load_vae, model_hash
@@ -33,72 +31,6 @@ WORLD_SAMPLES = {"proxy": {"proxy": 1200}, "detail": {"first": 150, "upper": 150
 HELD_OUT = 10  # every tenth clip is not trained on
 VALIDATED = 16  # samples of held-out clips that a validation takes at most
 LEARNING_RATES = {"muon": 3e-3, "adamw": 3e-3, "prodigy": 1.0}
-
-
-@dataclass(frozen=True)
-class Job:
-    """What to train: stage `proxy` or `detail`, on `data` (folder, index, or `world`), into the file `output`; of two
-    experts the `expert` for high or low noise, in stage 2 always the latter."""
-
-    stage: str
-    data: Path
-    output: Path
-    work: Path
-    steps: int = 1000
-    lr: float | None = None  # LEARNING_RATES of the preset's optimizer
-    rank: int = 64
-    seed: int = 0
-    expert: Literal["high", "low"] | None = None
-
-
-@dataclass(frozen=True)
-class Learner:
-    """Whom an adapter is for: the folder of its weights, what it samples stage 1 with, and the sigmas between which it
-    works."""
-
-    part: str
-    lora: str | None
-    guidance_scale: float
-    sigmas: tuple[float, float] = (0.0, 1.0)
-
-
-def learner_of(preset: Preset, job: Job) -> Learner:
-    """The preset's transformer, or one of its two experts. Raises UsageError."""
-    experts, proxy = preset.experts, preset.proxy
-    if not experts:
-        if job.expert:
-            raise UsageError(f"preset {preset.name} has one transformer; leave --expert out")
-        return Learner("transformer", proxy.lora, proxy.guidance_scale)
-    if job.stage == "detail" and job.expert == "high":
-        raise UsageError("detail levels take the expert for low noise alone; leave --expert out")
-    if job.stage == "proxy" and not job.expert:
-        raise UsageError(f"preset {preset.name} has two experts, with an adapter each; give --expert high or low")
-    if job.expert == "high":
-        return Learner("transformer", proxy.lora, proxy.guidance_scale, experts.sigmas(second=False))
-    return Learner("transformer_2", experts.lora, experts.guidance_scale, experts.sigmas(second=True))
-
-
-def check(preset: Preset, job: Job) -> Learner:
-    """Whom a job trains. Raises UsageError for what cannot be trained, before weights are looked for."""
-    learner = learner_of(preset, job)
-    if not (preset.proxy.scaled_time and preset.detail.scaled_positions and preset.detail.clean_proxy):
-        raise UsageError(
-            f"preset {preset.name} leaves out scaled_time, scaled_positions or clean_proxy, and training does not know"
-            " how; remove that key from the preset"
-        )
-    if job.stage == "detail" and not preset.detail.proxy_attention:
-        raise UsageError(
-            f"preset {preset.name} has proxy_attention = false, so that no detail adapter would be used as trained; set"
-            " it true in a preset of your own, with windows and time_ratio as you want them"
-        )
-    if (preset.geometry.patch, preset.transformer.text_length) != (train.PATCH, train.TEXT_LENGTH):
-        raise UsageError(
-            f"preset {preset.name} has another patch or text_length than Wan's {train.PATCH} and {train.TEXT_LENGTH},"
-            " which training takes for granted; train with a preset that has these"
-        )
-    check_optimizer(preset.training.optimizer)
-    check_output(job.output)
-    return learner
 
 
 def make(session: Session, job: Job, console: Console) -> Path:
@@ -287,20 +219,6 @@ def _trainable(session: Session, part: str) -> WanTransformer3DModel:
     if session.device.type == "cuda":
         model.enable_gradient_checkpointing()
     return model
-
-
-def check_output(output: Path, key: str | None = None) -> None:
-    """UsageError where the adapter would take the place of a file that this training, known by its key, or before that
-    is known any training, did not make."""
-    if output.suffix != ".safetensors":
-        raise UsageError(f"{output} would hold an adapter; let --output end in .safetensors")
-    try:
-        run = tensor_file.read_header(output)[0].get("run") if output.exists() else key
-        same = not output.exists() or (run is not None and key in (None, run))
-    except InputError:
-        same = False
-    if not same:
-        raise UsageError(f"{output} exists and was made from something else; choose another --output")
 
 
 def split_groups(groups: list[list[dict]]) -> tuple[list[dict], list[dict]]:

@@ -20,7 +20,8 @@ from atlasvid_cli.corpus import load_samples
 from atlasvid_cli.errors import InputError, UsageError
 from atlasvid_cli.presets import Training, load_preset
 from atlasvid_cli.session import Session
-from atlasvid_cli.train_adapter import Job, embedder, make, split_groups
+from atlasvid_cli.train_adapter import embedder, make, split_groups
+from atlasvid_cli.train_job import Job, check
 from tests.test_corpus import pairs
 
 
@@ -306,7 +307,7 @@ def test_whom_to_train_is_said(random_preset, experts_preset, tmp_path):
         (two, replace(job, stage="detail", expert="high"), "low noise alone"),
     ):
         with pytest.raises(UsageError, match=said):
-            train_adapter.check(preset, wrong)
+            check(preset, wrong)
 
 
 def test_an_optimizer_that_is_not_there_is_said_before_clips_are_read(session, job, monkeypatch):
