@@ -76,10 +76,10 @@ def train_part(
     model_path = given.pop("model-path", None)
     of_expert = f"_{given['expert']}" if "expert" in given else ""
     target = (output or Path(f"{what}{of_expert}_lora.safetensors")).absolute()
-    check_writable(target)
-    check_writable(work.absolute() / "log.jsonl", "--work")
     job = Job(what, output=target, work=work, **given)
     check(load_preset(preset), job)  # before weights are fetched
+    check_writable(target)
+    check_writable(work.absolute() / "log.jsonl", "--work")
     from .session import Session
 
     return train_adapter.make(Session(preset, model_path), job, console)

@@ -24,7 +24,7 @@ from .enlarge import enlarge
 from .flops import detail_flops, full_flops, linear_flops
 from .half import HalfEncoder
 from .machine import compute_device, conv_rate
-from .model import detail_forward, proxy_context, text_context
+from .model import Alignment, detail_forward, proxy_context, text_context
 from .plan import Plan
 from .presets import Transformer
 from .shapes import Grid
@@ -190,8 +190,8 @@ def detail_sample(model: Any, plan: Plan, stage: Stage, rate: float, seconds: fl
         text = text_context(model, [torch.randn(24, model.config.text_dim)], size.text_length)
         context = None
         if detail.proxy_attention:
-            figures = stage.ratio, stage.time_ratio, detail.margin, detail.proxy_window
-            context = proxy_context(model, guide, low, text, *figures, kernels=KERNELS)
+            alignment = Alignment.of(detail, stage.ratio, stage.time_ratio)
+            context = proxy_context(model, guide, low, text, alignment, kernels=KERNELS)
         arguments = (model, tokens, part, 500.0, text, context, detail.layouts, plan.chunk)
         one = timed(lambda: detail_forward(*arguments, kernels=KERNELS), repeats)
     done, whole = cost(part, low, layers), plan.flops(stage)

@@ -18,7 +18,7 @@ from diffusers import WanTransformer3DModel
 from .attention import rope, rotate
 from .block import EAGER, Kernels, KeyValue, norm_of
 from .offload import Transfers, compute_device, on_device
-from .presets import Layout, window_cycle
+from .presets import Detail, Layout, window_cycle
 from .shapes import Grid, Shape
 from .windows import Windows, aligned_proxy, block_layout
 
@@ -46,6 +46,24 @@ class TextContext:
 
 
 @dataclass(frozen=True)
+class Alignment:
+    """How a proxy lies below a level: r_s and r_t, the tokens seen beyond a window's own, the windows of its own
+    attention, and where its keys sit (DESIGN §4)."""
+
+    ratio: Fraction
+    time_ratio: int
+    margin: Shape
+    window: Shape
+    centre: bool = False
+    scaled: bool = True
+
+    @classmethod
+    def of(cls, detail: Detail, ratio: Fraction, time_ratio: int) -> "Alignment":
+        """As a preset has it."""
+        return cls(ratio, time_ratio, detail.margin, detail.proxy_window, detail.proxy_centre, detail.scaled_positions)
+
+
+@dataclass(frozen=True)
 class ProxyContext:
     """What the detail stream needs of its proxy: keys (rotated at detail coordinates) and values (tokens, heads, d), of
     several proxies one after another.
@@ -54,9 +72,7 @@ class ProxyContext:
     """
 
     grid: Grid
-    ratio: Fraction
-    time_ratio: int
-    margin: tuple[int, int, int]
+    alignment: Alignment
     keys_values: list[KeyValue]
 
     def first(self) -> "ProxyContext":
@@ -67,8 +83,8 @@ class ProxyContext:
         )
 
     def aligned(self, block: int, windows: Windows, transfers: Transfers) -> KeyValue:
-        keys, values = self.keys_values[block]
-        index = aligned_proxy(windows, self.grid, self.ratio, self.time_ratio, self.margin)
+        (keys, values), at = self.keys_values[block], self.alignment
+        index = aligned_proxy(windows, self.grid, at.ratio, at.time_ratio, at.margin)
         index = _in_each(index, self.grid.tokens, len(keys) // self.grid.tokens).to(keys.device)
         return transfers.rows(keys, index), transfers.rows(values, index)
 
@@ -182,12 +198,7 @@ def proxy_context(
     tokens: torch.Tensor,
     grid: Grid,
     text: TextContext,
-    ratio: Fraction,
-    time_ratio: int,
-    margin: tuple[int, int, int],
-    window: Shape,
-    centre: bool = False,
-    scaled_positions: bool = True,
+    alignment: Alignment,
     timestep: float = 0.0,
     kernels: Kernels = EAGER,
     states: torch.device | None = None,
@@ -197,18 +208,19 @@ def proxy_context(
 
     It attends to itself, in windows no larger than its training grid, and to the text, at timestep 0. For the detail's
     queries its keys are rotated at detail coordinates: a proxy token sits at the middle of what it covers, in time at
-    the end of its group of latents or (`centre`) at its middle; without `scaled_positions` at its own. `states` is
-    where hidden state, keys and values live.
+    the end of its group of latents or (`centre`) at its middle; without `scaled` at its own. `states` is where hidden
+    state, keys and values live.
     """
+    time_ratio = alignment.time_ratio
     head_dim, device = model.config.attention_head_dim, compute_device(model)
     states = states or device
     _, modulations = modulation(model, torch.tensor([timestep]))
     count = tokens[..., 0].numel() // grid.tokens
     x = embed_parts(model, tokens.flatten(0, -2), states)
     t = torch.arange(grid.t, dtype=torch.float64) * time_ratio
-    if centre:
+    if alignment.centre:
         t[1:] -= (time_ratio - 1) / 2
-    scale = float(ratio) if scaled_positions else 1.0
+    scale = float(alignment.ratio) if alignment.scaled else 1.0
     h, w = (scale * (torch.arange(size, dtype=torch.float64) + 0.5) - 0.5 for size in (grid.h, grid.w))
     detail_rotation = rope(t[None], h[None], w[None], head_dim, states)
     transfers = Transfers(states, device)
@@ -223,7 +235,7 @@ def proxy_context(
             return index, transfers.rows(x, index), rope(wt * time_ratio, wh, ww, head_dim, device)
 
         with transfers.begun():
-            groups = block_layout(i, window_cycle([window]), grid)
+            groups = block_layout(i, window_cycle([alignment.window]), grid)
             chunks = chain.from_iterable(g.split(max(1, PART // (count * math.prod(g.shape)))) for g in groups)
             for index, part, rotation in transfers.ahead(chunks, fetch):
                 keys_values, bias = text.of_windows(i, len(index), count)
@@ -231,7 +243,7 @@ def proxy_context(
                 transfers.put(index, *zip((out, keys, values), made, strict=True))
         kept.append((rotate(keys.unflatten(0, (count, -1)), detail_rotation).flatten(0, 1), values))
         x = out
-    return ProxyContext(grid, ratio, time_ratio, margin, kept)
+    return ProxyContext(grid, alignment, kept)
 
 
 def detail_forward(

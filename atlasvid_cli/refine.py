@@ -8,7 +8,7 @@ import torch
 from diffusers import WanTransformer3DModel
 
 from .block import EAGER, Kernels
-from .model import ProxyContext, TextContext, detail_forward, patchify, proxy_context, unpatchify
+from .model import Alignment, ProxyContext, TextContext, detail_forward, patchify, proxy_context, unpatchify
 from .presets import Detail
 from .schedule import noise, sigmas, upsample
 from .shapes import Grid, Shape, proxy_grid, with_halo
@@ -70,10 +70,9 @@ def sample_detail(
             return [None] * len(texts)
         _, t, h, w = below.shape
         tokens, below_grid = patchify(below, patch), Grid(t, h // patch, w // patch)
-        figures = stage.ratio, stage.time_ratio, detail.margin, detail.proxy_window, detail.proxy_centre
-        rest = detail.scaled_positions, timestep, kernels, states
+        figures = Alignment.of(detail, stage.ratio, stage.time_ratio), timestep, kernels, states
         each = ((text, tokens.expand(len(text.bias), -1, -1)) for _, text in texts)
-        return [proxy_context(proxy_model, many, below_grid, text, *figures, *rest) for text, many in each]
+        return [proxy_context(proxy_model, many, below_grid, text, *figures) for text, many in each]
 
     def told(prompts: int) -> None:
         for _ in range(prompts):

@@ -16,7 +16,7 @@ from diffusers import WanTransformer3DModel
 from peft import LoraConfig, get_peft_model_state_dict
 
 from .loop import MUON, run, validation
-from .model import clip_forward, detail_forward, patchify, proxy_context, text_context
+from .model import Alignment, clip_forward, detail_forward, patchify, proxy_context, text_context
 from .presets import Detail, Training
 from .schedule import shift_sigma, unshift_sigma, upsample
 from .shapes import Grid
@@ -131,11 +131,7 @@ def detail_loss(
             patchified(proxies),
             grid_of(proxies[0]),
             text_context(proxy_model, prompts, TEXT_LENGTH),
-            ratio,
-            time_ratio,
-            detail.margin,
-            detail.proxy_window,
-            detail.proxy_centre,
+            Alignment.of(detail, ratio, time_ratio),
         )
     within = 0.0, min(1.0, highest / strength)
     sigma = torch.tensor([draw_sigma(generator, detail.flow_shift, strength, within) for _ in samples])

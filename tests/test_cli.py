@@ -40,7 +40,7 @@ OPTIONS = {
     " --seconds --steps",
     "bench": "--ablation --budget-seconds --count --debug --html --json --large --model-path --output --preset"
     " --quality --quick --repeats --res --seconds --seeds --steps",
-    "train": "--data --debug --lr --model-path --output --preset --rank --seed --steps --work",
+    "train": "--data --debug --expert --lr --model-path --output --preset --rank --seed --steps --work",
     "presets": "--debug --json",
     "info": "--debug --json",
     "doctor": "--debug --json",

@@ -11,6 +11,7 @@ from diffusers import WanTransformer3DModel
 from atlasvid_cli import block
 from atlasvid_cli.block import EAGER, Kernels
 from atlasvid_cli.model import (
+    Alignment,
     clip_forward,
     detail_forward,
     patchify,
@@ -38,10 +39,10 @@ def text(transformer, prompt):
     return text_context(transformer, [prompt], 512)
 
 
-def proxy_of(model, text, seed=3, time_ratio=4, ratio=Fraction(3), **more):
+def proxy_of(model, text, seed=3, time_ratio=4, ratio=Fraction(3), scaled=True):
     grid = Grid(2 if time_ratio == 4 else 5, 2, 3)
     tokens = torch.randn(grid.tokens, 16, generator=torch.Generator().manual_seed(seed))
-    return proxy_context(model, tokens, grid, text, ratio, time_ratio, (0, 1, 1), (13, 9, 9), **more)
+    return proxy_context(model, tokens, grid, text, Alignment(ratio, time_ratio, (0, 1, 1), (13, 9, 9), scaled=scaled))
 
 
 def test_patchify_round_trip(latents):
@@ -125,7 +126,7 @@ def test_both_streams_equal_masked_full_attention(
     latents, proxy = (torch.randn(4, g.t, g.h * 2, g.w * 2, generator=generator) for g in (grid, below))
     figures = ratio, time_ratio, margin, (2, 3, 4), centre
     expected = dense_velocity(transformer, latents, 600, padded, proxy, *figures, LAYOUTS, phase)
-    context = proxy_context(transformer, patchify(proxy, 2), below, text, *figures)
+    context = proxy_context(transformer, patchify(proxy, 2), below, text, Alignment(*figures))
     out = detail_forward(transformer, patchify(latents, 2), grid, 600, text, context, LAYOUTS, 5, phase)
     torch.testing.assert_close(unpatchify(out, grid, 2), expected, atol=1e-5, rtol=0)
 
@@ -136,11 +137,11 @@ def test_several_samples_together_are_what_they_are_alone(transformer, prompt, c
     generator, below = torch.Generator().manual_seed(0), Grid(2, 2, 3)
     tokens, proxies = (torch.randn(3, g.tokens, 16, generator=generator) for g in (GRID, below))
     prompts, times = [prompt, prompt[:2], prompt.flip(0)], torch.tensor([700, 31, 400])
-    more = Fraction(3), 4, (0, 1, 1), (1, 2, 2)
+    alignment = Alignment(Fraction(3), 4, (0, 1, 1), (1, 2, 2))
 
     def velocity(i):
         text = text_context(transformer, prompts[i], 512)
-        proxy = proxy_context(transformer, proxies[i], below, text, *more)
+        proxy = proxy_context(transformer, proxies[i], below, text, alignment)
         return detail_forward(transformer, tokens[i], GRID, times[i], text, proxy, LAYOUTS, chunk)
 
     together = velocity(slice(None))
@@ -168,8 +169,8 @@ def test_compiled_blocks_give_the_same_and_serve_windows_of_any_shape(transforme
     proxy = torch.randn(below.tokens, 16, generator=generator)
 
     def velocity(kernels):
-        more = ratio, 4, (0, 1, 1), (13, 9, 9)
-        context = proxy_context(transformer, proxy, below, text, *more, kernels=kernels)
+        alignment = Alignment(ratio, 4, (0, 1, 1), (13, 9, 9))
+        context = proxy_context(transformer, proxy, below, text, alignment, kernels=kernels)
         return detail_forward(transformer, tokens, grid, 500, text, context, layouts, 3, kernels=kernels)
 
     with torch.no_grad(), torch._dynamo.config.patch(fail_on_recompile_limit_hit=True):
@@ -219,7 +220,7 @@ def test_the_proxy_guides_and_is_never_touched_by_the_detail(transformer, latent
 
 def test_without_scaled_positions_the_keys_are_those_at_ratio_one(transformer, text):
     plain = proxy_of(transformer, text, ratio=Fraction(1)).keys_values
-    own, scaled = (proxy_of(transformer, text, scaled_positions=s).keys_values for s in (False, True))
+    own, scaled = (proxy_of(transformer, text, scaled=s).keys_values for s in (False, True))
     for (key, value), (own_key, own_value), (scaled_key, scaled_value) in zip(plain, own, scaled, strict=True):
         assert torch.equal(key, own_key) and torch.equal(value, own_value) and torch.equal(value, scaled_value)
         assert (key - scaled_key).abs().max() > 0.1
@@ -242,7 +243,8 @@ def test_a_region_sees_the_positions_of_the_whole_video(transformer, text):
     """A region that starts on a window border of every block is computed exactly as within the whole."""
     grid, part = Grid(1, 8, 8), Grid(1, 4, 8)
     proxy_grid_tokens = torch.randn(6, 16, generator=torch.Generator().manual_seed(3))
-    proxy = proxy_context(transformer, proxy_grid_tokens, Grid(1, 2, 3), text, Fraction(4), 4, (0, 0, 0), (13, 9, 9))
+    alignment = Alignment(Fraction(4), 4, (0, 0, 0), (13, 9, 9))
+    proxy = proxy_context(transformer, proxy_grid_tokens, Grid(1, 2, 3), text, alignment)
     tokens = torch.randn(grid.tokens, 16, generator=torch.Generator().manual_seed(6))
     layouts = window_cycle([(1, 1, 8)])
     whole = detail_forward(transformer, tokens, grid, 500, text, proxy, layouts, 4)
@@ -263,7 +265,7 @@ def test_blocks_computed_again_backwards_give_the_same_gradients(transformer, te
 
     def gradients(model):
         inputs = [t.clone().requires_grad_() for t in (tokens, proxy_tokens)]
-        context = proxy_context(model, inputs[1], Grid(1, 2, 3), text, Fraction(2), 4, (0, 1, 1), (13, 9, 9))
+        context = proxy_context(model, inputs[1], Grid(1, 2, 3), text, Alignment(Fraction(2), 4, (0, 1, 1), (13, 9, 9)))
         out = detail_forward(model, inputs[0], GRID, 500, text, context, LAYOUTS, 3)
         out = out.sum() + clip_forward(model, inputs[0][None], GRID, torch.tensor([300]), text).square().sum()
         return torch.autograd.grad(out, inputs)

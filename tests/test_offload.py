@@ -6,7 +6,7 @@ from threading import Event
 import pytest
 import torch
 
-from atlasvid_cli.model import detail_forward, proxy_context, text_context
+from atlasvid_cli.model import Alignment, detail_forward, proxy_context, text_context
 from atlasvid_cli.offload import Transfers, narrow, on_device, place, stored
 from atlasvid_cli.presets import window_cycle
 from atlasvid_cli.shapes import Grid
@@ -56,7 +56,7 @@ def forward(model, prompt, states=None):
     below = Grid(3, 3, 4)
     tokens, guide = (torch.randn(grid.tokens, 16, generator=generator) for grid in (GRID, below))
     text = text_context(model, [prompt], 512)
-    context = proxy_context(model, guide, below, text, Fraction(2), 1, (0, 1, 1), (2, 2, 3), states=states)
+    context = proxy_context(model, guide, below, text, Alignment(Fraction(2), 1, (0, 1, 1), (2, 2, 3)), states=states)
     return detail_forward(model, tokens, GRID, 500, text, context, LAYOUTS, 2, states=states)
 
 

@@ -128,9 +128,12 @@ def test_detail_learns_the_way_from_the_upsampled_proxy_to_the_truth(monkeypatch
     if proxy is None:  # dropped, then there is nothing to start from but noise
         noise = (x - (1 - sigma) * clean) / sigma
     else:
-        strength = {4: DETAIL.first, 1: DETAIL.upper}[proxy.time_ratio].strength
+        strength = {4: DETAIL.first, 1: DETAIL.upper}[proxy.alignment.time_ratio].strength
         low = upsample(
-            sample[f"proxy_{proxy.time_ratio}"], Fraction(4), proxy.time_ratio, (range(5), range(8), range(8))
+            sample[f"proxy_{proxy.alignment.time_ratio}"],
+            Fraction(4),
+            proxy.alignment.time_ratio,
+            (range(5), range(8), range(8)),
         )
         assert 0 < sigma <= strength
         part = sigma / strength
@@ -161,7 +164,9 @@ def test_a_sample_trains_the_levels_that_it_has_a_proxy_for(monkeypatch, time_ra
     seen = set()
     monkeypatch.setattr(train, "PROXY_DROP", 0.0)
     monkeypatch.setattr(
-        train, "detail_forward", lambda _, x, grid, t, text, proxy, *rest, **named: seen.add(proxy.time_ratio) or x
+        train,
+        "detail_forward",
+        lambda _, x, grid, t, text, proxy, *rest, **named: seen.add(proxy.alignment.time_ratio) or x,
     )
     bare = model()
     for seed in range(8):
