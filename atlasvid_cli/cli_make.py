@@ -136,10 +136,10 @@ def refine(
     latents: Annotated[Path, typer.Argument(help="A proxy, or an earlier result (.safetensors).")],
     res: opt.Res = "960x540",
     region: Annotated[
-        str | None, typer.Option("--region", help="x,y,w,h in pixels: sample only this part again.")
+        str | None, typer.Option("--region", help="x,y,w,h in pixels: sample this part again, in whole tokens.")
     ] = None,
     frames: Annotated[
-        str | None, typer.Option("--frames", help="first:end in frames: sample only these again.")
+        str | None, typer.Option("--frames", help="first:end: sample these frames again, in whole latent frames.")
     ] = None,
     seed: opt.RefineSeed = None,
     steps: opt.LevelSteps = None,
