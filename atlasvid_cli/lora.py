@@ -131,9 +131,12 @@ def _config(path: Path) -> dict[str, Any]:
 def _scale(config: dict[str, Any], name: str, rank: int) -> float:
     """The scale that a config gives the factors of a layer (peft's `lora_alpha`, `alpha_pattern`, `use_rslora`)."""
     patterns = config.get("alpha_pattern") or {}
-    matching = (alpha for pattern, alpha in patterns.items() if re.match(rf"(.*\.)?({pattern})$", name))
-    alpha = next(matching, config.get("lora_alpha"))
-    return 1.0 if alpha is None else alpha / (math.sqrt(rank) if config.get("use_rslora") else rank)
+    try:
+        matching = (alpha for pattern, alpha in patterns.items() if re.match(rf"(.*\.)?({pattern})$", name))
+        alpha = next(matching, config.get("lora_alpha"))
+        return 1.0 if alpha is None else alpha / (math.sqrt(rank) if config.get("use_rslora") else rank)
+    except (TypeError, AttributeError, re.error):  # no numbers, no patterns
+        return math.nan
 
 
 def _split(key: str) -> tuple[str, str | None]:

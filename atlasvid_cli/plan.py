@@ -132,21 +132,15 @@ class Plan:
         if stage is None:
             stages = () if self.given_proxy else (self.proxy,)
             return {"stages": [self.key(s) for s in (*stages, *self.levels)]}
+        fields = {"algorithm": ALGORITHM, "preset": self.preset.name, "seed": self.request.seed}
         if stage is self.proxy and (clip := self.request.clip):
             shown = {"grid": _plain(stage.grid), "size": list(self.proxy_size), **self._played}
-            return {
-                "algorithm": ALGORITHM,
-                "preset": self.preset.name,
-                "seed": self.request.seed,
-                "clip": clip.sha256,
-                **shown,
-            }
+            return {**fields, "clip": clip.sha256, **shown}
         sampled = dataclasses.replace(stage, entry=None)  # the file is known by what it holds (`Session.start_hash`)
         own = _plain(sampled)
         if not stage.is_autoguided:
             del own["autoguidance"]
-        fields = {"algorithm": ALGORITHM, "preset": self.preset.name, "seed": self.request.seed, "stage": own}
-        fields |= {"text_length": self.preset.transformer.text_length}
+        fields |= {"stage": own, "text_length": self.preset.transformer.text_length}
         if stage is self.proxy:
             fields |= {"shown": list(self.proxy_size), **self._played}  # by its preview, and by what refine makes of it
         else:

@@ -217,8 +217,7 @@ class Preset:
     @property
     def training_ratios(self) -> list[Fraction]:
         """The ratios r_s that stage 2 trains at, those at which a crop is of whole proxy tokens: from the smallest that
-        several levels take (the root of the largest) or `min_ratio`, to the largest, which
-        is drawn twice as often."""
+        several levels take (the root of the largest) or `min_ratio`, to the largest, which is drawn twice as often."""
         _, tokens = self.training_crop
         fewest = math.ceil(tokens / self.detail.max_ratio)
         smallest = max(self.detail.min_ratio, math.sqrt(self.detail.max_ratio))

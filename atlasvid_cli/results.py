@@ -11,11 +11,13 @@ from .errors import RenderError
 
 
 def save_latents(path: Path, latents: torch.Tensor, metadata: dict[str, str]) -> None:
+    """Latents (C, T, H, W) of a finished stage. Raises RenderError for values that are not finite."""
     _check_finite({"latents": latents}, metadata["kind"])
     tensor_file.save_tensors(path, {"latents": latents}, metadata)
 
 
 def save_state(path: Path, step: int, tensors: dict[str, torch.Tensor], key: str, kind: str) -> None:
+    """What a `kind` of stage goes on from after `step`. Raises RenderError for values that are not finite."""
     _check_finite(tensors, kind)
     tensor_file.save_state(path, step, tensors, key)
 

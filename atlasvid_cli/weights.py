@@ -92,17 +92,11 @@ def _local(preset: Preset, model_path: str | None) -> Path:
 
 def is_whole(folder: Path) -> bool:
     """Whether no weights of a model folder are missing, as in a snapshot of which single files were fetched."""
-    if original.is_original(folder):
-        if not original.is_whole(folder):
-            return False
-        homes = original.homes(folder)
-        try:
-            return all(
-                (home / shard).is_file() for home in homes for i in home.glob("*.index.json") for shard in _shards(i)
-            )
-        except (OSError, ValueError, KeyError, AttributeError):
-            return False
     try:
+        if original.is_original(folder):
+            indices = [index for home in original.homes(folder) for index in home.glob("*.index.json")]
+            listed = all((index.parent / shard).is_file() for index in indices for shard in _shards(index))
+            return original.is_whole(folder) and listed
         index = json.loads((folder / "model_index.json").read_text(encoding="utf-8"))
         for part in (folder / name for name, kind in index.items() if isinstance(kind, list) and kind[0]):
             shards = {file for index in part.glob("*.index.json") for file in _shards(index)}

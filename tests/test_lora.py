@@ -99,6 +99,15 @@ def test_what_diffusers_and_peft_say_of_alpha_is_heeded(transformer, tmp_path, o
             torch.testing.assert_close(ours.state_dict()[name], value, atol=1e-5, rtol=0)
 
 
+@pytest.mark.parametrize("wrong", ['{"lora_alpha": "x"}', '{"alpha_pattern": {"(": 2}}', "[]", "no json"])
+def test_a_header_that_says_no_alpha_is_refused(transformer, tmp_path, wrong):
+    path, name = tmp_path / "a.safetensors", "transformer.blocks.0.attn1.to_q"
+    factors = {f"{name}.lora_A.weight": torch.zeros(2, 48), f"{name}.lora_B.weight": torch.zeros(48, 2)}
+    save_file(factors, path, {"lora_adapter_metadata": wrong})
+    with pytest.raises(InputError, match="fetch"):
+        merge_lora(fresh(transformer), Lora(path), strict=False, warn=no_warning)
+
+
 def test_norms_modulations_and_the_bias_of_factors_are_changed_too(transformer, tmp_path):
     model, path = fresh(transformer), tmp_path / "a.safetensors"
     block, before = model.blocks[1], transformer.blocks[1]
