@@ -33,7 +33,7 @@ from .quality import (
     held_out_prompts,
     looked_at,
     proxy_frames,
-    seam_ratio,
+    seams,
 )
 
 SAMPLED_SECONDS = 60.0  # of native, where it is projected
@@ -44,6 +44,7 @@ COLUMNS = (
     "missing_percent",
     "repeated_percent",
     "seam",
+    "seam_chance",
     "coherence_db",
     "edge_width_px",
     "seconds",
@@ -180,8 +181,8 @@ def _timed(
 
 def summary(by_seed: list[list[Seen]]) -> dict[str, Any]:
     """The columns of an arm, over all prompts and seeds: percent of the attributes that came true, with the standard
-    deviation over seeds; percent of the videos with no object and with more than one; seams over all; mean coherence;
-    the median edge width where there is an object; median seconds; the highest peak."""
+    deviation over seeds; percent of the videos with no object and with more than one; seams over all, and what chance
+    does to them; mean coherence; the median edge width where there is an object; median seconds; the highest peak."""
     everything = [seen for row in by_seed for seen in row]
     assessments = [seen.assessment for seen in everything]
     adherence = [100 * float(np.mean([list(s.assessment.right.values()) for s in row])) for row in by_seed]
@@ -191,7 +192,7 @@ def summary(by_seed: list[list[Seen]]) -> dict[str, Any]:
         round(float(np.std(adherence, ddof=1)), 1) if len(adherence) > 1 else None,
         round(100 * float(np.mean([a.repetition < 0 for a in assessments]))),
         round(100 * float(np.mean([a.repetition > 0 for a in assessments]))),
-        round(seam_ratio(assessments), 2),
+        *(round(v, 2) for v in seams(assessments)),
         round(float(np.mean([a.coherence for a in assessments])), 1),
         round(float(np.median(widths)), 1) if widths else None,
         round(float(np.median([s.seconds for s in everything])), 1),
@@ -211,7 +212,7 @@ def row(arm: dict[str, Any]) -> dict[str, str]:
         "arm": arm["arm"].replace(" (untrained)", "*"),
         "right": "±".join(filter(None, (shown("adherence_percent", 0), shown("spread", 0)))),
         "no/many": "/".join(filter(None, (shown("missing_percent", 0), shown("repeated_percent", 0)))),
-        "seam": shown("seam", 2),
+        "seam": "±".join(filter(None, (shown("seam", 2), shown("seam_chance", 1)))),
         "dB": shown("coherence_db", 1),
         "px": shown("edge_width_px", 1),
         "s": shown("seconds", 1),

@@ -133,7 +133,8 @@ def show_quality(request: "Request", count: int, folder: Path, console: "Console
     rows.append({"what": "steady", "right": f"{found['steady']} of {count}"})
     console.table(f"{found['size']} x {found['seconds']:g} s, held-out prompts of preset {found['preset']}", rows)
     right = found["right"]["all of these"]
-    text = f"{right} of {count} prompts all right; seam {found['seam']}, coherence {found['coherence_db']} dB"
+    text = f"{right} of {count} prompts all right; seam {found['seam']} ± {found['seam_chance']}"
+    text += f", coherence {found['coherence_db']} dB"
     text += f", edges {found['edge_width_px']} px wide" if found["edge_width_px"] else ""
     console.emit(found, text)
 
@@ -161,7 +162,7 @@ def show_ablation(
         title = f"{found['large']['size']} x {found['large']['seconds']:g} s, one video of each arm"
         console.table(title, [ablation.row(arm) for arm in found["large"]["arms"]])
     full = next(arm for arm in found["arms"] if arm["arm"] == FULL)
-    text = f"{FULL}: {full['adherence_percent']} % of attributes right, seam {full['seam']}"
+    text = f"{FULL}: {full['adherence_percent']} % of attributes right, seam {full['seam']} ± {full['seam_chance']}"
     console.emit(found, f"{text}, {full['seconds']} s a video")
 
 

@@ -18,7 +18,7 @@ from .artefacts import run_hash
 from .console import Console
 from .cost import check_resources
 from .errors import UsageError
-from .metrics import adherence, detect, edge_width, seam_energy
+from .metrics import adherence, detect, edge_width, step_energy
 from .plan import Plan, Request, make_plan
 from .session import Session
 from .video import read_frames
@@ -31,12 +31,12 @@ STEADY = 0.15  # of its speed may an object's be off in a quarter of the video
 @dataclass(frozen=True)
 class Assessment:
     """What was seen in a video: which attributes came true, how many objects there are beyond the one asked for,
-    [on window borders, beside them] the gradient energy, dB of coherence, pixels of edge width, and how unsteady the
-    object's speed is."""
+    the energy of steps across window borders and across the lines beside them, dB of coherence, pixels of edge width,
+    and how unsteady the object's speed is."""
 
     right: dict[str, bool]
     repetition: int
-    energy: list[float]
+    energy: np.ndarray
     coherence: float
     edge_width: float | None
     unsteady: float | None = None
@@ -99,7 +99,8 @@ def run(request: Request, count: int, folder: Path, console: Console) -> dict[st
     """Renders `count` held-out prompts into `folder` and looks at them; finished identical ones are kept.
 
     In how many each attribute came true, and all of them; in how many no object shows beside the one asked for, and in
-    how many its speed is steady; the seam statistic; the mean coherence in dB; the median edge width (DESIGN §9).
+    how many its speed is steady; the seam statistic and what chance does to it; the mean coherence in dB; the median
+    edge width (DESIGN §9).
     """
     check_resources(check(request), folder.absolute(), videos=count)
     session = Session(request.preset, request.model_path)
@@ -117,6 +118,7 @@ def run(request: Request, count: int, folder: Path, console: Console) -> dict[st
             seen.append(assess(plan, frames, proxy_frames(plan, run_dir / "proxy.mp4"), attributes))
     right = {name: sum(s.right[name] for s in seen) for name in seen[0].right}
     widths = [s.edge_width for s in seen if s.edge_width is not None]
+    seam, chance = seams(seen)
     return {
         "preset": plan.preset.name,
         "size": plan.summary["size"],
@@ -125,7 +127,8 @@ def run(request: Request, count: int, folder: Path, console: Console) -> dict[st
         "right": right | {"all of these": sum(all(s.right.values()) for s in seen)},
         "not_repeated": sum(s.repetition == 0 for s in seen),
         "steady": sum(s.unsteady is not None and s.unsteady <= STEADY for s in seen),
-        "seam": round(seam_ratio(seen), 3),
+        "seam": round(seam, 3),
+        "seam_chance": round(chance, 3),
         "coherence_db": round(float(np.mean([s.coherence for s in seen])), 1),
         "edge_width_px": round(float(np.median(widths)), 1) if widths else None,
     }
@@ -150,17 +153,19 @@ def assess(plan: Plan, frames: list[np.ndarray], proxy: list[np.ndarray], attrib
     return Assessment(
         adherence(found, attributes),
         found.count - 1,
-        np.mean([seam_energy(f, *lines, pitch) for f in frames], axis=0).tolist(),
+        np.mean([step_energy(f, *lines, pitch) for f in frames], axis=0),
         coherence(plan, frames, proxy),
         float(np.median(widths)) if widths else None,
         found.unsteady,
     )
 
 
-def seam_ratio(seen: list[Assessment]) -> float:
-    """Gradient energy on window borders over that beside them, means over videos."""
-    border, beside = np.mean([s.energy for s in seen], axis=0)
-    return float(border / beside)
+def seams(seen: list[Assessment]) -> tuple[float, float]:
+    """Energy of steps across window borders over that across the lines beside them, means over videos; and by how much
+    the same of each of those lines deviates from 1, which is what chance does."""
+    energy = np.mean([s.energy for s in seen], axis=0)
+    ratios = energy * (len(energy) - 1) / np.maximum(energy.sum() - energy, 1e-12)
+    return float(ratios[0]), float(np.sqrt(np.square(ratios[1:] - 1).mean()))
 
 
 def frames_at(path: Path, wanted: list[int]) -> list[np.ndarray]:

@@ -4,6 +4,7 @@ import dataclasses
 import json
 from fractions import Fraction
 
+import numpy as np
 import pytest
 
 from atlasvid_cli import ablation, ablation_arms, quality
@@ -115,7 +116,7 @@ def test_tiles_see_no_border_beyond_their_own():
 def test_columns_are_means_over_prompts_and_spread_over_seeds():
     def seen(right, repetition=0, seconds=1.0):
         flags = {"colour": right, "shape": right}
-        return ablation.Seen(quality.Assessment(flags, repetition, [2.0, 1.0], 30.0, None), seconds, 2**30)
+        return ablation.Seen(quality.Assessment(flags, repetition, np.array([2.0, 1.0]), 30.0, None), seconds, 2**30)
 
     row = ablation.summary([[seen(True), seen(True)], [seen(False, 2), seen(True, -1, 9.0)]])
     assert (row["adherence_percent"], row["spread"]) == (75.0, 35.4)
@@ -126,11 +127,11 @@ def test_columns_are_means_over_prompts_and_spread_over_seeds():
 def test_a_terminal_of_80_columns_shows_every_column_whole(capsys, monkeypatch):
     monkeypatch.setenv("COLUMNS", "80")
     numbers = {"adherence_percent": 91.7, "spread": 14.4, "missing_percent": 100, "repeated_percent": 100, "seam": 1.44}
-    numbers |= {"coherence_db": 34.3, "edge_width_px": 13.4, "seconds": 104.2, "peak_gib": 11.01}
+    numbers |= {"seam_chance": 0.21, "coherence_db": 34.3, "edge_width_px": 13.4, "seconds": 104.2, "peak_gib": 11.01}
     arm = {"arm": max(ablation_arms.SAMPLED, key=len) + " (untrained)", **numbers}
     Console(interactive=False).table("", [ablation.row(arm)])
     line = capsys.readouterr().err.splitlines()[-1]
-    assert line.split()[-7:] == ["92±14", "100/100", "1.44", "34.3", "13.4", "104.2", "11.0"]
+    assert line.split()[-7:] == ["92±14", "100/100", "1.44±0.2", "34.3", "13.4", "104.2", "11.0"]
 
 
 def test_another_world_is_refused(stock_preset):

@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from atlasvid_cli import world
-from atlasvid_cli.metrics import adherence, components, detect, edge_width, seam_energy
+from atlasvid_cli.metrics import adherence, components, detect, edge_width, step_energy
 
 
 def frames_of(scene, seconds=4.0, count=5):
@@ -110,24 +110,26 @@ def test_components_of_a_ring_and_a_dot():
 
 
 def test_seams_are_seen_where_they_are(scenes):
-    def ratio(frames, phases=(0,)):
-        lines = [([at + phase for at in ats] for ats in ([32, 64, 96], [32, 96, 160])) for phase in phases]
-        on, beside = np.mean([seam_energy(f, *at, 32) for at in map(tuple, lines) for f in frames], axis=0)
-        return on / beside
+    def energy(frames):
+        return np.mean([step_energy(f, [32, 64, 96], [32, 96, 160], 32) for f in frames], axis=0)
 
-    def with_seams(frame):
+    def with_seams(frame, code):
         seamed = frame.astype(np.int32)
-        seamed[64:96] += 6
-        seamed[:, 96:160] -= 6
+        seamed[64:96] += code
+        seamed[:, 96:160] -= code
         return seamed.clip(0, 255).astype(np.uint8)
 
     clean = [f for s in scenes for f in frames_of(s, count=1)]
-    assert ratio(clean, range(32)) == pytest.approx(1, abs=0.1)
-    assert ratio([with_seams(f) for f in clean]) > 1.1 * ratio(clean)
+    seamed = {code: energy([with_seams(f, code) for f in clean]) for code in (4, 30)}
+    assert seamed[4][0] > 2 * energy(clean)[0] and seamed[30][0] > seamed[4][0]
+    np.testing.assert_allclose(seamed[4][1:], energy(clean)[1:], rtol=0.01)
+
+
+def test_a_step_counts_on_its_own_line_and_as_a_faint_one_at_most():
     ramp = np.arange(9, dtype=np.uint8)[:, None, None] ** 2 * np.ones((1, 9, 3), np.uint8)  # steps of 1, 3, 5, ...
-    on, beside = seam_energy(ramp, [4], [], 4)
-    assert on * 255**2 == pytest.approx(7**2) and beside * 255**2 == pytest.approx((9**2 + 11**2 + 13**2) / 3)
-    assert seam_energy(np.zeros((8, 8, 3), np.uint8), [4], [4], 4) == (0.0, 0.0)
+    codes = np.sqrt(step_energy(ramp, [3], [], 5)) * 255
+    assert codes.tolist() == pytest.approx([5, 7, 8, 8, 8])
+    assert step_energy(np.zeros((8, 8, 3), np.uint8), [4], [4], 4).tolist() == [0.0] * 4
 
 
 @pytest.mark.parametrize(("height", "sigmas"), [(270, (1.0, 2.0)), (540, (2.0, 4.0))])

@@ -43,12 +43,24 @@ def test_true_renders_pass_and_have_no_seams():
     assert all(adherence(detect(frames, 4.0), attributes).values())
     x, y = (np.arange(b) * a // b for a, b in zip((480, 272), plan.proxy_size, strict=True))
     proxy = [frame[y][:, x] for frame in frames]
-    true = quality.seam_ratio([quality.assess(plan, frames, proxy, attributes)])
+    true, chance = quality.seams([quality.assess(plan, frames, proxy, attributes)])
+    assert abs(true - 1) < 3 * chance
     _, columns = quality.window_borders(plan)
     cut = [frame.copy() for frame in frames]
     for frame in cut:
         frame[:, columns] = 255 - frame[:, columns]
-    assert quality.seam_ratio([quality.assess(plan, cut, proxy, attributes)]) > 2 * true
+    seam, _ = quality.seams([quality.assess(plan, cut, proxy, attributes)])
+    assert seam > 1 + 10 * chance
+
+
+def test_what_chance_does_to_seams_is_how_the_lines_beside_borders_differ():
+    def seen(energy):
+        return quality.Assessment({}, 0, np.array(energy), 30.0, None)
+
+    assert quality.seams([seen([3.0, 1.0, 1.0]), seen([1.0, 1.0, 1.0])]) == pytest.approx((2.0, 1 / 3))
+    seam, chance = quality.seams([seen([2.0, 1.0, 3.0, 2.0])])
+    assert (seam, chance) == pytest.approx((1.0, np.sqrt(((1 - 3 / 7) ** 2 + (9 / 5 - 1) ** 2) / 3)))
+    assert quality.seams([seen([0.0, 0.0])]) == (0.0, 1.0)
 
 
 def test_coherence_is_the_likeness_to_the_proxy():
