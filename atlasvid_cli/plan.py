@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from .footage import Clip
 
 
-ALGORITHM = 1  # raised by whoever changes what the same plan and weights give: kept work is not taken for the new
+ALGORITHM = 2  # raised by whoever changes what the same plan and weights give: kept work is not taken for the new
 MAX_LATENTS = 1 << 14  # latent frames: beyond, noise would repeat (`schedule.noise`)
 # what of a preset's `Detail` decides latents, beside the sampling of its levels
 METHOD = (

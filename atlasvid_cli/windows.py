@@ -1,8 +1,8 @@
 """Window layouts: which tokens attend together in a block, and which proxy tokens they see (DESIGN §4).
 
 Tokens lie in raster order (t, h, w). A layout cuts the grid into windows; windows of one shape form a dense batch.
-An axis is cut into at most three lengths (first, whole, last), so a layout has at most 27 shapes; no token is padded,
-no mask exists.
+An axis is cut into at most four lengths (two that differ by one, and shorter ones at its ends where windows are
+shifted), so a layout has at most 64 shapes; no token is padded, no mask exists.
 """
 
 import math
@@ -48,11 +48,15 @@ class Windows:
 
 
 def cut(size: int, length: int, shifted: bool) -> list[tuple[int, int]]:
-    """(start, length) pieces of an axis; shifted by half a window unless one window covers the axis."""
-    if length >= size:
-        return [(0, size)]
-    edges = [0, *range(length // 2 if shifted and length > 1 else length, size, length), size]
-    return [(a, b - a) for a, b in pairwise(edges)]
+    """(start, length) pieces of an axis, as few as windows of at most `length` allow and alike to one token.
+
+    Shifted they break in the middle of the plain ones, unless one window covers the axis. (Whole windows from one end
+    on leave slivers at the other, of one row at times, which see next to nothing.)
+    """
+    count = -(-size // length)
+    halves = range(1 if shifted and count > 1 else 2, 2 * count, 2)
+    edges = {0, *(at * size // (2 * count) for at in halves), size}
+    return [(a, b - a) for a, b in pairwise(sorted(edges))]
 
 
 def borders(size: int, cuts: list[tuple[int, bool]]) -> list[int]:
