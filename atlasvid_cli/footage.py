@@ -67,13 +67,15 @@ def open_clip(path: Path) -> Clip:
         is_hdr = int(first.color_trc) in HDR
     with opened(path) as (container, stream):  # not every container can be rewound
         start, last, end, rate = _times(container, stream)
+    if rate is None:  # frames before the first that can be decoded, as in a recording cut anywhere, are not there
+        start = Fraction(first.pts) * first.time_base
     return Clip(path, file_hash(path), width, height, end - start, start, last, rate, is_hdr)
 
 
 def _times(container: Any, stream: Any) -> tuple[Fraction, Fraction, Fraction, Fraction | None]:
     """Seconds at which the first frame starts, the last one starts and ends; the rate where frames are counted."""
     rate = stream.average_rate or stream.guessed_rate or DEFAULT_RATE
-    count, timed, spans = 0, True, None
+    count, timed, spans, delays = 0, True, None, set()
     for packet in container.demux(stream):
         if not packet.size or packet.is_discard:
             continue
@@ -81,9 +83,14 @@ def _times(container: Any, stream: Any) -> tuple[Fraction, Fraction, Fraction, F
         if packet.pts is None:
             timed = False
         else:
+            delays.add(packet.dts is not None and packet.pts - packet.dts)
             end = packet.pts + (packet.duration or 0)
             low, high, ends = spans or (packet.pts, packet.pts, end)
             spans = min(low, packet.pts), max(high, packet.pts), max(ends, end)
+    # AVI knows no times: FFmpeg gives packets those at which they lie in the file, wrong where frames are not shown in
+    # that order
+    if container.format.name == "avi" and stream.codec_context.has_b_frames and len(delays) == 1:
+        timed = False
     if not timed or spans is None:
         return Fraction(0), (count - 1) / rate, count / rate, rate
     first, last, end = (Fraction(v) * stream.time_base for v in spans)

@@ -1,15 +1,16 @@
 """Frames to video files and back, through PyAV, with colour that is stated and not guessed.
 
-RGB is converted here, from float, to BT.709 limited range at the bit depth of the codec, and tagged so. Files appear
-under their name only when they are complete, and the same frames give the same bytes.
+Frames are written as BT.709 in limited range at the bit depth of the codec, and tagged so. Files appear under their
+name only when they are complete, and the same frames give the same bytes.
 """
 
 import itertools
 import os
 import queue
+import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from fractions import Fraction
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -19,6 +20,7 @@ import numpy as np
 
 from .errors import InputError, RenderError, UsageError, one_line
 from .store import replacing
+from .ycbcr import to_planes
 
 if TYPE_CHECKING:
     import torch
@@ -68,18 +70,10 @@ CODECS = {
 
 BT709 = 1  # the code of its primaries, transfer and matrix in every container, and of its matrix in swscale
 LIMITED, FULL = 1, 2
-RED, BLUE = 0.2126, 0.0722
-# codes of Y, Cb and Cr above black, or grey, that full red, green and blue make at 8 bits
-YCBCR = (
-    (219 * RED, 219 * (1 - RED - BLUE), 219 * BLUE),
-    (-112 * RED / (1 - BLUE), -112 * (1 - RED - BLUE) / (1 - BLUE), 112.0),
-    (112.0, -112 * (1 - RED - BLUE) / (1 - RED), -112 * BLUE / (1 - RED)),
-)
 
 # swscale's bilinear, with chroma interpolated and rounded exactly: its default is 12 dB worse
 SWSCALE_FLAGS = 0x2 | 0x2000 | 0x4000 | 0x40000
 
-BAND_ROWS = 64  # converted at a time, an even number: what it takes at 4K then stays in the cache
 QUEUED_FRAMES = 4  # 12 to 50 MB each at 4K: enough for the encoder to work through a pause of the decoder
 
 
@@ -136,11 +130,12 @@ def write_video(
     check_target(path, codec, width, height)
     spec = _codec(codec)
     pixels = spec.pixels_odd if width % 2 or height % 2 else spec.pixels
-    planes: queue.Queue[list[np.ndarray] | None] = queue.Queue(QUEUED_FRAMES)
+    planes: queue.Queue[list[np.ndarray]] = queue.Queue(QUEUED_FRAMES)
+    given_up = threading.Event()
     with replacing(path, path.suffix) as temporary, ThreadPoolExecutor(1, "encode") as pool:
         rate = Fraction(fps).limit_denominator(1001)
-        job = (temporary, spec, pixels, width, height, rate, frame_count, metadata or {}, iter(planes.get, None))
-        encoder = pool.submit(_encode, *job)
+        taken = _taken(planes, frame_count, given_up)
+        encoder = pool.submit(_encode, temporary, spec, pixels, width, height, rate, frame_count, metadata or {}, taken)
         done = 0
         try:
             for frame in itertools.islice(_single(frames), frame_count):  # asks for no chunk after the last frame
@@ -153,10 +148,10 @@ def write_video(
                     on_frame(done)
             if done < frame_count:
                 raise RenderError(f"The decoder gave {done} frames, but the video needs {frame_count}.")
-        finally:
-            if not encoder.done():
-                _put(planes, None, encoder)
-        encoder.result()
+            encoder.result()
+        except BaseException:
+            given_up.set()  # never waits, so that a second interrupt cannot leave the encoder waiting for ever
+            raise
 
 
 def _single(chunks: Iterator["torch.Tensor"]) -> Iterator["torch.Tensor"]:
@@ -167,7 +162,17 @@ def _single(chunks: Iterator["torch.Tensor"]) -> Iterator["torch.Tensor"]:
         del chunk
 
 
-def _put(planes: queue.Queue, item: list[np.ndarray] | None, encoder: Future) -> None:
+def _taken(planes: queue.Queue[list[np.ndarray]], count: int, given_up: threading.Event) -> Iterator[list[np.ndarray]]:
+    """The next `count` of `planes` as they come; RenderError once nobody wants them encoded."""
+    while count:
+        if given_up.is_set():
+            raise RenderError("The video was given up.")
+        with suppress(queue.Empty):
+            yield planes.get(timeout=0.2)
+            count -= 1
+
+
+def _put(planes: queue.Queue[list[np.ndarray]], item: list[np.ndarray], encoder: Future) -> None:
     """Puts `item` as soon as there is room. Raises what the encoder failed with: nobody empties the queue then."""
     while True:
         if encoder.done():
@@ -217,35 +222,6 @@ def _encode(
             frame.pts = i
             container.mux(stream.encode(frame))
         container.mux(stream.encode(None))
-
-
-def to_planes(rgb: "torch.Tensor", pixels: str) -> list[np.ndarray]:
-    """Y, Cb and Cr of a frame (3, H, W) in 0..1: BT.709 limited range, in `pixels` such as yuv420p or yuv422p10le.
-
-    Chroma sits where H.264 and its successors expect it: on the left pixel of a pair, between the two rows.
-    """
-    bands = (_band_planes(band, pixels) for band in rgb.split(BAND_ROWS, dim=1))
-    return [np.concatenate(parts) for parts in zip(*bands, strict=True)]
-
-
-def _band_planes(rgb: "torch.Tensor", pixels: str) -> list[np.ndarray]:
-    import torch
-    import torch.nn.functional as F
-
-    step, dtype = (4, np.uint16) if pixels.endswith("10le") else (1, np.uint8)  # 10 bits: four codes an 8-bit one
-    black = rgb.new_tensor([[16.0], [128.0], [128.0]], dtype=torch.float32) * step
-    weights = rgb.new_tensor(YCBCR, dtype=torch.float32) * step
-    shape, height = rgb.shape, rgb.shape[1]
-    planes = torch.addmm(black, weights, rgb.float().clamp(0, 1).flatten(1)).view(shape)
-    luma, chroma = planes[0], planes[1:]
-    if "420" in pixels:
-        chroma = F.pad(chroma, (0, 0, 0, height % 2), "replicate")
-        chroma = (chroma[:, 0::2] + chroma[:, 1::2]).mul_(0.5)
-    if "444" not in pixels:
-        chroma = F.pad(chroma, (1, 1), "replicate")
-        around = chroma[..., :-2] + chroma[..., 2:]
-        chroma = around.add_(chroma[..., 1:-1], alpha=2).mul_(0.25)[..., 0::2]
-    return [plane.round().cpu().numpy().astype(dtype) for plane in (luma, *chroma)]
 
 
 @contextmanager

@@ -241,6 +241,26 @@ def test_frames_without_time_stamps_are_counted(tmp_path):
     assert levels(footage.read_clip(clip, clip.rate / 2, 6, (16, 16))) == [0, 2, 4, 6, 8, 10]
 
 
+def test_reordered_frames_in_avi_are_shown_in_order(tmp_path):
+    def prepare(stream):
+        stream.codec_context.options = {"x264-params": "scenecut=0:bframes=3:b-adapt=0"}
+
+    path = write(tmp_path / "a.avi", grays(24), "libx264", "yuv420p", rate=20, prepare=prepare)
+    assert levels(read(path, 20, 24, (16, 16))) == list(range(24))
+
+
+def test_a_recording_cut_anywhere_begins_with_its_first_whole_frame(tmp_path):
+    def prepare(stream):
+        stream.codec_context.gop_size, stream.codec_context.max_b_frames = 8, 0
+        stream.codec_context.options = {"x264-params": "scenecut=0"}  # which would make each frame whole
+
+    path = write(tmp_path / "a.ts", grays(24), "libx264", "yuv420p", prepare=prepare)
+    whole, second = path.read_bytes(), 188 * 8  # bytes of a packet: tables, then the frames' own
+    path.write_bytes(whole[: 188 * 3] + whole[second:])
+    assert levels(read(path, 10, 5, (16, 16))) == [8, 9, 10, 11, 12]
+    assert footage.open_clip(path).seconds == Fraction(16, 10)
+
+
 def test_a_picture_is_a_clip_of_one_frame(tmp_path):
     assert levels(read(write(tmp_path / "a.png", grays(3)[2:], "png", "rgb24"), count=3)) == [2, 2, 2]
 

@@ -4,6 +4,7 @@ import errno
 import math
 import subprocess
 import sys
+import time
 
 import av
 import numpy as np
@@ -127,20 +128,6 @@ def test_ten_bits_keep_more_than_eight(codec, tmp_path):
     assert len(np.unique(luma)) > 300
 
 
-def test_known_colours():
-    """Codes of BT.709 limited range for black, white and the primaries (ITU-R BT.709, table 3)."""
-    colours = torch.tensor([[0, 0, 0], [1, 1, 1], [1, 0, 0], [0, 1, 0], [0, 0, 1]], dtype=torch.float32)
-    y, cb, cr = (p[0].tolist() for p in video.to_planes(colours.T[:, None], "yuv444p"))
-    assert list(zip(y, cb, cr, strict=True)) == [
-        (16, 128, 128),
-        (235, 128, 128),
-        (63, 102, 240),
-        (173, 42, 26),
-        (32, 240, 118),
-    ]
-    assert video.to_planes(colours.T[:, None], "yuv444p10le")[0][0].tolist()[:2] == [64, 940]
-
-
 @pytest.mark.parametrize("codec", video.CODECS)
 @pytest.mark.parametrize("count", [1, 2, 3])
 def test_very_short(codec, count, tmp_path):
@@ -200,6 +187,25 @@ def test_full_disk_in_the_encoder_stops_the_decoder(tmp_path, monkeypatch):
     with pytest.raises(ResourceError, match="disk is full"):
         video.write_video(tmp_path / "a.mp4", endless(), width=16, height=16, fps=16, frame_count=10_000)
     assert len(decoded) < 100
+    assert not list(tmp_path.iterdir())
+
+
+def test_an_interrupt_leaves_the_queue_unencoded_and_waits_for_nothing(tmp_path, monkeypatch):
+    taken = []
+
+    def slow(*job):
+        for planes in job[-1]:
+            taken.append(planes)
+            time.sleep(0.3)
+
+    def interrupted():
+        yield ramp(4, 64, 64)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(video, "_encode", slow)
+    with pytest.raises(KeyboardInterrupt):
+        video.write_video(tmp_path / "a.mp4", interrupted(), width=64, height=64, fps=16, frame_count=99)
+    assert len(taken) <= 2  # of four in the queue
     assert not list(tmp_path.iterdir())
 
 
