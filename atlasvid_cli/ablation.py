@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 
 from . import pipeline, store, world
 from .ablation_arms import NATIVE, RECONSTRUCTED, Arm, arms
@@ -23,7 +24,8 @@ from .artefacts import job_hash, proxy_metadata
 from .bench import native_render_seconds
 from .console import Console
 from .cost import EFFICIENCY, GIB, check_resources
-from .machine import gemm_rate, peak_rss, reset_peak
+from .experts import experts_of
+from .machine import compute_device, gemm_rate, peak_rss, reset_peak
 from .plan import Plan, Request, make_plan
 from .quality import (
     Assessment,
@@ -35,6 +37,7 @@ from .quality import (
     proxy_frames,
     seams,
 )
+from .session import Session
 
 SAMPLED_SECONDS = 60.0  # of native, where it is projected
 APART = 1000  # seeds of a prompt are this far apart, so that more prompts or seeds leave the others' as they are
@@ -131,7 +134,8 @@ def look(arm: Arm, plan: Plan, prompt: str, attributes: world.Attributes, folder
     # the preview is the VAE's work
     proxy_job = f"{proxy_metadata(arm.session, plan, prompt, '')['key']} {arm.session.vae_hash}"
     sample = partial(pipeline.make_proxy, arm.session, plan, prompt, "", proxy, console)
-    proxy_seconds, _ = _timed(proxy, proxy / "proxy.mp4", proxy_job, lambda: None, sample)
+    warm = partial(_warm_proxy, arm.session, plan, prompt, console)
+    proxy_seconds, _ = _timed(proxy, proxy / "proxy.mp4", proxy_job, warm, sample)
     work = folder / _folder_name(arm.name) / seed
     video = work.with_suffix(".mp4")
     make = partial(arm.make, plan, prompt, attributes, proxy, video)
@@ -139,6 +143,13 @@ def look(arm: Arm, plan: Plan, prompt: str, attributes: world.Attributes, folder
     frames = frames_at(video, looked_at(plan))
     seen = assess(plan, frames, proxy_frames(plan, proxy / "proxy.mp4"), attributes)
     return Seen(seen, seconds if arm.name in (NATIVE, RECONSTRUCTED) else proxy_seconds + seconds, peak)
+
+
+def _warm_proxy(session: Session, plan: Plan, prompt: str, console: Console) -> None:
+    """Loads what a proxy needs, and encodes its prompt, which other seeds find encoded."""
+    embeddings = session.embeddings((prompt, ""), console)
+    session.vae()
+    experts_of(session, plan, embeddings, console)(1000.0)  # last, since on a GPU one part stays: the one needed first
 
 
 def _native_takes(plan: Plan) -> float:
@@ -171,12 +182,23 @@ def _timed(
     shutil.rmtree(work, ignore_errors=True)
     store.run_directory(work.parent, work.name)
     warm()
-    reset_peak()
+    _reset_peak()
     started = time.monotonic()
     make()
-    seconds, peak = round(time.monotonic() - started, 2), peak_rss()
+    seconds, peak = round(time.monotonic() - started, 2), _peak()
     store.write_json(work.with_suffix(".json"), {"job": job, "seconds": seconds, "peak_bytes": peak})
     return seconds, peak
+
+
+def _reset_peak() -> None:
+    if compute_device().kind == "cuda":
+        torch.cuda.reset_peak_memory_stats()
+    reset_peak()
+
+
+def _peak() -> int:
+    """The most bytes held since `_reset_peak`, of a GPU's memory where there is one: that is what runs out there."""
+    return torch.cuda.max_memory_allocated() if compute_device().kind == "cuda" else peak_rss()
 
 
 def summary(by_seed: list[list[Seen]]) -> dict[str, Any]:

@@ -24,6 +24,7 @@ from .measure import (
     decode_sample,
     detail_sample,
     enlarge_sample,
+    heads_in_memory,
     mux_alone,
     native_decode,
     native_forward,
@@ -34,7 +35,8 @@ from .measure import (
 from .plan import Plan, make_plan
 from .session import Session
 from .shapes import Grid
-from .timing import Stopwatch, Timing, from_samples, timed
+from .stages import Stage
+from .timing import Stopwatch, Timing, from_samples, timed, together
 from .vae_cost import decode_flops, overlap
 from .video import read_frames
 from .weights import load_scheduler
@@ -61,6 +63,14 @@ class Bench:
     rate: float
     seconds: float
     repeats: int
+
+
+@dataclass(frozen=True)
+class Check:
+    """How far a projection was off, relatively, and at how many tokens that was seen."""
+
+    error: float
+    tokens: int
 
 
 def warm_up(bench: Bench, plan: Plan) -> float:
@@ -105,7 +115,10 @@ def expected_seconds(plan: Plan) -> float:
 
 
 def few_step_arm(bench: Bench, plan: Plan, repeats: int) -> tuple[Stages, int | None]:
-    """(times of each stage, peak bytes) as the preset renders, in full or, where the budget is too small, sampled."""
+    """(times of each stage, peak bytes) as the preset renders, in full or, where the budget is too small, sampled.
+
+    Samples are of the same stages, but for `rest`.
+    """
     reset_peak()
     if bench.proxy and expected_seconds(plan) * repeats <= bench.seconds:
         return _renders(bench, plan, repeats), peak_rss()
@@ -119,20 +132,29 @@ def few_step_arm(bench: Bench, plan: Plan, repeats: int) -> tuple[Stages, int | 
     if bench.proxy:
         stages["text"] = from_samples([warm_up(bench, plan) for _ in range(repeats)])
         latents = read_latents(bench.folder / "run" / "detail.safetensors", bench.proxy)[0][None]
-    patch, count = plan.preset.geometry.patch, min(SAMPLED_LATENTS, plan.target.t)
-    h, w = plan.target.h * patch, plan.target.w * patch
+    stages["preview"] = together(_decoded(bench, plan, plan.proxy, latents, bench.seconds / 8, repeats))
+    stages["decode"], stages["mux"] = _decoded(bench, plan, plan.levels[-1], latents, bench.seconds * 3 / 8, repeats)
+    (bench.folder / "sample.mp4").replace(bench.folder / "video.mp4")
+    return stages, None
+
+
+def _decoded(
+    bench: Bench, plan: Plan, stage: Stage, latents: torch.Tensor, seconds: float, repeats: int
+) -> tuple[Timing, Timing]:
+    """(decode, mux) of all that a stage makes, from its first latent frames, or a part of each where they would take
+    more than `seconds`; they are `latents` (1, C, t, h, w) enlarged, so smooth, as a video is."""
+    patch, count = plan.preset.geometry.patch, min(SAMPLED_LATENTS, stage.grid.t)
+    h, w = stage.grid.h * patch, stage.grid.w * patch
     config = asdict(plan.preset.vae)
     work = decode_flops(config, h, w) * count / (h * w)
-    part = crop(Grid(1, h, w), conv_rate(bench.vae.dtype) * DECODE_EFFICIENCY * bench.seconds / 2 / work)
-    picture = F.interpolate(latents, (count, part.h, part.w), mode="trilinear")[0]  # smooth, as a video is
+    part = crop(Grid(1, h, w), conv_rate(bench.vae.dtype) * DECODE_EFFICIENCY * seconds / work)
+    picture = F.interpolate(latents, (count, part.h, part.w), mode="trilinear")[0]
     tile = vae_tile(plan.preset, h, w)
     smaller = tile if tile and tile < max(part.h, part.w) else None
-    times = decode_sample(bench.vae, picture, plan, smaller, bench.folder, repeats)
-    (bench.folder / "sample.mp4").replace(bench.folder / "video.mp4")
+    decode, mux = decode_sample(bench.vae, picture, plan, stage, smaller, bench.folder, repeats)
     more = h * w / part.tokens
     halos = overlap(config, h, w, tile) / overlap(config, part.h, part.w, smaller)
-    stages |= {"decode": times[0].times(more * halos), "mux": times[1].times(more)}
-    return stages, None
+    return decode.times(more * halos), mux.times(more)
 
 
 def equal_arm(bench: Bench, plan: Plan, steps: int, few: Stages) -> Stages:
@@ -220,8 +242,8 @@ def native_point(bench: Bench, plan: Plan, steps: int) -> Stages:
 # --- how far projections can be trusted ----------------------------------------------------------------------------
 
 
-def native_error(bench: Bench, plan: Plan) -> float:
-    """Relative error of `native_sample` where one forward can be timed in full as well."""
+def native_error(bench: Bench, plan: Plan) -> Check:
+    """`native_sample` where one forward can be timed in full as well, of as many heads as at the full size."""
     size, patch, grid = plan.preset.transformer, plan.preset.geometry.patch, plan.native_grid
     runs = max(3, bench.repeats)
     seconds = min(bench.seconds / 4, SAMPLE_SECONDS)
@@ -229,11 +251,13 @@ def native_error(bench: Bench, plan: Plan) -> float:
     while full_flops(size, patch, grid.tokens, size.text_length) > budget and grid.tokens > 1:
         grid = crop(grid, grid.tokens - 1)
     whole = timed(native_forward(bench.model, patch, size.text_length, grid), runs)
-    return native_sample(bench.model, size, patch, grid, bench.rate, seconds / 2, runs).seconds / whole.seconds - 1
+    heads = heads_in_memory(size, plan.native_grid.tokens)
+    sample = native_sample(bench.model, size, patch, grid, heads, bench.rate, seconds / 2, runs)
+    return Check(sample.seconds / whole.seconds - 1, grid.tokens)
 
 
-def detail_error(bench: Bench, plan: Plan, measured: Stages) -> dict[str, float]:
-    """Relative errors of the samples of the last level and of decoding, against the run in full just before."""
+def detail_error(bench: Bench, plan: Plan, measured: Stages) -> dict[str, Check]:
+    """The samples of the last level and of decoding, against the run in full just before."""
     stage, runs = plan.levels[-1], max(3, bench.repeats)
     one = plan.flops(stage) / stage.forwards() / (bench.rate * EFFICIENCY)
     sample = detail_sample(bench.model, plan, stage, bench.rate, one * (runs + 1) / 3, runs)
@@ -242,7 +266,7 @@ def detail_error(bench: Bench, plan: Plan, measured: Stages) -> dict[str, float]
     latents = read_latents(bench.folder / "run" / "detail.safetensors", bench.proxy)[0]
     if latents.shape[1] > SAMPLED_LATENTS:
         tile = vae_tile(plan.preset, *latents.shape[2:])
-        parts = decode_sample(bench.vae, latents[:, :SAMPLED_LATENTS], plan, tile, bench.folder, runs)
+        parts = decode_sample(bench.vae, latents[:, :SAMPLED_LATENTS], plan, stage, tile, bench.folder, runs)
         whole = measured["decode"].seconds + measured["mux"].seconds
-        errors["decode"] = sum(t.seconds for t in parts) / whole - 1
-    return errors
+        errors["decode"] = together(parts).seconds / whole - 1
+    return {name: Check(error, stage.grid.tokens) for name, error in errors.items()}

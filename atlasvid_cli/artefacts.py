@@ -267,14 +267,20 @@ def keep_videos(path: Path) -> None:
         raise UsageError(f"{path} is not of a run; give another --run-dir, or move it away")
 
 
-def keep_foreign(target: Path, key: str) -> None:
-    """UsageError where `target` is a file that was not made from the latents with this key."""
+def keep_foreign(target: Path, metadata: dict[str, str]) -> None:
+    """UsageError where `target` is a file that was not made from the latents with this key, dtype and attention."""
+    if not target.exists():
+        return
     try:
-        same = not target.exists() or probe(target)["metadata"].get("key") == key
+        found = probe(target)["metadata"]
     except AtlasError:
-        same = False
-    if not same:
-        raise UsageError(f"{target} exists and was made from something else; choose another --output")
+        found = {}
+    if found.get("key") == metadata["key"]:
+        return
+    arithmetic = {name: metadata[name] for name in ("dtype", "attention")}
+    told = ", ".join(f"{name} {found[name]}" for name, value in arithmetic.items() if found.get(name, value) != value)
+    what = f"on another machine or with other options ({told})" if told else "from something else"
+    raise UsageError(f"{target} exists and was made {what}; choose another --output")
 
 
 def region_of(

@@ -61,24 +61,30 @@ def run_batch(
         return show_plan(resolved, console, folder, run_dir, max(1, missing))
     if missing:  # what is finished needs no room
         check_resources(resolved, folder, run_dir, missing)
+    if len({target.parent for target in targets}) == 1:  # else each item finds out for itself
+        check_writable(targets[0])
     from .artefacts import run_hash
 
     make = render_one if kind == "video" else proxy_one
     session = Session.of(request)
     session.check_adapters()
+    asked = [item.prompt for item in items]
     if session.preset.extend_prompts and not request.clip:
         items = [_extended(item, console) for item in items]
     standard = session.preset.negative_prompt
     negatives = [standard if item.negative_prompt is None else item.negative_prompt for item in items]
     session.expect([*(item.prompt for item in items), *negatives])
     failures: list[Exception] = []
-    for number, (item, negative, target) in enumerate(zip(items, negatives, targets, strict=True), start=1):
+    for number, (item, prompt, negative, target) in enumerate(
+        zip(items, asked, negatives, targets, strict=True), start=1
+    ):
         if many:
             console.note(f"{number} of {len(items)}: {item.prompt or item.id}")
         plan = make_plan(dataclasses.replace(request, seed=item.seed))
         own_run = f"{slug(target.stem)}-{run_hash(session, plan, item.prompt, negative)}"
         run = run_dir or target.parent / "runs" / own_run
-        event = {"id": item.id, "prompt": item.prompt, "seed": item.seed}
+        event = {"id": item.id, "prompt": prompt, "seed": item.seed}
+        event |= {"taken_as": item.prompt} if item.prompt != prompt else {}
         try:
             check_writable(target)
             event |= {"status": "ok", **make(session, plan, item, negative, run, target, console)}
@@ -135,7 +141,7 @@ def render_one(
     if target.exists():  # but its run is gone, and all is made again
         check_resources(plan, target.parent, run)
     proxy = artefacts.proxy_metadata(session, plan, item.prompt, negative)
-    artefacts.keep_foreign(target, artefacts.result_key(session, plan, proxy))
+    artefacts.keep_foreign(target, {"key": artefacts.result_key(session, plan, proxy), **session.arithmetic})
     with store.lock(store.run_directory(run.parent, run.name)):
         return pipeline.render(session, plan, item.prompt, negative, run, target, console)
 

@@ -18,6 +18,7 @@ from diffusers.models.attention_dispatch import attention_backend
 
 from .arms import (
     Bench,
+    Check,
     Stages,
     detail_error,
     equal_arm,
@@ -31,16 +32,17 @@ from .arms import (
 )
 from .causal import hold_still
 from .console import Console
-from .cost import GIB, rows
+from .cost import GIB, offload_of, rows
 from .errors import ResourceError
 from .machine import available_ram, compute_device, copy_rate, decode_dtype, gemm_rate, versions
 from .measure import KERNELS, random_model
 from .plan import Plan, Request, make_plan
 from .session import Session
-from .timing import Timing
+from .timing import Rates, Timing, together
 from .weights import load_text, load_transformer
 
 SIZES = ((1, "1/4"), (1, "1/2"), (0.35, "1"), (0.5, "1"), (0.75, "1"))  # (side, seconds) of the growth fit
+MOST_DRIFT = 1.1  # of the machine's rate over the arms, beyond which it is told
 
 
 @attention_backend(KERNELS.attention)  # diffusers' arm too, whatever the environment says
@@ -67,14 +69,17 @@ def run(request: Request, steps: int | None, repeats: int, seconds: float, conso
         if has_weights:
             warm_up(bench, plan)
         advance()
-        errors: dict[str, float] = {}
+        errors: dict[str, Check] = {}
         few, peak = few_step_arm(bench, plan, repeats)
+        gemms = {"before": bench.rate, "few-step": _gemm_rate()}
         frames = first_frames(bench.folder / "video.mp4", plan)
         of_target = {} if is_projected(few) else detail_error(bench, plan, few)
         advance()
         equal = equal_arm(bench, plan, steps, few)
+        gemms["equal steps"] = _gemm_rate()
         advance()
         native, native_peak = native_arm(bench, plan, steps, frames)
+        gemms["native"] = _gemm_rate()
         advance()
         points = []
         for part in smaller:
@@ -87,9 +92,14 @@ def run(request: Request, steps: int | None, repeats: int, seconds: float, conso
         advance()
     points.append(_point(plan, few, native, peak, native_peak))
     arms = {"native": native, "equal steps": equal, "few-step": few}
-    gemm = max(bench.rate, _gemm_rate())  # before and after, whichever had the machine to itself
-    rates = gemm, copy_rate(), gemm if compute_device().dtype == "float32" else _gemm_rate("float32")
+    in_float32 = max(gemms.values()) if compute_device().dtype == "float32" else _gemm_rate("float32")
+    rates = Rates(gemms, copy_rate(), in_float32)
     found = result(plan, steps, arms, errors, points, rates, has_weights)
+    if rates.drift > MOST_DRIFT:
+        console.warn(
+            f"a big matrix product was {100 * (rates.drift - 1):.0f} % faster beside one arm than beside another, so"
+            " speedups may be as far off; measure again with nothing else running"
+        )
     if found["ceiling_fraction"] > 1:
         console.warn("denoising seems faster than without any attention: something else ran meanwhile; measure again")
     return found | {"repeats": repeats, "budget_seconds": seconds}
@@ -110,7 +120,7 @@ def native_render_seconds(request: Request, seconds: float, video: Path) -> floa
     with tempfile.TemporaryDirectory(prefix="atlasvid-bench-") as name:
         bench = _load(plan, compute_device().kind == "cpu", Path(name), seconds, 1)
         stages, _ = native_arm(bench, plan, plan.proxy.steps, first_frames(video, plan))
-    return sum(timing.seconds for timing in stages.values())
+    return total(stages).seconds
 
 
 def _load(plan: Plan, has_weights: bool, folder: Path, seconds: float, repeats: int) -> Bench:
@@ -166,17 +176,27 @@ def smaller_plans(plan: Plan) -> list[Plan]:
 
 
 def is_projected(stages: Stages) -> bool:
-    return any(t.projected for t in stages.values())
+    return total(stages).projected
 
 
-def total(stages: Stages, *names: str) -> float:
-    """Seconds of the stages whose names begin with one of `names`, by default of all."""
-    return sum(t.seconds for name, t in stages.items() if name.startswith(names or ("",)))
+def total(stages: Stages, *names: str) -> Timing:
+    """The stages whose names begin with one of `names`, by default all."""
+    return together(t for name, t in stages.items() if name.startswith(names or ("",)))
 
 
-def denoise(stages: Stages) -> float:
-    """Seconds of denoising: native's, or those of the proxy and the detail levels."""
+def denoise(stages: Stages) -> Timing:
+    """Denoising: native's, or that of the proxy and the detail levels."""
     return total(stages, "denoise", "proxy", "detail")
+
+
+def _speedups(native: Stages, ours: Stages) -> dict[str, Any]:
+    """How many times as fast ours is; a range is from the worst pair of native's and our times to the best."""
+    found: dict[str, Any] = {}
+    for name, part in (("speedup", total), ("speedup_denoise", denoise)):
+        slow, fast = part(native), part(ours)
+        found[name] = slow.seconds / fast.seconds
+        found[f"{name}_range"] = [slow.low / fast.high, slow.high / fast.low]
+    return found
 
 
 def growth_exponent(points: list[tuple[float, float]]) -> float | None:
@@ -196,8 +216,8 @@ def _point(plan: Plan, ours: Stages, native: Stages, peak: int | None, native_pe
         "height": plan.request.height,
         "frames": plan.frames,
         "tokens": plan.target.tokens,
-        "atlasvid_seconds": denoise(ours) + total(ours, "decode"),
-        "native_seconds": denoise(native) + total(native, "decode"),
+        "atlasvid_seconds": denoise(ours).seconds + total(ours, "decode").seconds,
+        "native_seconds": denoise(native).seconds + total(native, "decode").seconds,
         "atlasvid_projected": is_projected(ours),
         "native_projected": is_projected(native),
         "atlasvid_peak_bytes": peak,
@@ -210,20 +230,16 @@ def result(
     plan: Plan,
     steps: int,
     arms: dict[str, Stages],
-    errors: dict[str, float],
+    errors: dict[str, Check],
     points: list[dict[str, Any]],
-    rates: tuple[float, float, float],
+    rates: Rates,
     has_weights: bool,
 ) -> dict[str, Any]:
-    """The report: speedups, what they rest on, and the machine.
-
-    `arms` as `run` names them; `rates`: FLOP/s of a big GEMM, bytes/s of a big copy, and FLOP/s of a
-    big GEMM in fp32.
-    """
+    """The report: speedups, what they rest on, and the machine; `arms` as `run` names them."""
     native, equal, few = arms["native"], arms["equal steps"], arms["few-step"]
     rendered, at_equal = plan.named_stages(), plan.at_equal_steps(steps)
     passes = plan.proxy.passes
-    speedup_denoise = denoise(native) / denoise(equal)
+    speedups = _speedups(native, equal)
     ceiling = plan.attention_free_ceiling
     detail_seconds = sum(few[name].seconds for name, _ in rendered[1:])
     detail_rate = sum(plan.flops(stage) for _, stage in rendered[1:]) / detail_seconds
@@ -231,34 +247,35 @@ def result(
         who: growth_exponent([(p["tokens"], p[f"{who}_seconds"]) for p in points]) for who in ("atlasvid", "native")
     }
     return {
-        "speedup": total(native) / total(equal),
-        "speedup_denoise": speedup_denoise,
+        **speedups,
         "few_step": {
-            "speedup": total(native) / total(few),
-            "speedup_denoise": denoise(native) / denoise(few),
+            **_speedups(native, few),
             "steps": [stage.steps for _, stage in rendered],
             "guidance_scale": [stage.guidance_scale for _, stage in rendered],
         },
         "projected": any(is_projected(stages) for stages in arms.values()),
-        "projection_error": max(map(abs, errors.values())),
-        "projection_errors": errors,
+        "projection_error": max(abs(check.error) for check in errors.values()),
+        "projection_errors": {name: check.error for name, check in errors.items()},
+        "projection_tokens": {name: check.tokens for name, check in errors.items()},
         "attention_free_ceiling": ceiling,
-        "ceiling_fraction": speedup_denoise / ceiling,
+        "ceiling_fraction": speedups["speedup_denoise"] / ceiling,
         "growth_exponent": fits["atlasvid"],
         "growth_exponent_native": fits["native"],
         "growth": points,
-        "gemm_fraction": detail_rate / rates[0],
-        "gemm_flops_per_second": rates[0],
-        "gemm_fraction_float32": detail_rate / rates[2],
-        "gemm_flops_per_second_float32": rates[2],
-        "roofline": _roofline(plan, arms, steps, rates[:2]),
+        "gemm_fraction": detail_rate / rates.gemm,
+        "gemm_flops_per_second": rates.gemm,
+        "gemm_tflops": {when: rate / 1e12 for when, rate in rates.gemms.items()},
+        "gemm_fraction_float32": detail_rate / rates.float32,
+        "gemm_flops_per_second_float32": rates.float32,
+        "roofline": _roofline(plan, arms, steps, rates),
         "peak_bytes": {
             "atlasvid": points[-1]["atlasvid_peak_bytes"],
             "native": points[-1]["native_peak_bytes"],
             "planned": points[-1]["planned_peak_bytes"],
         },
         "stages": {arm: {name: _plain(t) for name, t in stages.items()} for arm, stages in arms.items()},
-        "totals": {arm: total(stages) for arm, stages in arms.items()},
+        "totals": {arm: total(stages).seconds for arm, stages in arms.items()},
+        "totals_range": {arm: [total(stages).low, total(stages).high] for arm, stages in arms.items()},
         "flops": {
             "native": plan.native_flops(steps, passes),
             "equal steps": sum(at_equal.flops(stage) for _, stage in at_equal.named_stages()),
@@ -277,11 +294,12 @@ def result(
         "dtype": compute_device().dtype,
         "threads": torch.get_num_threads(),
         "backend": KERNELS.attention,
+        "offload": offload_of(plan),
         "versions": versions(),
     }
 
 
-def _roofline(plan: Plan, arms: dict[str, Stages], steps: int, rates: tuple[float, float]) -> dict[str, Any]:
+def _roofline(plan: Plan, arms: dict[str, Stages], steps: int, rates: Rates) -> dict[str, Any]:
     """FLOP/s that denoising reaches against its FLOPs a byte of the least traffic.
 
     A block reads and writes the hidden state, and reads its weights and the keys and values of what guides it.
@@ -295,7 +313,7 @@ def _roofline(plan: Plan, arms: dict[str, Stages], steps: int, rates: tuple[floa
     passes, native_tokens = plan.proxy.passes, plan.native_grid.tokens
     detail = plan.named_stages()[-1][0]
     rows = (
-        ("native", plan.native_flops(steps, passes), denoise(arms["native"]), native_tokens, 0, steps * passes),
+        ("native", plan.native_flops(steps, passes), denoise(arms["native"]).seconds, native_tokens, 0, steps * passes),
         (
             "atlasvid, last detail level",
             plan.flops(level),
@@ -309,7 +327,7 @@ def _roofline(plan: Plan, arms: dict[str, Stages], steps: int, rates: tuple[floa
         {"name": name, "intensity": flops / least_bytes(tokens, guide) / runs, "flops_per_second": flops / seconds}
         for name, flops, seconds, tokens, guide, runs in rows
     ]
-    return {"flops_per_second": rates[0], "bytes_per_second": rates[1], "points": points}
+    return {"flops_per_second": rates.gemm, "bytes_per_second": rates.copy, "points": points}
 
 
 def _plain(timing: Timing) -> dict[str, Any]:

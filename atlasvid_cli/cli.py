@@ -17,7 +17,7 @@ from .cli_tell import bench, doctor, info, plan, presets
 from .cli_train import train
 from .errors import ExitCode, explain, one_line, stop_signals, traced
 
-INTERRUPTED = "interrupted: run the same command again to go on from what is saved"
+INTERRUPTED = "interrupted: run the same command again; it goes on from what is saved, if anything is"
 
 HELP = {"help_option_names": ["-h", "--help"]}
 app = typer.Typer(

@@ -13,7 +13,7 @@ from .parse import parse_frames, parse_region
 from .prompts import items_of
 from .request import make_request, with_clip
 from .show import show_plan
-from .targets import check_writable, target_of
+from .targets import check_writable, sheet_of, target_of
 
 
 def render(
@@ -145,7 +145,7 @@ def refine(
     steps: opt.LevelSteps = None,
     guidance_scale: opt.LevelGuidance = None,
     flow_shift: opt.LevelShift = None,
-    fps: opt.Fps = None,
+    fps: opt.RefineFps = None,
     preset: opt.SavedPreset = None,
     model_path: opt.ModelPath = None,
     lora: opt.Loras = None,
@@ -213,6 +213,7 @@ def refine(
             artefacts.check_latents(latents, session)
         return show_plan(plan, console, target.parent, run_dir)
     check_resources(plan, target.parent, run_dir)
+    check_writable(target)
     session = Session.of(request)
     session.check_adapters()
     artefacts.check_latents(latents, session)
@@ -226,14 +227,15 @@ def refine(
         )
         if str(request.seed) == artefacts.describe(artefacts.level_path(plan, folder, len(plan.levels)))["seed"]:
             console.warn("with the seed of the video the part comes out much as it was; give another --seed")
-    check_writable(target)
     proxy = artefacts.describe(latents)
     region = artefacts.region_key(session, plan, proxy, folder) if plan.is_region else None
-    artefacts.keep_foreign(target, region or artefacts.result_key(session, plan, proxy))
+    key = region or artefacts.result_key(session, plan, proxy)
+    artefacts.keep_foreign(target, {"key": key, **session.arithmetic})
     with lock(run_directory(folder.parent, folder.name)):
         result = pipeline.refine(session, plan, latents, folder, console)
         pipeline.finish(session, result, target, request, console, folder)
-    console.emit({"video": str(target), "latents": str(result), "status": "ok"}, str(target))
+    made = {"video": str(target), "preview": str(sheet_of(target)), "latents": str(result), "run_dir": str(folder)}
+    console.emit({"prompt": proxy["prompt"], "seed": request.seed, "status": "ok", **made}, str(target))
 
 
 def decode(
@@ -259,8 +261,8 @@ def decode(
     known = artefacts.describe(latents)
     target = target_of(output, latents.with_suffix(""), suffix)
     check_target(target, codec, int(known["width"]), int(known["height"]))
-    artefacts.keep_foreign(target, known["key"])
     check_writable(target)
+    artefacts.keep_foreign(target, known)
     shape, width, height = artefacts.latents_shape(latents), int(known["width"]), int(known["height"])
     video = file_bytes(width, height, int(known["frames"]), codec)
     check_decode(load_preset(preset or known["preset"]), shape, width, height, target.parent, video)

@@ -7,6 +7,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from threading import Lock
+from typing import TextIO
 
 from rich import box
 from rich.console import Console as RichConsole
@@ -14,7 +15,8 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, ProgressColum
 from rich.table import Table
 from rich.text import Text
 
-from .errors import ExitCode, one_line
+from .errors import ExitCode, ResourceError, one_line
+from .store import FULL
 
 PLAIN_INTERVAL_S = 10.0
 
@@ -47,6 +49,25 @@ class _TimeLeft(ProgressColumn):
         return Text(f"{duration(remaining(at_last_step, done, task.total - task.completed) - since)} left")
 
 
+class _Stderr(RichConsole):
+    """stderr, which falls silent where nobody takes what it says: hours of work do not end for that."""
+
+    def on_broken_pipe(self) -> None:
+        self.quiet = True
+        _discard(sys.stderr)
+
+    def _check_buffer(self) -> None:
+        try:
+            super()._check_buffer()
+        except OSError:  # a terminal that is gone, a full disk behind a log
+            self.on_broken_pipe()
+
+
+def _discard(stream: TextIO) -> None:
+    """Lets all further output of a stream go nowhere, so that the interpreter's own flush at exit finds a file."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
+
+
 class Console:
     """Where a command talks to its user; `progress` in pipeline's functions is one of these.
 
@@ -55,7 +76,7 @@ class Console:
 
     def __init__(self, json_lines: bool = False, interactive: bool | None = None, quiet: bool = False) -> None:
         self.json_lines, self._quiet = json_lines, quiet
-        self._rich = RichConsole(stderr=True, markup=False, highlight=False, emoji=False, quiet=quiet)
+        self._rich = _Stderr(stderr=True, markup=False, highlight=False, emoji=False, quiet=quiet)
         self._interactive = self._rich.is_terminal if interactive is None else interactive
         self._lock = Lock()
         self._bars: Progress | None = None
@@ -69,10 +90,16 @@ class Console:
         try:
             print(line, flush=True)
         except BrokenPipeError:
-            # The reader (`head`, say) has left: nobody wants the rest. The interpreter's own flush at exit must find
-            # an open file; SystemExit, so that a batch's `except Exception` does not go on.
-            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+            # The reader (`head`, say) has left: nobody wants the rest. SystemExit, so that a batch's
+            # `except Exception` does not go on.
+            _discard(sys.stdout)
             raise SystemExit(ExitCode.RENDER) from None
+        except OSError as error:
+            if error.errno not in FULL:
+                raise
+            _discard(sys.stdout)
+            remedy = "free some space; the same command goes on from what is finished"
+            raise ResourceError(f"standard output cannot take more ({error.strerror}): {remedy}") from None
 
     def note(self, text: str) -> None:
         """Prints a line on stderr, above any bars."""

@@ -32,6 +32,9 @@ from .weights import load_vae, model_hash
 Tensors = dict[str, torch.Tensor]
 Encoded = list[tuple[Tensors, dict[str, str]]]
 
+HELD_OUT = 10  # every tenth clip is not trained on
+VALIDATED = 16  # samples of held-out clips that a validation takes at most
+
 
 @dataclass(frozen=True)
 class Captioned:
@@ -88,7 +91,7 @@ def _entry(line: str, index: Path, number: int) -> Captioned:
 
 
 def load_samples(session: Session, stage: str, data: Path, work: Path, console: Console) -> list[list[dict]]:
-    """The samples of stage `proxy` or `detail` of every usable clip of `data`, one list a clip.
+    """The samples of stage `proxy` or `detail` of every usable entry of `data`, one list an entry.
 
     Latents are cached in `work` by the clip's content, the VAE and the figures of the preset that they depend on.
     `InputError` where no clip can be used.
@@ -126,6 +129,19 @@ def load_samples(session: Session, stage: str, data: Path, work: Path, console: 
     if skipped:
         console.warn(f"{skipped} of {len(entries)} clips were skipped, {len(groups)} are used")
     return groups
+
+
+def split_groups(groups: list[list[dict]]) -> tuple[list[dict], list[dict]]:
+    """The samples to train on, and some of every tenth clip's to validate with: one clip by its content, whatever its
+    names and captions, as validation must not be of what was trained on. A world's samples are each a clip."""
+    by_clip: dict[object, list[dict]] = {}
+    for i, group in enumerate(groups):
+        by_clip.setdefault(group[0].get("clip", i), []).extend(group)
+    clips = list(by_clip.values())
+    trained = [s for i, clip in enumerate(clips) if i % HELD_OUT != HELD_OUT - 1 for s in clip]
+    held_out = [s for clip in clips[HELD_OUT - 1 :: HELD_OUT] for s in clip]
+    random.Random(0).shuffle(held_out)
+    return trained, held_out[:VALIDATED]
 
 
 def figures(session: Session, stage: str) -> dict[str, Any]:

@@ -3,7 +3,7 @@
 import json
 from pathlib import Path
 
-from .errors import InputError
+from .errors import InputError, one_line
 from .tensor_file import read_header
 
 
@@ -58,7 +58,8 @@ def lines(facts: dict, prefix: str = "") -> list[str]:
 def _line(key: str, value: object) -> str:
     if "_bytes" in key and isinstance(value, int):
         return f"{key.replace('_bytes', '')}: {_size(value)}"
-    return f"{key}: {', '.join(map(str, value)) if isinstance(value, list) else value}"
+    text = ", ".join(map(str, value)) if isinstance(value, list) else str(value)
+    return f"{key}: {one_line(text)}"  # anybody's file may hold newlines and a terminal's codes
 
 
 def _size(count: int) -> str:

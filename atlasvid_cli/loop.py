@@ -27,6 +27,7 @@ from .machine import cpu_autocast
 from .optim import Optimizer, learning_rate
 from .presets import Training
 from .store import atomic
+from .tensor_file import read_header
 
 CHECKPOINT_SECONDS = 600
 CHECKPOINT_STEPS, SAMPLE_STEPS, VALIDATION_STEPS, LOG_STEPS = 200, 500, 100, 25
@@ -117,8 +118,8 @@ def run(
             norm = torch.nn.utils.clip_grad_norm_(trained, 1.0)
             if not math.isfinite(total + norm.item()):
                 raise RenderError(
-                    f"the loss or its gradient is not finite at step {step + 1}: give a smaller --lr; nothing of that"
-                    f" step is saved, and the last good weights are in {folder}"
+                    f"the loss or its gradient is not finite at step {step + 1}; {_saved(folder)}: give a smaller --lr,"
+                    " with which training starts anew"
                 )
             optimizer.step(learning_rate(step, steps, lr))
             if average:
@@ -141,16 +142,25 @@ def run(
                     for name in row.keys() & {"loss", "validation_loss"}:
                         board.add_scalar(name, row[name], step)
             due = time.monotonic() - saved > CHECKPOINT_SECONDS
-            if step % CHECKPOINT_STEPS == 0 or step == steps or due:
+            shown = step % SAMPLE_STEPS == 0 or step == steps
+            if step % CHECKPOINT_STEPS == 0 or shown or due:  # first: who dies of showing would die there every time
                 save_checkpoint(folder, model, optimizer, step, average, recent)
                 saved = time.monotonic()
-            if step % SAMPLE_STEPS == 0 or step == steps:
+            if shown:
                 with averaged():
                     show(step)
     if board:
         board.close()
     if average:
         average.copy_to(trained)
+
+
+def _saved(folder: Path) -> str:
+    """Which step a training goes on from: as its file says, since of several processes only the first one saves."""
+    path = folder / "checkpoint.safetensors"
+    if not path.exists():
+        return "nothing is saved yet"
+    return f"the weights of step {read_header(path)[0]['step']} are in {folder}"
 
 
 def _board(folder: Path, step: int) -> Any:

@@ -3,6 +3,7 @@
 The native arm is diffusers' own code throughout; the other arm is what `pipeline` runs.
 """
 
+import math
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -18,7 +19,7 @@ from diffusers.models.attention_dispatch import dispatch_attention_fn
 from diffusers.models.transformers import transformer_wan
 
 from .block import Kernels
-from .cost import EFFICIENCY, vae_tile
+from .cost import EFFICIENCY, offload_of, vae_tile
 from .decode import decode_stream
 from .enlarge import enlarge
 from .flops import detail_flops, full_flops, linear_flops
@@ -29,11 +30,13 @@ from .plan import Plan
 from .presets import Transformer
 from .shapes import Grid
 from .stages import Stage
-from .timing import Timing, from_samples, timed
+from .timing import Timing, extended, from_samples, timed, together
 from .vae_cost import decode_flops, space_factor
 from .video import write_video
 
-MIN_ROWS = 1024  # PyTorch's CPU kernel cuts long queries in 256s, short ones finer: a sample must be long
+MIN_ROWS = 1024  # PyTorch's CPU kernel cuts long queries in slices, short ones finer: a sample must be long
+SLICE = 256  # rows of one head, which a thread of that kernel takes at a time
+SLICES = 4  # a thread at least, as many as keep all of them busy: whole attention has thousands
 KEY_BYTES = 1 << 30  # keys and values of an attention sample; heads beyond are scaled
 WIDEST_BYTES = 1 << 29  # the widest activation of a sample of the linear layers, or of native's decoder
 SAMPLE_SECONDS = 40.0  # a longer sample is no better
@@ -118,24 +121,32 @@ def native_pass(
     expected = full_flops(size, patch, grid.tokens, size.text_length) / (rate * EFFICIENCY)
     if expected * (repeats + 1) <= seconds:
         return timed(native_forward(model, patch, size.text_length, grid), repeats)
-    return native_sample(model, size, patch, grid, rate, min(seconds, SAMPLE_SECONDS), repeats)
+    heads = heads_in_memory(size, grid.tokens)
+    return native_sample(model, size, patch, grid, heads, rate, min(seconds, SAMPLE_SECONDS), repeats)
+
+
+def heads_in_memory(size: Transformer, tokens: int) -> int:
+    """Heads whose keys and values a sample of attention to so many tokens may hold."""
+    return min(size.heads, max(1, KEY_BYTES // (8 * tokens * size.dim // size.heads)))
 
 
 def native_sample(
-    model: Any, size: Transformer, patch: int, grid: Grid, rate: float, seconds: float, repeats: int
+    model: Any, size: Transformer, patch: int, grid: Grid, heads: int, rate: float, seconds: float, repeats: int
 ) -> Timing:
     """One forward under full attention, projected.
 
     Timed are some query rows against all keys and values, in diffusers' attention, and diffusers' model without
     self-attention, with no block and with one, on as many tokens as the time allows. Attention is scaled by rows, heads
-    and layers, the rest by tokens and layers.
+    and layers, the rest by tokens and layers. It is of `heads`, and of as many rows as keep all threads of a CPU busy;
+    where there are too few rows, of more heads.
     """
     budget = rate * EFFICIENCY * seconds / (repeats + 1) / 3  # FLOPs of each of the three
     tokens, text = grid.tokens, size.text_length
     head = size.dim // size.heads
-    heads = min(size.heads, max(1, KEY_BYTES // (8 * tokens * head)))
+    slices = SLICES * torch.get_num_threads() if model.device.type == "cpu" else 1
+    heads = min(size.heads, max(heads, math.ceil(slices * SLICE / tokens)))
     rows = int(budget / (4 * head * heads * tokens)) // 512 * 512
-    rows = min(tokens, max(MIN_ROWS, rows))
+    rows = min(tokens, max(MIN_ROWS, math.ceil(slices / heads) * SLICE, rows))
     like = {"device": model.device, "dtype": model.dtype}
     q, k, v = (torch.randn(1, n, heads, head, **like) for n in (rows, tokens, tokens))
     attention = timed(lambda: dispatch_attention_fn(q, k, v, dropout_p=0.0, is_causal=False), repeats)
@@ -148,23 +159,19 @@ def native_sample(
             bare = timed(run, repeats)
         with _first_blocks(model, 1):
             one = timed(run, repeats)
-    more, layers = tokens / part.tokens, size.layers
-    per_layer = tokens / rows * size.heads / heads
-
-    def whole(at: str) -> float:
-        base, block = getattr(bare, at), getattr(one, at)
-        return more * (base + layers * max(0.0, block - base)) + layers * per_layer * getattr(attention, at)
-
+    layers, per_layer = size.layers, tokens / rows * size.heads / heads
+    without = extended(bare, one, layers).times(tokens / part.tokens)
     done = part.tokens * linear + 4 * head * heads * rows * tokens
     fraction = done / full_flops(size, patch, tokens, text)
-    return Timing(whole("seconds"), whole("low"), whole("high"), repeats, fraction)
+    return together((without, attention.times(layers * per_layer))).times(1, fraction)
 
 
 def detail_sample(model: Any, plan: Plan, stage: Stage, rate: float, seconds: float, repeats: int) -> Timing:
     """All of a detail level, projected from `detail_forward` on a part of its windows, scaled by FLOPs.
 
     The part has whole windows. Where a column of them along time is still too much, it takes one cycle of the block
-    layouts, and then one window.
+    layouts, and then one window. States live where a render keeps them. Weights are resident, whatever it offloads: a
+    random model has the same block at each layer, which would not be brought again.
     """
     size, detail, patch = plan.preset.transformer, plan.preset.detail, plan.preset.geometry.patch
     largest = max(max(w[1:]) for w in detail.windows)
@@ -182,6 +189,7 @@ def detail_sample(model: Any, plan: Plan, stage: Stage, rate: float, seconds: fl
     if per_token * part.tokens * layers / size.layers > budget:
         part = replace(part, t=min(part.t, max(w[0] for w in detail.windows)))
     channels = size.channels * patch**2
+    states = torch.device("cpu") if offload_of(plan) == "host" else None
     # the guide of the part: as much of the level below as its windows can see
     low = Grid(below.t, min(below.h, part.h), min(below.w, part.w))
     low = crop(low, max(low.t * 4, part.tokens))
@@ -191,9 +199,9 @@ def detail_sample(model: Any, plan: Plan, stage: Stage, rate: float, seconds: fl
         context = None
         if detail.proxy_attention:
             alignment = Alignment.of(detail, stage.ratio, stage.time_ratio)
-            context = proxy_context(model, guide, low, text, alignment, kernels=KERNELS)
+            context = proxy_context(model, guide, low, text, alignment, kernels=KERNELS, states=states)
         arguments = (model, tokens, part, 500.0, text, context, detail.layouts, plan.chunk)
-        one = timed(lambda: detail_forward(*arguments, kernels=KERNELS), repeats)
+        one = timed(lambda: detail_forward(*arguments, kernels=KERNELS, states=states), repeats)
     done, whole = cost(part, low, layers), plan.flops(stage)
     return one.times(whole / done, done / whole)
 
@@ -232,23 +240,22 @@ def native_decode(vae: Any, grid: Grid, patch: int, seconds: float, repeats: int
     clips = [torch.randn(1, vae.config.z_dim, n, part.h, part.w, device=vae.device, dtype=vae.dtype) for n in (1, 2)]
     first, both = (timed(partial(vae.decode, z), repeats) for z in clips)
     more = h * w / part.tokens
-
-    def whole(at: str) -> float:
-        start, end = getattr(first, at), getattr(both, at)
-        return more * (start + (grid.t - 1) * max(0.0, end - start))
-
-    return Timing(whole("seconds"), whole("low"), whole("high"), repeats, min(1.0, 2 / grid.t) / more)
+    return extended(first, both, grid.t - 1).times(more, min(1.0, 2 / grid.t) / more)
 
 
 def decode_sample(
-    vae: Any, latents: torch.Tensor, plan: Plan, tile: int | None, folder: Path, repeats: int
+    vae: Any, latents: torch.Tensor, plan: Plan, stage: Stage, tile: int | None, folder: Path, repeats: int
 ) -> tuple[Timing, Timing]:
-    """(decode, mux) of all frames, projected from the few latent frames (C, k, h, w) given, at their size.
+    """(decode, mux) of all frames of the last level, or of the proxy's preview, projected from the few latent frames
+    (C, k, h, w) given, at their size.
 
     Decoder and encoder run beside each other, so mux is what is left to encode after the last frame has come.
     """
-    k, pixels = latents.shape[1], plan.preset.geometry.spatial
-    count = (k - 1) * plan.preset.geometry.temporal + 1
+    k, geometry = latents.shape[1], plan.preset.geometry
+    count, all_frames = ((n - 1) * geometry.temporal + 1 for n in (k, stage.grid.t))
+    (width, height), fps = plan.proxy_size, plan.proxy_fps
+    if stage is not plan.proxy:
+        width, height, fps, all_frames = plan.request.width, plan.request.height, Fraction(plan.fps), plan.frames
     decodes, muxes = [], []
     for _ in range(repeats):
         times: list[float] = []
@@ -256,20 +263,20 @@ def decode_sample(
         write_video(
             folder / "sample.mp4",
             decode_stream(vae, latents, tile, folder),
-            width=min(plan.request.width, latents.shape[3] * pixels),
-            height=min(plan.request.height, latents.shape[2] * pixels),
-            fps=plan.fps,
+            width=min(width, latents.shape[3] * geometry.spatial),
+            height=min(height, latents.shape[2] * geometry.spatial),
+            fps=fps,
             frame_count=count,
             on_frame=partial(_note, times),
         )
         end = time.perf_counter()
-        rest = (plan.target.t - 1) / max(1, k - 1)
+        rest = (stage.grid.t - 1) / max(1, k - 1)
         mux = end - times[-1]
         # tiles are all decoded before the first frame comes
-        whole = (end - start) * plan.frames / count if tile else times[0] - start + (end - times[0]) * rest
+        whole = (end - start) * all_frames / count if tile else times[0] - start + (end - times[0]) * rest
         decodes.append(whole - mux)
         muxes.append(mux)
-    fraction = k / plan.target.t
+    fraction = k / stage.grid.t
     return from_samples(decodes).times(1, fraction), from_samples(muxes).times(1, fraction)
 
 

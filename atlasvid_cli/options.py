@@ -19,6 +19,9 @@ FromVideo = Annotated[
     ),
 ]
 Fps = Annotated[int | None, typer.Option("--fps", min=1, max=MAX_FPS, help="Frames a second [default: the preset's].")]
+RefineFps = Annotated[
+    int | None, typer.Option("--fps", min=1, max=MAX_FPS, help="Frames a second [default: the file's].")
+]
 Seed = Annotated[int, typer.Option("--seed", min=0, max=2**63 - 1, help="Seed; in a batch each item adds its index.")]
 Steps = Annotated[
     int | None, typer.Option("--steps", min=1, max=1000, help="Denoising steps of the proxy [default: the preset's].")
@@ -70,7 +73,7 @@ Vram = Annotated[
 ]
 Chunk = Annotated[int | None, typer.Option("--chunk", min=1, help="Windows computed at a time; bounds memory.")]
 CodecName = Annotated[str, typer.Option("--codec", help="h264 (8 bit), hevc10, av1, prores or ffv1 (10 bit).")]
-Output = Annotated[Path | None, typer.Option("--output", "-o", help="Where the result goes.")]
+Output = Annotated[Path | None, typer.Option("--output", "-o", help="File, or folder that is there, for the result.")]
 RunDir = Annotated[
     Path | None, typer.Option("--run-dir", help="Where intermediate results go [default: runs/ beside the output].")
 ]

@@ -42,9 +42,10 @@ from .footage import Clip, read_clip
 from .machine import versions
 from .model import text_contexts
 from .plan import Plan, Request
+from .presets import preset_names
 from .proxy import sample_proxy
 from .refine import Region, crop_to_stage, sample_detail
-from .results import resume_from, save_latents, save_state, state_path
+from .results import resume_from, save_latents, save_state, state_of
 from .session import Session
 from .stages import Stage
 from .targets import sheet_of
@@ -118,7 +119,7 @@ def make_proxy(
     keep_others(path)
     keep_videos(preview)
     store.run_directory(run_dir.parent, run_dir.name)
-    state = run_dir / "proxy.state.safetensors"
+    state = state_of(path)
     if clip := plan.request.clip:
         latents = encode_proxy(session, plan, clip, progress)
     else:
@@ -189,9 +190,9 @@ def refine(session: Session, plan: Plan, proxy_path: Path, run_dir: Path, progre
             redo, metadata = region_of(session, plan, stage, path, below_metadata["key"], metadata)
             path = run_dir / f"detail-region-{metadata['key']}.safetensors"
         if not is_current(path, metadata):
-            latents = _refine_level(session, plan, stage, name, number, below, metadata, redo, run_dir, progress)
+            latents = _refine_level(session, plan, stage, name, number, below, metadata, redo, path, progress)
             save_latents(path, latents, metadata)
-            state_path(run_dir, number).unlink(missing_ok=True)
+            state_of(path).unlink(missing_ok=True)
     return path
 
 
@@ -200,8 +201,10 @@ def finish(session: Session, latents: Path, output: Path, request: Request, prog
     try:
         return decode(session, latents, output, request.codec, progress, spool=run_dir)
     except ResourceError as error:
-        model = f" --model-path {shlex.quote(request.model_path)}" if request.model_path else ""
-        again = f"atlasvid decode {shlex.quote(str(latents))}{model} -o FILE"
+        told = {"--model-path": request.model_path, "--codec": request.codec if request.codec != "h264" else None}
+        told |= {"--preset": request.preset if request.preset not in preset_names() else None}
+        options = "".join(f" {name} {shlex.quote(value)}" for name, value in told.items() if value)
+        again = f"atlasvid decode {shlex.quote(str(latents))}{options} -o FILE"
         raise ResourceError(f"{str(error).rstrip('.')}; nothing is sampled again by {again}") from error
 
 
@@ -238,7 +241,7 @@ def decode(
                         sheet.append(F.interpolate(small[None], size=_thumbnail(width, height), mode="area")[0])
                     index += 1
                 if index >= frames and not is_there:
-                    keep_foreign(output, metadata["key"])  # another process may have been quicker
+                    keep_foreign(output, metadata)  # another process may have been quicker
                 yield chunk
 
         write_video(
@@ -267,10 +270,11 @@ def _refine_level(
     below: torch.Tensor,
     metadata: dict[str, str],
     region: Region | None,
-    run_dir: Path,
+    path: Path,
     progress: Console,
 ) -> torch.Tensor:
-    state = state_path(run_dir, number)
+    """The latents that `path` in a run directory will hold; the state that an interruption leaves lies beside it."""
+    run_dir, state = path.parent, state_of(path)
     store.run_directory(run_dir.parent, run_dir.name)
     resume = resume_from(state, metadata["key"], progress)
     enlarged = None

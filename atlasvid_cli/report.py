@@ -2,7 +2,7 @@
 
 import html
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 from .console import duration
@@ -21,6 +21,8 @@ def sentences(result: Result) -> str:
         f"{result['size']}, {result['frames']} frames, {result['tokens']:,} tokens,"
         f" model {result['model']}, against {result['baseline']}"
     )
+    if result["offload"] != "none":
+        rests_on += f", with all weights resident where render takes --offload {result['offload']}"
     equal = f"{result['steps']} steps at every level"
     fewer = f"{' + '.join(map(str, few['steps']))} steps as the preset renders"
     lines = [
@@ -31,7 +33,17 @@ def sentences(result: Result) -> str:
 
 
 def _speedups(numbers: Result) -> str:
-    return f"{numbers['speedup']:.3g}x from text to file, {numbers['speedup_denoise']:.3g}x in denoising"
+    return f"{_times(numbers, 'speedup')} from text to file, {_times(numbers, 'speedup_denoise')} in denoising"
+
+
+def _times(numbers: Result, name: str) -> str:
+    return f"{numbers[name]:.3g}x{_spread(numbers[f'{name}_range'], lambda value: f'{value:.3g}x')}"
+
+
+def _spread(ends: Sequence[float], said: Callable[[float], str]) -> str:
+    """Nothing after a single run, which has none."""
+    low, high = ends
+    return f" ({said(low)}..{said(high)})" if low < high else ""
 
 
 def _mark(result: Result, *arms: str) -> str:
@@ -47,16 +59,18 @@ def rows(result: Result) -> list[dict[str, str]]:
         {"stage": name} | {arm: _cell(stages.get(name)) for arm, stages in result["stages"].items()} for name in order
     ]
     totals = {"stage": "total"} | {
-        arm: f"{_seconds(result['totals'][arm])}{' projected' if any(t['projected'] for t in stages.values()) else ''}"
+        arm: f"{_seconds(result['totals'][arm])}{_spread(result['totals_range'][arm], _seconds)}"
+        f"{' projected' if any(t['projected'] for t in stages.values()) else ''}"
         for arm, stages in result["stages"].items()
     }
-    return [*table, totals]
+    speedups = {"equal steps": _times(result, "speedup"), "few-step": _times(result["few_step"], "speedup")}
+    return [*table, totals, {"stage": "speedup", "native": "", **speedups}]
 
 
 def _cell(timing: Result | None) -> str:
     if timing is None:
         return ""
-    spread = f" ({_seconds(timing['low'])}..{_seconds(timing['high'])})" if timing["runs"] > 1 else ""
+    spread = _spread((timing["low"], timing["high"]), _seconds)
     part = f" projected from {_percent(timing['fraction'])}" if timing["projected"] else ""
     return f"{_seconds(timing['seconds'])}{spread}{part}"
 
@@ -67,7 +81,13 @@ def _seconds(value: float) -> str:
 
 def facts(result: Result) -> list[dict[str, str]]:
     """Everything else that the numbers need beside them."""
-    errors = ", ".join(f"{name} {100 * e:+.1f} %" for name, e in result["projection_errors"].items())
+    errors = ", ".join(
+        f"{name} {100 * error:+.1f} % at {result['projection_tokens'][name]:,} tokens"
+        for name, error in result["projection_errors"].items()
+    )
+    gemms = ", ".join(
+        f"{'' if at == 'before' else 'after '}{at} {rate:.3g}" for at, rate in result["gemm_tflops"].items()
+    )
     peak = {who: f"{size / 2**30:.2f} GiB" for who, size in result["peak_bytes"].items() if size}
     few = result["few_step"]
     guidance = " + ".join(f"{g:g}" for g in few["guidance_scale"])
@@ -92,6 +112,7 @@ def facts(result: Result) -> list[dict[str, str]]:
         f" {len(result['growth'])} sizes)",
         "detail rate": f"{_percent(result['gemm_fraction'])} of a big GEMM's"
         f" {result['gemm_flops_per_second'] / 1e9:.0f} GFLOP/s in {result['dtype']}{in_float32}",
+        "big GEMM": f"{gemms} TFLOP/s",
         "peak memory": ", ".join(f"{who} {size}" for who, size in peak.items()) or "not measured",
         "machine": f"{result['device']}, {result['threads']} threads, {result['dtype']},"
         f" attention backend {result['backend']}",

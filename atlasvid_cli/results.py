@@ -39,5 +39,6 @@ def resume_from(path: Path, key: str, progress: Console) -> tensor_file.StepStat
     return state
 
 
-def state_path(run_dir: Path, number: int) -> Path:
-    return run_dir / f"level-{number}.state.safetensors"
+def state_of(latents: Path) -> Path:
+    """Where the stage that makes a file of latents keeps what it goes on from."""
+    return latents.with_suffix(".state.safetensors")

@@ -4,7 +4,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from .errors import ResourceError
+from .errors import ResourceError, UsageError
 
 
 @contextmanager
@@ -44,10 +44,13 @@ def is_made(target: Path) -> bool:
 
 
 def check_writable(target: Path, option: str = "--output") -> None:
-    """Raises ResourceError for a file that cannot be written, before hours of work; `option` says where it goes."""
+    """Raises ResourceError for a file that cannot be written and UsageError for what is none, a pipe say, before hours
+    of work; `option` says where it goes."""
     from .store import temporary
 
     with usable(target.parent, option):
+        if target.exists() and not target.is_file():
+            raise UsageError(f"{target} is no regular file; choose another {option}")
         target.parent.mkdir(parents=True, exist_ok=True)
         probe = temporary(target, ".probe")
         probe.touch()

@@ -1,8 +1,9 @@
-"""How long something takes: medians with their spread, and when the stages of a run began and ended."""
+"""How long something takes: medians with their spread, when the stages of a run began and ended, and how fast the
+machine was meanwhile."""
 
 import statistics
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -37,6 +38,23 @@ def from_samples(samples: list[float]) -> Timing:
     return Timing(statistics.median(samples), min(samples), max(samples), len(samples))
 
 
+def together(parts: Iterable[Timing]) -> Timing:
+    """One after the other: from all at their fastest to all at their slowest. `fraction` is the least of theirs."""
+    parts = list(parts)
+    seconds, low, high = (sum(getattr(part, at) for part in parts) for at in ("seconds", "low", "high"))
+    return Timing(seconds, low, high, min(part.runs for part in parts), min(part.fraction for part in parts))
+
+
+def extended(first: Timing, longer: Timing, times: float) -> Timing:
+    """`first`, and so many `times` what `longer` takes beyond it, with the widest spread that their runs allow."""
+
+    def beyond(start: float, end: float) -> float:
+        return times * max(0.0, end - start)
+
+    low, high = first.low + beyond(first.high, longer.low), first.high + beyond(first.low, longer.high)
+    return Timing(first.seconds + beyond(first.seconds, longer.seconds), low, high, first.runs)
+
+
 def timed(run: Callable[[], Any], repeats: int, warm_up: bool = True) -> Timing:
     """`run`, once to warm up and then `repeats` times."""
     samples = []
@@ -48,6 +66,26 @@ def timed(run: Callable[[], Any], repeats: int, warm_up: bool = True) -> Timing:
             synchronize()
             samples.append(time.perf_counter() - start)
     return from_samples(samples[warm_up:])
+
+
+@dataclass(frozen=True)
+class Rates:
+    """Of this machine: FLOP/s of a big GEMM by when it was timed, before all arms and right after each; bytes/s of a
+    big copy; FLOP/s of a big GEMM in float32."""
+
+    gemms: dict[str, float]
+    copy: float
+    float32: float
+
+    @property
+    def gemm(self) -> float:
+        """The fastest, which had the machine to itself if any had."""
+        return max(self.gemms.values())
+
+    @property
+    def drift(self) -> float:
+        """How much faster the machine was at its fastest than at its slowest."""
+        return self.gemm / min(self.gemms.values())
 
 
 class Stopwatch(Console):

@@ -5,8 +5,7 @@ The same command continues an interrupted training from its checkpoint; other da
 
 import contextlib
 import dataclasses
-import random
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from fractions import Fraction
 from functools import lru_cache
 from pathlib import Path
@@ -14,22 +13,20 @@ from pathlib import Path
 import torch
 from diffusers import WanTransformer3DModel
 
-from . import corpus, dataset, store, tensor_file, train
+from . import corpus, dataset, store, train, wear
 from .console import Console
 from .embeddings import EmbeddingCache
-from .errors import InputError, UsageError
+from .errors import UsageError
 from .loop import all_processes
 from .presets import Preset
 from .session import Session
 from .train_job import Job, Learner, check, check_output
 from .train_samples import Sampler
 from .wear import add_enlarged, add_worn
-from .weights import load_transformer, load_vae, model_hash
+from .weights import check_adapter, load_transformer, load_vae, model_hash
 
 WORLD = "world"
 WORLD_SAMPLES = {"proxy": {"proxy": 1200}, "detail": {"first": 150, "upper": 150}}
-HELD_OUT = 10  # every tenth clip is not trained on
-VALIDATED = 16  # samples of held-out clips that a validation takes at most
 LEARNING_RATES = {"muon": 3e-3, "adamw": 3e-3, "prodigy": 1.0}
 
 
@@ -37,15 +34,25 @@ def make(session: Session, job: Job, console: Console) -> Path:
     """Trains the adapter and saves it; checkpoints, latents, embeddings and log.jsonl lie in `job.work`.
 
     Of several processes (`accelerate launch`), which share a disk, the first one encodes, saves and speaks.
-    `InputError` where no clip can be used, `UsageError` where the output is another file.
+    `InputError` where no clip can be used or stage 1's adapter is another's, `UsageError` where the output is another
+    file.
     """
     preset, learner = session.preset, check(session.preset, job)
     processes = all_processes()
     base = model_hash(session.folder, learner.part)
     stage1 = model_hash(session.folder, learner.part, learner.lora) if job.stage == "detail" else None
+    if job.stage == "detail" and learner.lora:
+        figures = {"time_ratio": str(preset.proxy.time_ratio)}  # as a render will ask
+        check_adapter(session.folder, learner.lora, "proxy", learner.part, figures)
+    if job.stage == "proxy" and preset.proxy.time_ratio == 1:
+        console.warn(
+            f"preset {preset.name} has time_ratio = 1, so that this adapter makes no longer videos; for those set"
+            " time_ratio = 4 in a preset of your own"
+        )
     lr = LEARNING_RATES[preset.training.optimizer] if job.lr is None else job.lr
     with processes.main_process_first():  # the others find what it encoded
         groups = _samples(session, job, console)
+    data = [[group[0].get("clip"), group[0]["caption"]] for group in groups]
     key = store.artefact_hash(
         {
             "weights": [model_hash(session.folder, learner.part, "text_encoder", "vae"), stage1],
@@ -66,15 +73,15 @@ def make(session: Session, job: Job, console: Console) -> Path:
             "job": [job.stage, job.steps, lr, job.rank, job.seed],
             "training": [dataclasses.astuple(preset.training), train.OBJECT_WEIGHT],
             "samples": corpus.figures(session, job.stage),
-            "data": [[group[0].get("clip"), group[0]["caption"]] for group in groups],
+            "data": data,
             **({"sigmas": learner.sigmas} if preset.experts else {}),
         }
     )
     check_output(job.output, key)
-    trained, held_out = split_groups(groups)
+    trained, held_out = corpus.split_groups(groups)
     _check_ratios(preset, job, trained)
     if not held_out:
-        console.warn(f"with fewer than {HELD_OUT} clips none is held out, so there is no validation loss")
+        console.warn(f"with fewer than {corpus.HELD_OUT} clips none is held out, so there is no validation loss")
     with processes.main_process_first():
         embed = embedder(
             session, [preset.negative_prompt, *(s["caption"] for s in (*trained, *held_out))], job.work, console
@@ -87,8 +94,9 @@ def make(session: Session, job: Job, console: Console) -> Path:
     with store.lock(folder) if processes.is_main_process else contextlib.nullcontext():
         if job.stage == "detail":
             with processes.main_process_first():
-                _wear(session, learner, [*trained, *held_out], embed, folder, console)
-                _enlarge(session, [*trained, *held_out], folder, console)
+                samples = [*trained, *held_out]
+                for time_ratio, adapter in {1: None, preset.proxy.time_ratio: learner.lora}.items():
+                    _add_proxies(session, learner, time_ratio, adapter, samples, data, embed, job.work, console)
         metadata |= {"run": key}
         model = _trained(session, job, learner, folder, trained, held_out, embed, lr, metadata, console)
         if processes.is_main_process:
@@ -123,7 +131,10 @@ def _trained(
 
     def show(step: int) -> None:
         train.save_adapter(model, folder / f"step-{step:06d}.safetensors", metadata)
-        sampler.show(step)
+        try:
+            sampler.show(step)
+        except torch.OutOfMemoryError:  # sampling may take more than training: no reason to end that
+            console.warn(f"memory ran out for the pictures of step {step}: training goes on without them")
 
     with console.stage(f"train {job.stage}", job.steps) as advance:
         if job.stage == "proxy":
@@ -168,49 +179,45 @@ def _trained(
     return model
 
 
-def _wear(
-    session: Session, learner: Learner, samples: list[dict], embed: train.Embed, folder: Path, console: Console
+def _add_proxies(
+    session: Session,
+    learner: Learner,
+    time_ratio: int,
+    adapter: str | None,
+    samples: list[dict],
+    data: list[list[str]],
+    embed: train.Embed,
+    work: Path,
+    console: Console,
 ) -> None:
-    """Gives the samples their worn proxies, made once and kept in the training's `folder`."""
-    proxy = session.preset.proxy
-    with console.stage("worn proxies", len({1, proxy.time_ratio}) * len(samples)) as advance:
-        for time_ratio, adapter in {1: None, proxy.time_ratio: learner.lora}.items():
-            path, name = folder / f"worn-{time_ratio}.safetensors", f"worn_{time_ratio}"
-            try:
-                kept = tensor_file.open_tensors(path)[0]
-            except InputError:  # missing, or damaged
-                model = load_transformer(session.folder, adapter, "proxy", session.dtype, learner.part)
-                model = model.to(session.device)
-                scale = 1.0 if adapter is None else learner.guidance_scale
-                shift_of, guidance = (lambda latents: proxy.flow_shift), (scale, session.preset.negative_prompt)
-                add_worn(model, samples, embed, time_ratio, shift_of, advance, *guidance, largest=learner.sigmas[1])
-                del model  # before the next one, or the one to train, is loaded
-                kept = {str(i): sample[name] for i, sample in enumerate(samples) if name in sample}
-                tensor_file.save_tensors(path, kept, {})
-            for i, tensor in kept.items():
-                samples[int(i)][name] = tensor
+    """Gives the samples, which `data` names, their worn proxies of a time ratio, by the base with an `adapter` or
+    without, and what a level starts from in pixels. They are kept in `work` by what they depend on alone, so that
+    trainings at other rates, ranks or seeds share them."""
+    preset, proxy, detail = session.preset, session.preset.proxy, session.preset.detail
+    guidance = 1.0 if adapter is None else learner.guidance_scale, preset.negative_prompt
+    largest = learner.sigmas[1]
+    key = {
+        "weights": model_hash(session.folder, learner.part, "text_encoder", "vae", adapter),
+        "stage 1": [time_ratio, guidance, proxy.flow_shift, largest],
+        "wear": [wear.STEPS, wear.UNSHIFTED, wear.BATCH_TOKENS, train.WORN],
+        "samples": corpus.figures(session, "detail"),
+        "data": [corpus.HELD_OUT, corpus.VALIDATED, data],
+    }
+    folder = store.run_directory(work, f"proxies-{store.artefact_hash(key)}")
 
+    def wear_them(on_done: Callable[[int], None]) -> None:
+        model = load_transformer(session.folder, adapter, "proxy", session.dtype, learner.part).to(session.device)
+        figures = time_ratio, (lambda latents: proxy.flow_shift), on_done, *guidance
+        add_worn(model, samples, embed, *figures, largest=largest)
 
-def _enlarge(session: Session, samples: list[dict], folder: Path, console: Console) -> None:
-    """Gives the samples what levels start from in pixels, made once and kept in the training's `folder`."""
-    preset = session.preset
-    for level, time_ratio in ((preset.detail.upper, 1), (preset.detail.first, preset.proxy.time_ratio)):
-        if level.upsample == "latents":
-            continue
-        names = f"proxy_{time_ratio}", f"enlarged_{time_ratio}"
-        path = folder / f"enlarged-{time_ratio}.safetensors"
-        try:
-            kept = tensor_file.open_tensors(path)[0]
-        except InputError:  # missing, or damaged
-            with console.stage("enlarged proxies", len(samples)) as advance:
-                vae = load_vae(session.folder).to(session.device)  # of no more use than here
-                add_enlarged(vae, samples, time_ratio, advance)
-            kept = {f"{i}.{name}": s[name] for i, s in enumerate(samples) for name in names if name in s}
-            tensor_file.save_tensors(path, kept, {})
-        for key, tensor in kept.items():
-            i, name = key.split(".")
-            samples[int(i)][name] = tensor
-            samples[int(i)].pop(f"worn_{time_ratio}", None)
+    def enlarge_them(on_done: Callable[[int], None]) -> None:
+        add_enlarged(load_vae(session.folder).to(session.device), samples, time_ratio, on_done)
+
+    wear.complete(folder / "worn.safetensors", samples, "worn", time_ratio, wear_them, console)
+    levels = ((detail.upper, 1), (detail.first, proxy.time_ratio))
+    if any(level.upsample == "pixels" and r == time_ratio for level, r in levels):
+        wear.settle_worn(samples, time_ratio)
+        wear.complete(folder / "enlarged.safetensors", samples, "enlarged", time_ratio, enlarge_them, console)
 
 
 def _trainable(session: Session, part: str) -> WanTransformer3DModel:
@@ -219,14 +226,6 @@ def _trainable(session: Session, part: str) -> WanTransformer3DModel:
     if session.device.type == "cuda":
         model.enable_gradient_checkpointing()
     return model
-
-
-def split_groups(groups: list[list[dict]]) -> tuple[list[dict], list[dict]]:
-    """The samples to train on, and some of every tenth clip's to validate with."""
-    trained = [s for i, group in enumerate(groups) if i % HELD_OUT != HELD_OUT - 1 for s in group]
-    held_out = [s for group in groups[HELD_OUT - 1 :: HELD_OUT] for s in group]
-    random.Random(0).shuffle(held_out)
-    return trained, held_out[:VALIDATED]
 
 
 def _check_ratios(preset: Preset, job: Job, trained: list[dict]) -> None:

@@ -66,6 +66,13 @@ def check(preset: Preset, job: Job) -> Learner:
             f"preset {preset.name} has proxy_attention = false, so that no detail adapter would be used as trained; set"
             " it true in a preset of your own, with windows and time_ratio as you want them"
         )
+    if job.stage == "detail" and preset.proxy.time_ratio > 1 and not learner.lora:
+        table, option = ("experts", " --expert low") if preset.experts else ("proxy", "")
+        raise UsageError(
+            f"preset {preset.name} has time_ratio = {preset.proxy.time_ratio} and no lora below [{table}], so that the"
+            f" detail would learn from proxies of a base that never saw such times; run atlasvid train proxy{option}"
+            " first, and name what it makes there"
+        )
     if (preset.geometry.patch, preset.transformer.text_length) != (train.PATCH, train.TEXT_LENGTH):
         raise UsageError(
             f"preset {preset.name} has another patch or text_length than Wan's {train.PATCH} and {train.TEXT_LENGTH},"

@@ -7,18 +7,24 @@ proxy; the base, at the video's frame rate, stands in for what that gets wrong.
 """
 
 import random
+import time
 from collections.abc import Callable, Sequence
 from fractions import Fraction
 from itertools import pairwise
+from pathlib import Path
 
 import torch
 from diffusers import AutoencoderKLWan, WanTransformer3DModel
 
+from .console import Console
 from .dataset import own_part
 from .enlarge import enlarge
+from .errors import InputError
+from .loop import CHECKPOINT_SECONDS
 from .machine import cpu_autocast
 from .model import clip_forward, text_context, unpatchify
 from .schedule import shift_sigma, sigmas
+from .tensor_file import open_tensors, save_tensors
 from .train import PATCH, TEXT_LENGTH, WORN, Embed, by_shape, grid_of, patchified
 from .vae_cost import space_factor, time_factor
 
@@ -28,6 +34,56 @@ UNSHIFTED = (0.25, 0.55)
 BATCH_TOKENS = 2000
 
 
+def complete(
+    path: Path,
+    data: list[dict],
+    kind: str,
+    time_ratio: int,
+    add: Callable[[Callable[[int], None]], None],
+    console: Console,
+) -> None:
+    """Gives the samples that have a proxy of that time ratio what `path` holds of a `kind`, `worn` or `enlarged`, and
+    lets `add(on_done)` make the rest: kept there every few minutes, so that an interruption costs no more."""
+    name = f"{kind}_{time_ratio}"
+    try:
+        kept = open_tensors(path)[0]
+    except InputError:  # missing, or damaged
+        kept = {}
+    for i, tensor in kept.items():
+        data[int(i)][name] = tensor
+    wanted = [s for s in data if f"proxy_{time_ratio}" in s]
+    saved = time.monotonic()
+
+    def save() -> None:
+        nonlocal saved
+        save_tensors(path, {str(i): s[name] for i, s in enumerate(data) if name in s}, {})
+        saved = time.monotonic()
+
+    if len(kept) < len(wanted):
+        with console.stage(f"{kind} proxies", len(wanted)) as advance:
+
+            def on_done(samples: int) -> None:
+                advance(samples)
+                if time.monotonic() - saved > CHECKPOINT_SECONDS:
+                    save()
+
+            advance(len(kept), before=True)
+            add(on_done)
+        save()
+
+
+def settle_worn(data: list[dict], time_ratio: int) -> None:
+    """Leaves every sample one proxy of that time ratio, its worn one or its true one, as what is made of it is made of
+    one: always the same choice."""
+    proxy, worn = f"proxy_{time_ratio}", f"worn_{time_ratio}"
+    rng = random.Random(f"enlarged/{time_ratio}")
+    for sample in data:
+        if worn in sample:
+            taken = sample.pop(worn)
+            if rng.random() < WORN:
+                sample[proxy] = taken
+
+
 def add_enlarged(
     vae: AutoencoderKLWan,
     data: list[dict],
@@ -35,23 +91,20 @@ def add_enlarged(
     on_done: Callable[[int], None] = lambda samples: None,
 ) -> None:
     """Gives every sample of stage 2 that has a proxy of that time ratio what a level starts from in pixels (`enlarge`),
-    latents `enlarged_<time_ratio>` fp16, made from its worn proxy or its true one; it keeps that one alone. By the
-    VAE's own encoder, which an `entry` imitates."""
-    proxy, worn = f"proxy_{time_ratio}", f"worn_{time_ratio}"
-    rng = random.Random(f"enlarged/{time_ratio}")
+    latents `enlarged_<time_ratio>` fp16, where it lacks that, made from its worn proxy or its true one; it keeps that
+    one alone. By the VAE's own encoder, which an `entry` imitates."""
+    proxy, enlarged = f"proxy_{time_ratio}", f"enlarged_{time_ratio}"
+    settle_worn(data, time_ratio)
     for sample in data:
-        on_done(1)
-        if proxy not in sample:
+        if proxy not in sample or enlarged in sample:
             continue
-        if worn in sample and rng.random() < WORN:
-            sample[proxy] = sample[worn]
-        sample.pop(worn, None)
         _, frames, height, width = sample["latents"].shape
         factor = space_factor(vae.config)
         size, count = (height * factor, width * factor), (frames - 1) * time_factor(vae.config) + 1
         with cpu_autocast():
             made = enlarge(vae, sample[proxy].float(), Fraction(sample["ratio"]), time_ratio, size, count)
-        sample[f"enlarged_{time_ratio}"] = made.half()
+        sample[enlarged] = made.half()
+        on_done(1)
 
 
 @torch.no_grad()
@@ -94,15 +147,17 @@ def add_worn(
     negative: str = "",
     largest: float = 1.0,
 ) -> None:
-    """Gives every sample of stage 2 that has a proxy of that time ratio a worn copy of it, `worn_<time_ratio>` fp16:
-    always the same one for the same samples, noised to sigmas of `largest` at most."""
-    proxy, whole = f"proxy_{time_ratio}", f"whole_{time_ratio}"
+    """Gives every sample of stage 2 that has a proxy of that time ratio a worn copy of it, `worn_<time_ratio>` fp16,
+    where it lacks one: always the same one for the same samples, noised to sigmas of `largest` at most."""
+    proxy, worn, whole = (f"{name}_{time_ratio}" for name in ("proxy", "worn", "whole"))
     views = [s | {"latents": s[whole if whole in s else proxy], "sample": s} for s in data if proxy in s]
     for group in by_shape(views):
         c, t, h, w = group[0]["latents"].shape
         together = max(1, BATCH_TOKENS * PATCH**2 // (t * h * w))
         for first in range(0, len(group), together):
             batch: Sequence[dict] = group[first : first + together]
+            if all(worn in view for view in batch):
+                continue
             rng = random.Random(f"worn/{time_ratio}/{c, t, h, w}/{first}")
             generator = torch.Generator().manual_seed(rng.getrandbits(60))
             latents = torch.stack([s["latents"].float() for s in batch])
@@ -110,7 +165,7 @@ def add_worn(
             shift = shift_of(t)
             strengths = [min(largest, shift_sigma(rng.uniform(*UNSHIFTED), shift)) for _ in batch]
             schedules = [sigmas(STEPS, strength, shift) for strength in strengths]
-            worn = wear(model, latents, prompts, time_ratio, schedules, generator, guidance_scale, embed(negative))
-            for sample, each in zip((view["sample"] for view in batch), worn, strict=True):
-                sample[f"worn_{time_ratio}"] = (own_part(sample, each) if whole in sample else each).half()
+            made = wear(model, latents, prompts, time_ratio, schedules, generator, guidance_scale, embed(negative))
+            for sample, each in zip((view["sample"] for view in batch), made, strict=True):
+                sample[worn] = (own_part(sample, each) if whole in sample else each).half()
             on_done(len(batch))

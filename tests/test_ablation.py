@@ -6,11 +6,13 @@ from fractions import Fraction
 
 import numpy as np
 import pytest
+import torch
 
-from atlasvid_cli import ablation, ablation_arms, quality
+from atlasvid_cli import ablation, ablation_arms, quality, session
 from atlasvid_cli.artefacts import describe
 from atlasvid_cli.console import Console
 from atlasvid_cli.errors import UsageError
+from atlasvid_cli.machine import machine_with_gpu
 from atlasvid_cli.plan import Request, make_plan
 from atlasvid_cli.presets import load_preset
 from atlasvid_cli.video import read_frames
@@ -97,6 +99,37 @@ def test_what_an_interrupted_run_left_is_made_anew(tmp_path):
         assert seen == [[]] * runs
 
 
+def test_a_proxy_is_timed_with_its_models_loaded_and_its_prompt_encoded(request_of, tmp_path, monkeypatch):
+    arm = next(ablation_arms.arms(request_of, QUIET))
+    monkeypatch.setattr(arm.session, "_cache_folder", tmp_path / "cache")
+    plan, loaded, timed = make_plan(request_of), [], []
+    make = ablation.pipeline.make_proxy
+    for name in ("load_transformer", "load_vae", "load_text"):
+        load = getattr(session, name)
+        monkeypatch.setattr(session, name, lambda *a, load=load, name=name: loaded.append(name) or load(*a))
+
+    def make_proxy(*arguments):
+        before = len(loaded)
+        made = make(*arguments)
+        timed.append(loaded[before:])
+        return made
+
+    monkeypatch.setattr(ablation.pipeline, "make_proxy", make_proxy)
+    [(prompt, attributes)] = quality.held_out_prompts(1)
+    ablation.look(arm, plan, prompt, attributes, tmp_path, QUIET)
+    assert timed == [[]] and sorted(set(loaded)) == ["load_text", "load_transformer", "load_vae"]
+
+
+def test_on_a_gpu_the_peak_is_of_its_memory(tmp_path, monkeypatch):
+    peak = [0]
+    monkeypatch.setattr(ablation, "compute_device", lambda: machine_with_gpu(8).device)
+    monkeypatch.setattr(torch.cuda, "reset_peak_memory_stats", lambda: peak.__setitem__(0, 5))
+    monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda: peak[0])
+    made = tmp_path / "7.mp4"
+    seconds, found = ablation._timed(tmp_path / "7", made, "a job", lambda: None, made.touch)
+    assert found == 5 and ablation._timed(tmp_path / "7", made, "a job", lambda: None, made.touch) == (seconds, 5)
+
+
 def test_the_upsampled_proxy_is_the_proxy_in_large(found, request_of):
     folder, _ = found
     plan = make_plan(dataclasses.replace(request_of, seed=0))
@@ -110,7 +143,7 @@ def test_tiles_see_no_border_beyond_their_own():
     preset = ablation_arms.SAMPLED["tiles, each alone"][0](load_preset("tiny"))
     assert not preset.detail.proxy_attention
     plan = make_plan(Request("tiny", 960, 540, Fraction(4)), preset=preset)
-    assert quality.window_borders(plan) == ([256, 512], [256, 512, 768])
+    assert quality.window_borders(plan) == ([160, 352], [224, 480, 704])
 
 
 def test_columns_are_means_over_prompts_and_spread_over_seeds():

@@ -156,8 +156,9 @@ def test_bad_input_is_one_sentence_and_leaves_nothing(run, tmp_path, arguments, 
     assert list(tmp_path.iterdir()) == []
 
 
-def test_an_unwritable_output_is_said_before_any_work(run, random_preset, tmp_path):
+def test_an_unwritable_output_is_said_before_any_work(run, random_preset, tmp_path, monkeypatch):
     (tmp_path / "file").write_text("")
+    monkeypatch.setattr("atlasvid_cli.session.Session.of", lambda *_: pytest.fail("weights were looked for"))
     code, _, err = run("render", "a ball", *RENDER, "--preset", random_preset, "-o", tmp_path / "file" / "a.mp4")
     assert code == 4 and "cannot be written" in err
 
@@ -303,6 +304,8 @@ def test_a_batch_passes_over_a_failing_item(run, random_preset, tmp_path, monkey
     assert code == 1 and "1 of 3" in err
     assert [e["status"] for e in events] == ["ok", "failed", "ok"]
     assert [e["seed"] for e in events] == [0, 1, 2] and events[1]["video"] is None
+    assert [e["prompt"] for e in events] == ["a red ball", "two", "a blue star"]  # as they were given
+    assert [e.get("taken_as", e["prompt"]) for e in events] == [extended(e["prompt"], e["seed"]) for e in events]
     names = ["0000-a-red-ball-0.mp4", "0002-a-blue-star-2.mp4"]
     assert sorted(path.name for path in (tmp_path / "out").glob("*.mp4")) == names
     assert "1 of 3 prompts failed; the same command tries them again" in err
@@ -362,7 +365,9 @@ def test_proxy_then_refine_then_region_then_decode(run, random_preset, tmp_path,
     refine = ["refine", "p.safetensors", "--preset", random_preset, "--json"]
     for res in ("256x192", "448x336"):
         code, out, _ = run(*refine, "--res", res)
-        assert code == 0 and json.loads(out)["video"] == str(tmp_path / f"p-{res}.mp4")
+        event = json.loads(out)
+        assert code == 0 and event["video"] == str(tmp_path / f"p-{res}.mp4")
+        assert (event["prompt"], event["seed"], Path(event["preview"]).exists()) == (known["prompt"], 0, True)
     first = json.loads(out)["latents"]
     region = ["--res", "448x336", "--region", "64,64,128,128", "--frames", "0:4"]
     code, out, err = run(*refine, *region, "--seed", "9")
@@ -587,7 +592,7 @@ def whole(random_preset, tmp_path_factory):
 
 def test_a_run_killed_by_the_system_in_every_stage_continues_to_the_same_bytes(random_preset, whole, tmp_path):
     command = render_command(random_preset, tmp_path)
-    for stage in ("proxy.state", "level-1.state", "detail.safetensors"):
+    for stage in ("proxy.state", "detail.state", "detail.safetensors"):
         process = subprocess.Popen(command, env=ONE_THREAD, stderr=subprocess.DEVNULL)
         deadline = time.monotonic() + 60
         while process.poll() is None and time.monotonic() < deadline:

@@ -5,6 +5,7 @@ import subprocess
 import sys
 import threading
 from collections.abc import Callable
+from pathlib import Path
 
 import pytest
 
@@ -108,3 +109,35 @@ def test_a_reader_that_leaves_is_no_traceback() -> None:
     process.stdout.close()
     assert process.wait(timeout=30) == 1 and process.stderr.read() == b""
     process.stderr.close()
+
+
+@pytest.mark.parametrize("interactive", [True, False])
+def test_a_log_whose_reader_leaves_does_not_end_the_work(interactive: bool) -> None:
+    code = (
+        "import sys\n"
+        "from atlasvid_cli.console import Console\n"
+        f"console = Console(interactive={interactive})\n"
+        "console.note('begun')\n"
+        "sys.stdin.readline()\n"
+        "with console.stage('proxy', 2) as advance:\n"
+        "    for _ in range(2): console.note('step'), advance()\n"
+        "console.warn('odd'), console.table('t', [{'a': 1}])\n"
+        "console.emit({}, 'made')"
+    )
+    pipe = subprocess.PIPE
+    process = subprocess.Popen([sys.executable, "-c", code], stdin=pipe, stdout=pipe, stderr=pipe, text=True)
+    assert process.stdin and process.stdout and process.stderr
+    process.stderr.readline()
+    process.stderr.close()
+    process.stdin.write("\n")
+    process.stdin.close()
+    assert process.stdout.read() == "made\n" and process.wait(timeout=30) == 0
+    process.stdout.close()
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="no device that is always full")
+def test_a_full_disk_behind_stdout_is_told_with_its_remedy() -> None:
+    command = [sys.executable, "-m", "atlasvid_cli", "presets", "--json"]
+    with open("/dev/full", "w") as full:
+        done = subprocess.run(command, stdout=full, stderr=subprocess.PIPE, text=True)
+    assert done.returncode == 4 and "standard output" in done.stderr and done.stderr.count("\n") == 1

@@ -203,6 +203,23 @@ def test_an_empty_caption_is_named_and_skipped(session, tmp_path, console, capsy
     assert [g[0]["caption"] for g in groups] == ["clip a"] and "its caption is empty" in capsys.readouterr().err
 
 
+def test_some_of_every_tenth_clip_are_held_out_whole():
+    groups = [[{"n": (i, j)} for j in range(3)] for i in range(21)]
+    trained, held_out = corpus.split_groups(groups)
+    assert {s["n"][0] for s in held_out} == {9, 19} and not {9, 19} & {s["n"][0] for s in trained}
+
+
+def test_a_clip_of_several_captions_or_names_is_trained_on_or_held_out(session, tmp_path, console):
+    pairs(tmp_path, **{f"clip{i}": 1.5 for i in range(10)})
+    (tmp_path / "copy.mp4").write_bytes((tmp_path / "clip0.mp4").read_bytes())
+    videos = [(f"clip{i}.mp4", f"{i} {told}") for told in "ab" for i in range(9, -1, -1)] + [("copy.mp4", "0 c")]
+    index = tmp_path / "index.jsonl"
+    index.write_text("".join(json.dumps({"video": v, "caption": c}) + "\n" for v, c in videos))
+    trained, held_out = corpus.split_groups(corpus.load_samples(session, "proxy", index, tmp_path / "work", console))
+    assert {s["caption"] for s in held_out} == {"0 a", "0 b", "0 c"}
+    assert len({s["caption"] for s in trained}) == 18
+
+
 def test_sizes_of_the_embedded_preset_are_those_it_was_trained_with():
     from atlasvid_cli import dataset
     from atlasvid_cli.presets import load_preset

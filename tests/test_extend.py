@@ -32,6 +32,11 @@ from atlasvid_cli.extend import extended, parts_of
             "over white stripes is red ball",
             dict(zip(PARTS, ("red", "ball", None, "white", "stripes"), strict=True)),
         ),
+        (
+            "a blue star moving left over a white floor",
+            dict(zip(PARTS, ("blue", "star", "left", "white", None), strict=True)),
+        ),
+        ("a red ball and a blue ball", {"colour": "red", "shape": "ball"}),
         ("a zebra", {}),
     ],
 )

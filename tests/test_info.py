@@ -35,3 +35,7 @@ def test_sizes_have_a_unit(value, shown):
 def test_stages_have_lines_of_their_own_and_what_is_none_has_none():
     facts = {"run": {"stages": [{"stage": "proxy", "steps": 20, "clip": None}], "codecs": ["h264", "av1"]}}
     assert lines(facts) == ["run.stages.proxy.stage: proxy", "run.stages.proxy.steps: 20", "run.codecs: h264, av1"]
+
+
+def test_what_a_foreign_file_says_stays_on_its_line():
+    assert lines({"metadata": {"prompt": "x\nkey: forged\x1b[2J"}}) == ["metadata.prompt: x key: forged [2J"]

@@ -114,17 +114,48 @@ def test_the_average_of_the_weights_is_validated_and_kept(tmp_path):
     assert torch.equal(saved["average.0.weight"], seen[-1])
 
 
-def test_a_loss_that_is_not_finite_ends_it_with_what_was_good(tmp_path):
+@pytest.mark.parametrize("bad, saved", [(14, "the weights of step 10 are in"), (4, "nothing is saved yet")])
+def test_a_loss_that_is_not_finite_ends_it_with_what_was_good(tmp_path, bad, saved):
     model = network()
     good = loss_of(model)
 
     def loss_at(step, rng, generator):
-        return good(step, rng, generator) * (float("nan") if step == 14 else 1)
+        return good(step, rng, generator) * (float("nan") if step == bad else 1)
 
-    with pytest.raises(RenderError, match=r"step 15.*smaller --lr"):
+    with pytest.raises(RenderError, match=rf"step {bad + 1}; {saved}.*smaller --lr, with which training starts anew"):
         loop.run(model, tmp_path, 40, 0.02, 0, loss_at)
+    if bad < loop.CHECKPOINT_STEPS:
+        return
     kept = load_file(tmp_path / "checkpoint.safetensors")
     assert kept and all(tensor.isfinite().all() for tensor in kept.values())
+
+
+def test_an_error_in_showing_is_gone_on_from_after_it(tmp_path, monkeypatch):
+    """At a step that is no checkpoint's own; another attempt would otherwise end there every time."""
+    monkeypatch.setattr(loop, "SAMPLE_STEPS", 15)
+    whole, _ = fit(tmp_path / "whole", Training())
+
+    def fails(step):
+        raise RuntimeError(f"at {step}")
+
+    model, shown = network(), []
+    with pytest.raises(RuntimeError, match="at 15"):
+        loop.run(model, tmp_path, 40, 0.02, 0, loss_of(model), show=fails)
+    model = network()
+    loop.run(model, tmp_path, 40, 0.02, 0, loss_of(model), show=shown.append)
+    assert shown == [30, 40]
+    for name, value in whole.items():
+        torch.testing.assert_close(model.state_dict()[name], value, atol=1e-6, rtol=0)
+
+
+def test_validation_is_at_the_same_noise_each_time():
+    draws = []
+    samples = [{}] * 6
+    validate = loop.validation(samples, lambda s, rng, g: draws.append(torch.rand(2, generator=g)) or draws[-1].mean())
+    assert validate() == validate()
+    assert all(torch.equal(a, b) for a, b in zip(draws[:6], draws[6:], strict=True))
+    assert not torch.equal(draws[0], draws[1])
+    assert loop.validation([], None)() is None
 
 
 def test_a_log_whose_last_line_was_cut_short_is_gone_on_with(tmp_path):

@@ -213,13 +213,15 @@ def test_a_video_that_does_not_fit_says_where_its_latents_are(session, request_,
         raise ResourceError("the disk is full: free some.")
 
     run, shown = tmp_path / "a run", pipeline.decode
-    plan = make_plan(request_)
+    plan = make_plan(replace(request_, codec="hevc10"))
     proxy = pipeline.make_proxy(session, plan, PROMPT, "", run, console)
     monkeypatch.setattr(pipeline, "decode", full)
     with pytest.raises(ResourceError) as told:
         pipeline.render(session, plan, PROMPT, "", run, tmp_path / "a.mp4", console)
     again = shlex.split(str(told.value).split("by ")[1])
     assert again[:2] == ["atlasvid", "decode"] and again[2] == str(run / "detail.safetensors")
+    told_of = dict(zip(again[3::2], again[4::2], strict=True))
+    assert told_of == {"--codec": "hevc10", "--preset": request_.preset, "-o": "FILE"}
     assert proxy.exists()
     shown(session, Path(again[2]), tmp_path / "a.mp4", "h264", console)
 

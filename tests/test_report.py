@@ -7,8 +7,11 @@ from xml.etree import ElementTree
 import pytest
 
 from atlasvid_cli import bench, report
+from atlasvid_cli.arms import Check
 from atlasvid_cli.plan import Request, make_plan
-from atlasvid_cli.timing import Timing
+from atlasvid_cli.timing import Rates, Timing
+
+ARMS = ("equal steps", "few-step")
 
 
 def timing(seconds, fraction=1.0):
@@ -31,7 +34,8 @@ def found():
     }
     plans = [make_plan(Request("tiny", 3840, 2160, Fraction(s))) for s in (6, 12)]
     points = [bench._point(p, ours, arms["native"], 3 << 30, None) for p in plans]
-    return bench.result(plans[-1], 20, arms, {"native": -0.031}, points, (1.5e11, 2e10, 5e10), True)
+    rates = Rates({"before": 1.4e11, "few-step": 1.5e11, "equal steps": 1.2e11, "native": 1.3e11}, 2e10, 5e10)
+    return bench.result(plans[-1], 20, arms, {"native": Check(-0.031, 1234)}, points, rates, True)
 
 
 def figures(page):
@@ -44,7 +48,22 @@ def test_every_speedup_says_frames_steps_model_and_baseline(found):
     for line in lines:
         for said in ("192 frames", "steps", "model tiny", "WanPipeline, full attention", "3840x2160", "projected"):
             assert said in line
-    assert "127x from text to file" in lines[0] and "150x in denoising" in lines[0]
+    assert "127x (104x..155x) from text to file, 150x (123x..183x) in denoising" in lines[0]
+    assert "resident" not in lines[0]
+
+
+def test_where_a_render_offloads_every_speedup_says_that_its_weights_were_resident(found):
+    for line in report.sentences(found | {"offload": "block"}).splitlines():
+        assert "with all weights resident where render takes --offload block" in line
+
+
+def test_a_total_and_a_speedup_have_their_spread_unless_all_ran_once(found):
+    table = {row["stage"]: row for row in report.rows(found)}
+    assert table["total"]["native"] == "2 h 30 min (2 h 15 min..2 h 45 min) projected"
+    assert table["total"]["few-step"] == "71 s (63.9 s..78.1 s)"
+    assert table["speedup"] == {"stage": "speedup", "native": "", **dict.fromkeys(ARMS, "127x (104x..155x)")}
+    once = report._times({"speedup": 2.0, "speedup_range": [2.0, 2.0]}, "speedup")
+    assert once == "2x"
 
 
 def test_projected_numbers_are_marked_wherever_they_stand(found):
@@ -52,7 +71,15 @@ def test_projected_numbers_are_marked_wherever_they_stand(found):
     assert table["denoise"]["native"] == "2 h 30 min (2 h 15 min..2 h 45 min) projected from 0.2 %"
     assert "projected" in table["total"]["native"] and "projected" not in table["total"]["few-step"]
     assert "projected" not in table["detail 2/2"]["equal steps"] and table["denoise"]["few-step"] == ""
-    assert any(row["what"] == "projection error" and "native -3.1 %" in row["value"] for row in report.facts(found))
+    assert any(
+        row["what"] == "projection error" and "native -3.1 % at 1,234 tokens" in row["value"]
+        for row in report.facts(found)
+    )
+
+
+def test_the_rate_of_the_machine_stands_beside_each_arm(found):
+    facts = {row["what"]: row["value"] for row in report.facts(found)}
+    assert facts["big GEMM"] == "before 0.14, after few-step 0.15, after equal steps 0.12, after native 0.13 TFLOP/s"
 
 
 def test_the_page_needs_nothing_from_elsewhere(found):

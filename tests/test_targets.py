@@ -1,10 +1,12 @@
 """Where outputs go."""
 
+import os
 from pathlib import Path
 
 import pytest
 
-from atlasvid_cli.targets import target_of
+from atlasvid_cli.errors import UsageError
+from atlasvid_cli.targets import check_writable, target_of
 
 
 @pytest.mark.parametrize(
@@ -21,3 +23,11 @@ def test_an_output_has_the_suffix_it_needs_and_may_be_a_folder(tmp_path: Path, m
     monkeypatch.chdir(tmp_path)
     (tmp_path / "folder").mkdir()
     assert target_of(output and Path(output), Path("wan2.1-64x64"), ".mp4") == tmp_path / found
+
+
+def test_a_pipe_is_no_place_for_a_video(tmp_path: Path):
+    os.mkfifo(tmp_path / "a.mp4")
+    with pytest.raises(UsageError, match="no regular file"):
+        check_writable(tmp_path / "a.mp4")
+    check_writable(tmp_path / "b.mp4")
+    assert [path.name for path in tmp_path.iterdir()] == ["a.mp4"]

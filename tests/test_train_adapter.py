@@ -3,7 +3,6 @@
 import json
 import math
 import shutil
-import sys
 from dataclasses import replace
 from fractions import Fraction
 from pathlib import Path
@@ -20,8 +19,8 @@ from atlasvid_cli.corpus import load_samples
 from atlasvid_cli.errors import InputError, UsageError
 from atlasvid_cli.presets import Training, load_preset
 from atlasvid_cli.session import Session
-from atlasvid_cli.train_adapter import embedder, make, split_groups
-from atlasvid_cli.train_job import Job, check
+from atlasvid_cli.train_adapter import embedder, make
+from atlasvid_cli.train_job import Job
 from tests.test_corpus import pairs
 
 
@@ -104,8 +103,9 @@ def test_an_adapter_is_trained_validated_and_loads(session, job, tmp_path):
 
 
 def test_a_killed_training_goes_on_to_the_same_losses_and_weights(session, job, tmp_path, monkeypatch):
-    for name in ("LOG_STEPS", "VALIDATION_STEPS"):  # so that a checkpoint falls between two lines of the log
-        monkeypatch.setattr(loop, name, 3)
+    # so that a checkpoint falls between two lines of the log
+    for name, steps in (("LOG_STEPS", 3), ("VALIDATION_STEPS", 3), ("SAMPLE_STEPS", 9)):
+        monkeypatch.setattr(loop, name, steps)
     make(session, job, quiet())
     whole, weights_ = rows(job), tensor_file.open_tensors(job.output)[0]
     shutil.rmtree(next(job.work.glob(f"{job.stage}-*")))
@@ -163,19 +163,6 @@ def test_other_settings_start_anew_and_do_not_overwrite(session, job):
     make(session, other, quiet())
     a, b = (tensor_file.open_tensors(j.output)[0] for j in (job, other))
     assert any(not torch.equal(a[name], b[name]) for name in a)
-
-
-@pytest.mark.parametrize("job", ["detail"], indirect=True)
-def test_what_cannot_be_used_is_said_before_clips_are_encoded(session, job, tmp_path, monkeypatch):
-    monkeypatch.setattr(train_adapter, "_samples", None)
-    (tmp_path / "folder.safetensors").mkdir()
-    tensor_file.save_tensors(tmp_path / "other.safetensors", {"x": torch.zeros(1)}, {})
-    for name, said in (("a.pt", ".safetensors"), ("folder.safetensors", "exists"), ("other.safetensors", "exists")):
-        with pytest.raises(UsageError, match=said):
-            make(session, replace(job, output=tmp_path / name), quiet())
-    session.preset = replace(session.preset, detail=replace(session.preset.detail, proxy_attention=False))
-    with pytest.raises(UsageError, match="proxy_attention"):
-        make(session, job, quiet())
 
 
 def test_the_procedural_world_is_one_more_source(session, job, monkeypatch):
@@ -244,27 +231,8 @@ def test_stage_2_learns_from_proxies_as_the_preset_makes_them(session, job, monk
     assert not torch.equal(seen[1].blocks[0].attn1.to_q.weight, seen[4].blocks[0].attn1.to_q.weight)
 
 
-@pytest.mark.parametrize("job", ["detail"], indirect=True)
-def test_stage_2_starts_as_the_preset_does_from_pixels_made_once(session_of_pixels, job, monkeypatch):
-    seen, made, real, enlarged = [], [], train.train_detail, train_adapter.add_enlarged
-    monkeypatch.setattr(train, "train_detail", lambda *a, **k: seen.append(a[3]) or real(*a, **k))
-    monkeypatch.setattr(train_adapter, "add_enlarged", lambda *a: made.append(a[2]) or enlarged(*a))
-    for _ in range(2):
-        make(session_of_pixels, job, quiet())
-        for sample in seen.pop():
-            assert sample["enlarged_4"].shape == sample["enlarged_1"].shape == sample["latents"].shape
-            assert "worn_4" not in sample and "worn_1" not in sample
-    assert made == [1, 4]
-    detail = session_of_pixels.preset.detail
-    latents = replace(detail, first=replace(detail.first, upsample="latents"))
-    session_of_pixels.preset = replace(session_of_pixels.preset, detail=latents)
-    make(session_of_pixels, replace(job, output=job.output.with_name("b.safetensors")), quiet())
-    assert made == [1, 4, 1]  # in a folder of its own
-    assert all({"worn_4", "enlarged_1"} <= set(sample) and "enlarged_4" not in sample for sample in seen.pop())
-
-
 @pytest.mark.parametrize("stage, expert", [("proxy", "high"), ("proxy", "low"), ("detail", None)])
-def test_an_adapter_is_for_one_of_two_experts(experts_preset, clips, tmp_path, monkeypatch, stage, expert):
+def test_an_adapter_is_for_one_of_two_experts(experts_preset, clips, tmp_path, monkeypatch, capsys, stage, expert):
     """Trained at the sigmas at which it works, from its own weights, and taken by renders as its own alone."""
     part, (low, high) = ("transformer", (0.9, 1.0)) if expert == "high" else ("transformer_2", (0.0, 0.9))
     shutil.copytree(experts_preset.parent, tmp_path, dirs_exist_ok=True)
@@ -282,6 +250,7 @@ def test_an_adapter_is_for_one_of_two_experts(experts_preset, clips, tmp_path, m
     monkeypatch.setattr(train_adapter, "add_worn", lambda *a, **k: noised.append(k["largest"]) or wears(*a, **k))
     job = Job(stage, clips, tmp_path / "stock" / "own.safetensors", tmp_path / "work", 3, 0.03, 4, expert=expert)
     make(Session(str(path)), job, quiet())
+    assert ("time_ratio = 1, so that" in capsys.readouterr().err) == (stage == "proxy")
     assert drawn and all(low <= sigma < high for sigma in drawn)
     assert loaded == {part} and set(noised) <= {0.9}
     metadata, _ = tensor_file.read_header(job.output)
@@ -298,24 +267,54 @@ def test_an_adapter_is_for_one_of_two_experts(experts_preset, clips, tmp_path, m
         taken_by(other)
 
 
-def test_whom_to_train_is_said(random_preset, experts_preset, tmp_path):
-    one, two = load_preset(str(random_preset)), load_preset(str(experts_preset))
-    job = Job("proxy", tmp_path, tmp_path / "a.safetensors", tmp_path)
-    for preset, wrong, said in (
-        (one, replace(job, expert="low"), "one transformer"),
-        (two, job, "--expert high or low"),
-        (two, replace(job, stage="detail", expert="high"), "low noise alone"),
-    ):
-        with pytest.raises(UsageError, match=said):
-            check(preset, wrong)
+@pytest.mark.parametrize("job", ["detail"], indirect=True)
+def test_what_cannot_be_used_is_said_before_clips_are_encoded(session, job, tmp_path, monkeypatch):
+    monkeypatch.setattr(train_adapter, "_samples", lambda *_: pytest.fail("clips were read"))
+    with pytest.raises(UsageError, match="an adapter"):
+        make(session, replace(job, output=tmp_path / "a.pt"), quiet())
+    tensors, preset = tensor_file.open_tensors(session.folder / session.preset.proxy.lora)[0], session.preset
+    for name, other in (("time_ratio", "2"), ("base", "0" * 16), ("stage", "detail")):
+        lora = tmp_path / f"{name}.safetensors"
+        tensor_file.save_tensors(lora, tensors, {name: other})
+        session.preset = replace(preset, proxy=replace(preset.proxy, lora=str(lora)))
+        with pytest.raises(InputError, match=f"was trained for {name} {other}"):
+            make(session, job, quiet())
 
 
-def test_an_optimizer_that_is_not_there_is_said_before_clips_are_read(session, job, monkeypatch):
-    monkeypatch.setitem(sys.modules, "prodigyopt", None)
-    session.preset = replace(session.preset, training=replace(session.preset.training, optimizer="prodigy"))
-    monkeypatch.setattr(train_adapter.corpus, "load_samples", lambda *_: pytest.fail("clips were read"))
-    with pytest.raises(UsageError, match="pip install prodigyopt"):
-        make(session, job, quiet())
+@pytest.mark.parametrize("job", ["detail"], indirect=True)
+def test_proxies_are_made_once_for_all_trainings_that_depend_on_the_same(session_of_pixels, job, monkeypatch):
+    """Pixels are what levels start from, as the preset has it; rate, rank, seed and margin change none of them."""
+    preset, seen, made = session_of_pixels.preset, [], []
+    real, worn, enlarged = train.train_detail, train_adapter.add_worn, train_adapter.add_enlarged
+    monkeypatch.setattr(train, "train_detail", lambda *a, **k: seen.append(a[3]) or real(*a, **k))
+    monkeypatch.setattr(train_adapter, "add_worn", lambda *a, **k: made.append(("worn", a[3])) or worn(*a, **k))
+    monkeypatch.setattr(train_adapter, "add_enlarged", lambda *a: made.append(("enlarged", a[2])) or enlarged(*a))
+    monkeypatch.setattr(train_adapter.Sampler, "show", lambda *_: None)
+
+    def train_once(name, **changes):
+        made.clear()
+        make(session_of_pixels, replace(job, steps=1, output=job.output.with_name(name), **changes), quiet())
+        return sorted(made), seen.pop()
+
+    every = [(kind, time_ratio) for kind in ("enlarged", "worn") for time_ratio in (1, 4)]
+    first, samples = train_once("a.safetensors")
+    assert first == every
+    for sample in samples:
+        assert sample["enlarged_4"].shape == sample["enlarged_1"].shape == sample["latents"].shape
+        assert "worn_4" not in sample and "worn_1" not in sample
+    session_of_pixels.preset = replace(preset, detail=replace(preset.detail, margin=(0, 0, 0)))
+    again, same = train_once("b.safetensors", lr=0.01, rank=2, seed=1)
+    assert again == []
+    for one, other in zip(samples, same, strict=True):
+        assert one.keys() == other.keys()
+        assert all(torch.equal(one[n], other[n]) for n in ("proxy_1", "proxy_4", "enlarged_1", "enlarged_4"))
+    first_level = replace(preset.detail.first, upsample="latents")
+    session_of_pixels.preset = replace(preset, detail=replace(preset.detail, first=first_level))
+    again, same = train_once("c.safetensors")
+    assert again == []
+    assert all({"worn_4", "enlarged_1"} <= set(sample) and "enlarged_4" not in sample for sample in same)
+    session_of_pixels.preset = replace(preset, proxy=replace(preset.proxy, guidance_scale=2.0))
+    assert train_once("d.safetensors")[0] == [("enlarged", 4), ("worn", 4)]  # the base is not guided
 
 
 def test_clips_without_the_largest_ratio_are_refused_before_training(session, job, monkeypatch):
@@ -345,16 +344,14 @@ def test_held_out_clips_are_shown_as_sampled(session, job):
     assert np.abs(true[: half - 4] - made[-(half - 4) :]).mean() > 1  # nine steps do not learn a clip
 
 
-def test_validation_is_of_whole_clips_at_the_same_noise(session, clips, tmp_path):
-    groups = [[{"n": (i, j)} for j in range(3)] for i in range(21)]
-    trained, held_out = split_groups(groups)
-    assert {s["n"][0] for s in held_out} == {9, 19} and not {9, 19} & {s["n"][0] for s in trained}
-    draws = []
-    validate = loop.validation(held_out, lambda s, rng, g: draws.append(torch.rand(2, generator=g)) or draws[-1].mean())
-    assert validate() == validate()
-    assert all(torch.equal(a, b) for a, b in zip(draws[:6], draws[6:], strict=True))
-    assert not torch.equal(draws[0], draws[1])
-    assert loop.validation([], None)() is None
+def test_pictures_that_need_more_memory_than_there_is_end_nothing(session, job, monkeypatch, capsys):
+    def show(*_):
+        raise torch.OutOfMemoryError("no room")
+
+    monkeypatch.setattr(train_adapter.Sampler, "show", show)
+    assert make(session, job, quiet()) == job.output and job.output.exists()
+    said = capsys.readouterr().err
+    assert all(f"memory ran out for the pictures of step {step}" in said for step in (6, 9))
 
 
 def test_embeddings_are_made_once(session, tmp_path, monkeypatch):

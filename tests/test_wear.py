@@ -2,6 +2,7 @@
 
 import random
 from itertools import pairwise
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -42,10 +43,10 @@ def test_a_model_that_knows_nothing_wears_more_from_a_higher_sigma():
 
 
 def test_every_sample_gets_its_own_worn_proxies_of_both_time_ratios():
-    data = details() + details()
-    data[1] |= {"caption": "other", "proxy_4": data[1]["proxy_4"][:, :1]}
     passes = []
     for _ in range(2):
+        data = details() + details()
+        data[1] |= {"caption": "other", "proxy_4": data[1]["proxy_4"][:, :1]}
         for time_ratio in (1, 4):
             wear.add_worn(model(), data, embed, time_ratio, lambda latents: 3.0)
         for sample in data:
@@ -56,6 +57,69 @@ def test_every_sample_gets_its_own_worn_proxies_of_both_time_ratios():
         passes.append([s["worn_1"] for s in data])
     assert not torch.equal(*passes[0])
     assert all(map(torch.equal, *passes))  # the same again
+
+
+def many():
+    """Samples that are worn one by one."""
+    return [details()[0] | {"caption": "x" * i} for i in range(6)]
+
+
+@pytest.fixture
+def interrupted(tmp_path, monkeypatch, console):
+    """Completes samples as `add` makes them, first a run that dies after two, then another: what the second made."""
+    monkeypatch.setattr(wear, "BATCH_TOKENS", 1)
+    monkeypatch.setattr(wear, "CHECKPOINT_SECONDS", -1)
+
+    def complete(kind, add, first, second):
+        path, made = tmp_path / f"{kind}.safetensors", []
+
+        def dying(samples):
+            made.append(samples)
+            if len(made) == 3:  # the third is made and not kept
+                raise KeyboardInterrupt
+
+        def told(data, after):
+            return lambda on_done: add(data, lambda n: (after(n), on_done(n)))
+
+        with pytest.raises(KeyboardInterrupt):
+            wear.complete(path, first, kind, 4, told(first, dying), console)
+        made.clear()
+        wear.complete(path, second, kind, 4, told(second, made.append), console)
+        wear.complete(path, many(), kind, 4, lambda on_done: pytest.fail("made again"), console)
+        return made
+
+    return complete
+
+
+def test_wearing_that_is_interrupted_goes_on_to_the_same(interrupted):
+    def add(data, on_done):
+        wear.add_worn(model(), data, embed, 4, lambda latents: 3.0, on_done)
+
+    whole, second = many(), many()
+    assert interrupted("worn", add, many(), second) == [1] * 4
+    add(whole, lambda n: None)
+    assert all(torch.equal(a["worn_4"], b["worn_4"]) for a, b in zip(whole, second, strict=True))
+
+
+def test_enlarging_that_is_interrupted_goes_on_to_the_same(interrupted, monkeypatch):
+    """From the same proxies, true or worn, as without the interruption; of both it leaves the one."""
+    monkeypatch.setattr(wear, "enlarge", lambda vae, low, *figures: low * 2)
+    vae = SimpleNamespace(config={"dim_mult": [1], "temperal_downsample": [True]})
+
+    def worn():
+        return [s | {"worn_4": torch.full_like(s["proxy_4"], 7.0)} for s in many()]
+
+    def add(data, on_done):
+        wear.add_enlarged(vae, data, 4, on_done)
+
+    whole, second = worn(), worn()
+    wear.settle_worn(second, 4)
+    assert interrupted("enlarged", add, worn(), second) == [1] * 4
+    add(whole, lambda n: None)
+    for one, other in zip(whole, second, strict=True):
+        assert one.keys() == other.keys() and "worn_4" not in one
+        assert torch.equal(one["proxy_4"], other["proxy_4"]) and torch.equal(one["enlarged_4"], other["enlarged_4"])
+    assert len({(s["proxy_4"] == 7.0).all().item() for s in whole}) == 2
 
 
 def test_a_crop_of_a_whole_frame_gets_its_part_of_the_frame_as_worn():

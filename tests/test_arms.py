@@ -1,0 +1,61 @@
+"""Arms that are sampled are of the same stages as measured ones, and what is checked is what is sampled."""
+
+from fractions import Fraction
+
+import pytest
+import torch
+
+from atlasvid_cli import arms, measure
+from atlasvid_cli.flops import full_flops
+from atlasvid_cli.plan import Request, make_plan
+from atlasvid_cli.timing import Timing
+
+
+def test_a_sampled_arm_has_a_preview_projected_as_the_video_is(monkeypatch, ticks, tmp_path):
+    """With a clock that counts pixels, both are of all their frames."""
+    plan = make_plan(Request("tiny", 960, 540, Fraction(4)))
+    for name in ("proxy_sample", "detail_sample", "enlarge_sample"):
+        monkeypatch.setattr(arms, name, lambda *a: Timing(1.0, 1.0, 1.0, 2))
+    monkeypatch.setattr(arms, "conv_rate", lambda dtype: 1e15)
+    written = []
+
+    def write(path, frames, *, width, height, fps, frame_count, on_frame):
+        written.append((width, height, fps))
+        for i in range(frame_count):
+            ticks(width * height)
+            on_frame(i + 1)
+        path.touch()
+
+    monkeypatch.setattr(measure, "write_video", write)
+    vae = type("Vae", (), {"dtype": torch.float32})
+    stages, peak = arms.few_step_arm(arms.Bench(None, None, None, None, vae, tmp_path, 1e9, 4.0, 2), plan, 2)
+    assert set(stages) == {"proxy", "preview", "detail 1/1 start", "detail 1/1", "decode", "mux"} and peak is None
+    width, height = plan.proxy_size
+    assert written == [(width, height, plan.proxy_fps)] * 2 + [(960, 540, plan.fps)] * 2
+    frames = (plan.proxy.grid.t - 1) * plan.preset.geometry.temporal + 1
+    assert stages["preview"].seconds == pytest.approx(frames * width * height)
+    assert stages["preview"].fraction == 3 / plan.proxy.grid.t and stages["preview"].runs == 2
+    assert (tmp_path / "video.mp4").exists(), "whose frames native encodes"
+
+
+@pytest.mark.parametrize(("threads", "heads"), [(1, 1), (2, 2), (64, 3)])
+def test_natives_sample_is_checked_with_the_heads_that_it_takes_at_the_full_size(
+    monkeypatch, ticks, tmp_path, threads, heads
+):
+    """There keys leave room for one; more are taken only where the few rows of the check would leave threads idle."""
+    plan, taken = make_plan(Request("tiny", 960, 540, Fraction(4))), set()
+    size, patch = plan.preset.transformer, plan.preset.geometry.patch
+
+    def attention(q, k, v, **options):
+        taken.add((q.shape[2], k.shape[1]))
+        ticks(1.0)
+
+    for module in (arms, measure):
+        monkeypatch.setattr(module, "native_forward", lambda *a: lambda: ticks(1.0))
+    monkeypatch.setattr(torch, "get_num_threads", lambda: threads)
+    monkeypatch.setattr(measure, "dispatch_attention_fn", attention)
+    monkeypatch.setattr(measure, "KEY_BYTES", 8 * size.dim // size.heads * plan.native_grid.tokens)
+    model = type("Model", (), {"device": torch.device("cpu"), "dtype": torch.float32, "blocks": (1, 2)})()
+    rate = 4 * full_flops(size, patch, 1200, size.text_length) / arms.EFFICIENCY  # a warm-up and three in a second
+    found = arms.native_error(arms.Bench(None, None, None, model, None, tmp_path, rate, 4.0, 1), plan)
+    assert taken == {(heads, found.tokens)} and 1024 < found.tokens <= 1200
