@@ -14,8 +14,9 @@ from diffusers import WanPipeline
 from . import pipeline, world
 from .artefacts import read_latents
 from .console import Console
-from .cost import offload_of, vae_tile
+from .cost import offload_of
 from .decode import decode_stream
+from .decode_cost import vae_tile
 from .encode import encode_stream
 from .plan import Plan, Request
 from .presets import Preset

@@ -14,7 +14,8 @@ from diffusers import WanPipeline
 
 from . import pipeline
 from .artefacts import read_latents
-from .cost import DECODE_EFFICIENCY, EFFICIENCY, GIB, rows, vae_tile
+from .cost import DECODE_EFFICIENCY, EFFICIENCY, GIB, rows
+from .decode_cost import vae_tile
 from .flops import full_flops
 from .machine import available_ram, conv_rate, peak_rss, reset_peak
 from .measure import (

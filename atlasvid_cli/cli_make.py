@@ -253,7 +253,7 @@ def decode(
     suffix = suffix_for(codec)  # an unknown codec is said before the heavy imports
     from . import artefacts, pipeline
     from .console import Console
-    from .cost import check_decode, file_bytes
+    from .decode_cost import check_decode
     from .presets import load_preset
     from .session import Session
 
@@ -264,8 +264,8 @@ def decode(
     check_writable(target)
     artefacts.keep_foreign(target, known)
     shape, width, height = artefacts.latents_shape(latents), int(known["width"]), int(known["height"])
-    video = file_bytes(width, height, int(known["frames"]), codec)
-    check_decode(load_preset(preset or known["preset"]), shape, width, height, target.parent, video)
+    size = width, height
+    check_decode(load_preset(preset or known["preset"]), shape, size, int(known["frames"]), codec, target.parent)
     session = Session(preset or known["preset"], model_path)
     console = Console(as_json)
     warn_of_player(console, codec, width, height)

@@ -5,19 +5,25 @@ import math
 from pathlib import Path
 from typing import Any
 
+from .decode_cost import KEPT, decode_memory, file_bytes, vae_itemsize, vae_tile
 from .errors import ResourceError
 from .machine import Machine, available_ram, conv_rate, decode_dtype, disk_of, gemm_rate, this_machine
-from .memory import OFFLOADS, Memory, Offload, detail_memory, model_bytes, proxy_memory, text_memory
+from .memory import (
+    GIB,
+    OFFLOADS,
+    PROGRAM_BYTES,
+    PROGRAM_VRAM,
+    Memory,
+    Offload,
+    detail_memory,
+    model_bytes,
+    proxy_memory,
+    text_memory,
+)
 from .plan import Plan
-from .presets import Preset
 from .shapes import Grid
 from .stages import Stage
 
-GIB = 1 << 30
-PROGRAM_BYTES = int(0.6 * GIB)  # torch, diffusers and transformers, imported, before any weight
-PROGRAM_VRAM = GIB  # the CUDA context and what its allocator cannot reuse
-# bytes a pixel and frame of a video file, on the safe side of detailed footage at the quality of `video.CODECS`
-VIDEO_BYTES = {"h264": 0.05, "hevc10": 0.05, "av1": 0.05, "prores": 0.8, "ffv1": 2.0}
 # parts that denoising reaches of a big GEMM's rate, and decoding beside the encoder of a convolution's, on two cores
 # (docs/LOG.md)
 EFFICIENCY, DECODE_EFFICIENCY = 0.6, 0.7
@@ -25,14 +31,7 @@ EFFICIENCY, DECODE_EFFICIENCY = 0.6, 0.7
 # seconds that a GPU takes for a block on a chunk of windows, however small: some seventy kernels (docs/LOG.md)
 LAUNCH = 0.01
 
-# what x264 looks ahead, and bytes a pixel that a frame takes in it (docs/LOG.md)
-ENCODER_FRAMES, ENCODER_BYTES = 40, 3
-
 DECODED = ("preview", "decode")  # stages that make frames of latents
-
-# what the allocator and the convolutions' scratch make of the VAE's tensors, by bytes a value: measured in fp32
-# (docs/LOG.md), in bf16 what an earlier decoder's peak makes of today's tensors
-KEPT = {4: 1.15, 2: 1.95}
 
 
 def memory(plan: Plan, stage: Stage, offload: Offload, machine: Machine) -> Memory:
@@ -143,8 +142,8 @@ def _enlarging(plan: Plan, stage: Stage, machine: Machine) -> tuple[int, Memory]
     flops = round(below.t * decode_flops(config, h, w) * overlap(config, h, w, vae_tile(plan.preset, h, w, machine)))
     half = bool(stage.entry)
     flops += grid.t * encode_flops(config, grid.h * patch, grid.w * patch, half)
-    pixels, size = plan.preset.geometry.token_pixels, _vae_itemsize(plan.preset, machine)
-    held = decode_memory(plan.preset, (below.t, h, w), below.w * pixels, below.h * pixels, machine)
+    pixels, size = plan.preset.geometry.token_pixels, vae_itemsize(plan.preset, machine)
+    held = decode_memory(plan.preset, (below.t, h, w), below.w * pixels, below.h * pixels, None, machine)
     on_gpu = machine.device.kind == "cuda"
     encoder = int(KEPT[size] * encode_bytes(config, grid.h * patch, grid.w * patch, size, not on_gpu, half))
     large = 2 * 4 * 3 * grid.h * grid.w * (pixels // (1 + half)) ** 2  # a frame in fp32 as it is made, and the last one
@@ -179,10 +178,6 @@ def video_bytes(plan: Plan) -> int:
     if plan.request.proxy_only:
         return 0
     return file_bytes(plan.request.width, plan.request.height, plan.frames, plan.request.codec)
-
-
-def file_bytes(width: int, height: int, frames: int, codec: str) -> int:
-    return int(width * height * frames * VIDEO_BYTES[codec])
 
 
 def check_resources(
@@ -252,7 +247,7 @@ def _encode_row(plan: Plan, rate: float, machine: Machine) -> dict[str, Any]:
     from .vae_cost import encode_bytes, encode_flops
 
     config, grid, patch = dataclasses.asdict(plan.preset.vae), plan.proxy.grid, plan.preset.geometry.patch
-    size, (h, w) = _vae_itemsize(plan.preset, machine), (grid.h * patch, grid.w * patch)
+    size, (h, w) = vae_itemsize(plan.preset, machine), (grid.h * patch, grid.w * patch)
     on_gpu = machine.device.kind == "cuda"
     encoder = int(KEPT[size] * encode_bytes(config, h, w, size, not on_gpu)) + plan.preset.vae_parameters * size
     flops = grid.t * encode_flops(config, h, w)
@@ -277,7 +272,8 @@ def _decode_row(
 
     config = dataclasses.asdict(plan.preset.vae)
     h, w = grid.h * plan.preset.geometry.patch, grid.w * plan.preset.geometry.patch
-    needed = decode_memory(plan.preset, (grid.t, h, w), width, height, machine)
+    codec = plan.request.codec if stage == "decode" else "h264"
+    needed = decode_memory(plan.preset, (grid.t, h, w), width, height, codec, machine)
     tile = vae_tile(plan.preset, h, w, machine)
     stays = machine.device.kind == "cpu" and bool(plan.own_stages())  # the transformer, for the next video
     host = needed.host + (model_bytes(plan.preset, machine.device) if stays else 0)
@@ -294,57 +290,3 @@ def _decode_row(
         "disk_bytes": (spool_bytes(config, grid.t, h, w) if tile else 0) + video_bytes(plan),
         "seconds": flops / rate,
     }
-
-
-def decode_memory(preset: Preset, latents: tuple[int, int, int], width: int, height: int, machine: Machine) -> Memory:
-    """What decoding `latents` (t, h, w) to a video of `width` x `height` pixels needs beside the program."""
-    from .vae_cost import decode_bytes
-
-    t, h, w = latents
-    size, tile = _vae_itemsize(preset, machine), vae_tile(preset, h, w, machine)
-    on_gpu = machine.device.kind == "cuda"
-    decoder = int(KEPT[size] * decode_bytes(dataclasses.asdict(preset.vae), h, w, tile, size, not on_gpu))
-    decoder += preset.vae_parameters * size
-    frames = min(ENCODER_FRAMES, 1 + preset.geometry.temporal * (t - 1))
-    host = t * h * w * preset.transformer.channels * 4 + frames * ENCODER_BYTES * width * height
-    return Memory(decoder, host) if on_gpu else Memory(0, host + decoder)
-
-
-def check_decode(
-    preset: Preset, latents: tuple[int, int, int], width: int, height: int, folder: Path, video: int
-) -> None:
-    """Raises ResourceError, before anything is loaded, where saved latents cannot be decoded to a `video` of so many
-    bytes in `folder`, in the memory and on the disk here."""
-    from .vae_cost import spool_bytes
-
-    tiles = spool_bytes(dataclasses.asdict(preset.vae), *latents) if vae_tile(preset, *latents[1:]) else 0
-    if tiles + video > (free := disk_of(folder)[1]):
-        raise ResourceError(
-            f"decoding writes {(tiles + video) / GIB:.1f} GiB and {folder} has {free / GIB:.1f} GiB free;"
-            " free some space or choose another --output"
-        )
-    machine = this_machine()
-    needed = decode_memory(preset, latents, width, height, machine)
-    for kind, size, free in (
-        ("GPU memory", needed.device and PROGRAM_VRAM + needed.device, machine.vram),
-        ("memory", PROGRAM_BYTES + needed.host, available_ram()),
-    ):
-        if size > free:
-            raise ResourceError(
-                f"decoding needs {size / GIB:.1f} GiB of {kind} and {free / GIB:.1f} GiB are free;"
-                " close other programs, or lower decode_gib in the preset"
-            )
-
-
-def vae_tile(preset: Preset, h: int, w: int, machine: Machine | None = None) -> int | None:
-    """The tile side in latents with which decoding h x w latents fits in `decode_gib`; None for whole frames."""
-    from .vae_cost import choose_tile
-
-    machine = machine or this_machine()
-    size, on_gpu = _vae_itemsize(preset, machine), machine.device.kind == "cuda"
-    return choose_tile(dataclasses.asdict(preset.vae), h, w, int(preset.decode_gib * GIB), size, not on_gpu)
-
-
-def _vae_itemsize(preset: Preset, machine: Machine) -> int:
-    """Bytes of a value in the dtype that the VAE computes in."""
-    return decode_dtype(preset.decode_dtype, machine.device).itemsize

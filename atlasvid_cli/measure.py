@@ -19,8 +19,9 @@ from diffusers.models.attention_dispatch import dispatch_attention_fn
 from diffusers.models.transformers import transformer_wan
 
 from .block import Kernels
-from .cost import EFFICIENCY, offload_of, vae_tile
+from .cost import EFFICIENCY, offload_of
 from .decode import decode_stream
+from .decode_cost import vae_tile
 from .enlarge import enlarge
 from .flops import detail_flops, full_flops, linear_flops
 from .half import HalfEncoder

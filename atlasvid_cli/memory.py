@@ -19,6 +19,10 @@ OFFLOADS: tuple[Offload, ...] = ("none", "block", "host")
 # How the blocks' linear layers are kept; auto: as they compute.
 WeightDtype = Literal["auto", "int8", "fp8"]
 
+GIB = 1 << 30
+PROGRAM_BYTES = int(0.6 * GIB)  # torch, diffusers and transformers, imported, before any weight
+PROGRAM_VRAM = GIB  # the CUDA context and what its allocator cannot reuse
+
 
 @dataclass(frozen=True)
 class Memory:

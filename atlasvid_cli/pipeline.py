@@ -32,8 +32,9 @@ from .artefacts import (
     weights_of,
 )
 from .console import Console
-from .cost import offload_of, vae_tile
+from .cost import offload_of
 from .decode import decode_stream, tile_steps
+from .decode_cost import vae_tile
 from .encode import encode_stream
 from .enlarge import enlarge
 from .errors import ResourceError

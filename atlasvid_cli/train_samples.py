@@ -8,8 +8,8 @@ import torch
 import torch.nn.functional as F
 from diffusers import WanTransformer3DModel
 
-from .cost import vae_tile
 from .decode import decode_stream
+from .decode_cost import vae_tile
 from .model import TextContext, text_context
 from .proxy import Expert, sample_proxy
 from .refine import sample_detail

@@ -45,7 +45,7 @@ def spool_bytes(config: Mapping[str, Any], steps: int, h: int, w: int) -> int:
 def decode_bytes(
     config: Mapping[str, Any], h: int, w: int, tile: int | None = None, width: int = 4, banded: bool = True
 ) -> int:
-    """Peak bytes of activations, caches and output of `decode_stream` on h x w latents; weights not counted.
+    """Peak bytes of activations and caches of `decode_stream` on h x w latents; weights and frames not counted.
 
     `width`: bytes a value of the VAE's dtype; frames come out in fp32. `banded`: as on a CPU, where frames of still
     levels are taken in bands.
@@ -53,9 +53,7 @@ def decode_bytes(
     Counts tensors as the walk in `decode` holds them: two frames a convolution, what each level keeps while deeper
     ones run, and the largest working set on top of it.
     """
-    if tile is not None and tile < max(h, w):
-        reach = receptive_radius(config) + BLEND // 2
-        h, w = (min(side, math.ceil(side / math.ceil(side / tile)) + 2 * reach) for side in (h, w))
+    h, w = seen_at_once(config, h, w, tile)
     base = config.get("decoder_base_dim") or config["base_dim"]
     dims = [base * m for m in (config["dim_mult"][-1], *reversed(config["dim_mult"]))]
     temporal = [*reversed(config["temperal_downsample"]), False]
@@ -85,8 +83,22 @@ def decode_bytes(
     if not config.get("still", 0):
         cached += dims[-1] * area * 2
         peaks.append(held + (dims[-1] + channels) * area + min(channels * area, most))
-    output = time_factor(config) * 3 * h * w * space_factor(config) ** 2
-    return width * (cached + max(peaks)) + 2 * 4 * output  # who takes the frames holds some while more are made
+    return width * (cached + max(peaks))
+
+
+def seen_at_once(config: Mapping[str, Any], h: int, w: int, tile: int | None) -> tuple[int, int]:
+    """Latents (h, w) that the decoder sees at a time: all, or the largest tile with what it is padded by."""
+    if tile is None or tile >= max(h, w):
+        return h, w
+    reach = receptive_radius(config) + BLEND // 2
+    h, w = (min(side, math.ceil(side / math.ceil(side / tile)) + 2 * reach) for side in (h, w))
+    return h, w
+
+
+def output_bytes(config: Mapping[str, Any], h: int, w: int) -> int:
+    """Bytes of the frames, fp32 in host memory, that come of h x w latents: whoever takes them holds some while more
+    are made."""
+    return 2 * 4 * time_factor(config) * 3 * h * w * space_factor(config) ** 2
 
 
 def _block(c: int, d: int) -> int:

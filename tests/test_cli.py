@@ -378,7 +378,7 @@ def test_proxy_then_refine_then_region_then_decode(run, random_preset, tmp_path,
     assert code == 0 and (tmp_path / "again.mkv").exists()
     assert json.loads(run("info", "again.mkv", "--json")[1])["codec"] == "ffv1"
     with monkeypatch.context() as patch:
-        patch.setattr("atlasvid_cli.cost.available_ram", lambda: 1 << 28)
+        patch.setattr("atlasvid_cli.decode_cost.available_ram", lambda: 1 << 28)
         patch.setattr("atlasvid_cli.session.Session", None)
         code, _, err = run("decode", first, "--preset", random_preset, "-o", "third.mp4")
     assert code == 4 and "decoding needs" in err and not (tmp_path / "third.mp4").exists()

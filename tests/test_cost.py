@@ -8,9 +8,10 @@ import torch
 from transformers import UMT5EncoderModel
 
 from atlasvid_cli import block, cost, vae_cost
-from atlasvid_cli.cost import VIDEO_BYTES, check_resources, rows
+from atlasvid_cli.cost import check_resources, rows
+from atlasvid_cli.decode_cost import ENCODER_BYTES, VIDEO_BYTES
 from atlasvid_cli.errors import ResourceError
-from atlasvid_cli.machine import Device, Machine, compute_device, machine_with_gpu, this_machine
+from atlasvid_cli.machine import Device, Machine, machine_with_gpu, this_machine
 from atlasvid_cli.memory import model_bytes
 from atlasvid_cli.model import TextContext, detail_forward
 from atlasvid_cli.plan import Request, make_plan
@@ -24,7 +25,7 @@ def job(codec="h264"):
 
 
 def test_every_codec_has_an_estimate():
-    assert VIDEO_BYTES.keys() == CODECS.keys()
+    assert VIDEO_BYTES.keys() == ENCODER_BYTES.keys() == CODECS.keys()
 
 
 @pytest.mark.parametrize(("full", "option"), [("videos", "--output"), ("runs", "--run-dir")])
@@ -54,34 +55,6 @@ def test_too_little_memory_is_said(tmp_path, monkeypatch):
     monkeypatch.setattr(cost, "available_ram", lambda: 1 << 28)
     with pytest.raises(ResourceError, match="memory"):
         check_resources(job(), tmp_path)
-
-
-def test_decoding_alone_needs_what_it_needs_in_a_plan(monkeypatch, tmp_path):
-    plan = job()
-    patch = plan.preset.geometry.patch
-    latents = plan.target.t, plan.target.h * patch, plan.target.w * patch
-    [needed] = [row["ram_bytes"] for row in rows(plan) if row["stage"] == "decode"]
-    needed -= model_bytes(plan.preset, compute_device())  # which stays loaded for the next video
-    monkeypatch.setattr(cost, "available_ram", lambda: needed)
-    cost.check_decode(plan.preset, latents, plan.request.width, plan.request.height, tmp_path, 0)
-    monkeypatch.setattr(cost, "available_ram", lambda: needed - 1)
-    with pytest.raises(ResourceError, match="decode_gib"):
-        cost.check_decode(plan.preset, latents, plan.request.width, plan.request.height, tmp_path, 0)
-
-
-def test_decoding_in_tiles_needs_disk_too(monkeypatch, tmp_path):
-    preset = dataclasses.replace(load_preset("tiny"), decode_gib=0.2)
-    monkeypatch.setattr(cost, "disk_of", lambda folder: (0, 1 << 20))
-    with pytest.raises(ResourceError, match="decoding writes"):
-        cost.check_decode(preset, (5, 68, 120), 1920, 1080, tmp_path, 0)
-
-
-def test_decoding_alone_asks_for_the_disk_of_its_file(monkeypatch, tmp_path):
-    video = cost.file_bytes(1920, 1080, 17, "ffv1")
-    monkeypatch.setattr(cost, "disk_of", lambda folder: (0, video - 1))
-    with pytest.raises(ResourceError, match="decoding writes"):
-        cost.check_decode(load_preset("tiny"), (5, 68, 120), 1920, 1080, tmp_path, video)
-    cost.check_decode(load_preset("tiny"), (5, 68, 120), 1920, 1080, tmp_path, video - 1)
 
 
 def test_a_batch_is_asked_for_the_disk_of_all_its_videos(monkeypatch, tmp_path):
