@@ -29,7 +29,7 @@ PART = 1 << 13  # tokens embedded or projected, or taken through the proxy strea
 class TextContext:
     """Prompt keys and values of every block, (m, tokens, heads, d), with the logit bias (m, 1, 1, tokens).
 
-    Wan pads text to 512 keys that are all alike and not masked. They are one key here whose bias is log(how many).
+    Wan pads text to 512 keys that are all alike and not masked. They are two keys here (`keys_for`).
     """
 
     keys_values: list[KeyValue]
@@ -99,21 +99,27 @@ def _of_windows(x: torch.Tensor, total: int, count: int) -> torch.Tensor:
     return x if len(x) == 1 else x.repeat_interleave(total // count, 0)
 
 
+def keys_for(count: int, dtype: torch.dtype) -> list[float]:
+    """Biases of two keys that together weigh as much as `count` alike ones. Of one, log(count) rounds to steps of 1/32
+    in bfloat16, so by a per cent that is the same at every query of every block."""
+    first = torch.tensor(math.log(0.975 * count)).to(dtype).double()  # less than all of it, however it rounds
+    return [first.item(), math.log(count - first.exp().item())]
+
+
 def text_context(model: WanTransformer3DModel, embeddings: list[torch.Tensor], length: int) -> TextContext:
     """Projects prompts, each (tokens, text_dim) without padding, as Wan would after padding each to `length` keys."""
     longest = max(len(e) for e in embeddings)
     projection = model.condition_embedder.text_embedder.linear_1.weight
-    padded = projection.new_zeros(len(embeddings), longest + 1, embeddings[0].shape[1])
-    bias = torch.full((len(embeddings), 1, 1, longest + 1), -math.inf, device=padded.device)
+    padded = projection.new_zeros(len(embeddings), longest + 2, embeddings[0].shape[1])
+    bias = torch.full((len(embeddings), 1, 1, longest + 2), -math.inf, device=padded.device)
     for i, e in enumerate(embeddings):
         padded[i, : len(e)] = e
         bias[i, ..., : len(e)] = 0.0
         if length > len(e):
-            bias[i, ..., -1] = math.log(length - len(e))
+            bias[i, ..., -2:] = bias.new_tensor(keys_for(length - len(e), projection.dtype))
     hidden = model.condition_embedder.text_embedder(padded)
     keys_values = []
-    for block in on_device(model.blocks, compute_device(model)):
-        attn = block.attn2
+    for attn in on_device([block.attn2 for block in model.blocks], compute_device(model)):
         keys = norm_of(attn.norm_k, attn.to_k(hidden)).unflatten(-1, (attn.heads, -1))
         keys_values.append((keys, attn.to_v(hidden).unflatten(-1, (attn.heads, -1))))
     return TextContext(keys_values, bias.to(hidden.dtype))

@@ -4,7 +4,7 @@ A block is a map over all windows, so its weights are loaded once a forward howe
 states that live in host memory the next chunk's come while one computes, and the last one's go.
 """
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager, nullcontext
 from importlib.metadata import PackageNotFoundError, version
@@ -71,8 +71,11 @@ def place(model: WanTransformer3DModel, device: torch.device, offload: Offload) 
     return model
 
 
-def on_device(blocks: nn.ModuleList, device: torch.device) -> Iterator[Any]:
-    """Each block with its weights on `device`. Those that live elsewhere are copied while the block before computes."""
+def on_device(blocks: Sequence[nn.Module], device: torch.device) -> Iterator[Any]:
+    """Each block with its weights on `device`. Those that live elsewhere are copied while the block before computes.
+
+    A GPU's host waits for the block before that one: it would run ahead, and hold the weights of many.
+    """
     stream = torch.cuda.Stream(device) if device.type == "cuda" else None
 
     def fetch(block: nn.Module) -> list[torch.Tensor]:
@@ -82,7 +85,7 @@ def on_device(blocks: nn.ModuleList, device: torch.device) -> Iterator[Any]:
     if all(p.device == device for block in blocks for p in block.parameters()):
         yield from blocks
         return
-    fetched = fetch(blocks[0])
+    fetched, computed = fetch(blocks[0]), None
     for i, block in enumerate(blocks):
         home = list(_parameters(block))
         if stream:
@@ -91,12 +94,15 @@ def on_device(blocks: nn.ModuleList, device: torch.device) -> Iterator[Any]:
             _replace(owner, name, weight)
             for part in stored(weight) if stream else ():
                 part.record_stream(torch.cuda.current_stream(device))
+        if computed:
+            computed.synchronize()
         fetched = fetch(blocks[i + 1]) if i + 1 < len(blocks) else []
         try:
             yield block
         finally:
             for owner, name, parameter in home:
                 setattr(owner, name, parameter)
+        computed = torch.cuda.current_stream(device).record_event() if stream else None
 
 
 def _parameters(module: nn.Module) -> Iterator[tuple[nn.Module, str, nn.Parameter]]:

@@ -2,6 +2,7 @@
 diffusers' modules, with nothing of the package's windows, positions or blocks."""
 
 import math
+from fractions import Fraction
 
 import torch
 from torch.nn.functional import scaled_dot_product_attention
@@ -27,13 +28,13 @@ def windows_of(grid, shape, shifted):
     t, h, w = torch.meshgrid(*(torch.arange(n) for n in (grid.t, grid.h, grid.w)), indexing="ij")
     axes = []
     for at, size, length in zip((t, h, w), (grid.t, grid.h, grid.w), shape, strict=True):
-        if length >= size:
-            first, end = torch.zeros_like(at), torch.full_like(at, size)
-        else:
-            before = length - length // 2 if shifted and length > 1 else 0
-            first = (at + before) // length * length - before
-            first, end = first.clamp_min(0), (first + length).clamp_max(size)
-        axes.append(torch.stack((first.flatten(), end.flatten()), -1))
+        number = math.ceil(size / length)  # as few as can be, each as long as the others but for rounding down
+        borders = [math.floor(Fraction(size, number) * k) for k in range(number + 1)]
+        if shifted and number > 1:
+            borders = [0, *(math.floor(Fraction(size, number) * (k + Fraction(1, 2))) for k in range(number)), size]
+        borders = torch.tensor(borders)
+        after = torch.searchsorted(borders, at.flatten(), right=True)
+        axes.append(torch.stack((borders[after - 1], borders[after]), -1))
     return torch.stack(axes, 1)
 
 
