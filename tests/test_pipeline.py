@@ -26,6 +26,7 @@ from atlasvid_cli.plan import Request, make_plan
 from atlasvid_cli.presets import presets_folder
 from atlasvid_cli.prompts import Item
 from atlasvid_cli.refine import crop_to_stage
+from atlasvid_cli.results import state_of
 from atlasvid_cli.session import Session
 from atlasvid_cli.video import probe, read_frames, write_video
 
@@ -504,3 +505,21 @@ def test_a_proxy_can_be_looked_at(session, request_, console, tmp_path):
 def test_a_wrong_model_folder_is_named_before_loading(random_preset):
     with pytest.raises(InputError, match="dim"):
         Session("tiny", str(random_preset.with_suffix("")))
+
+
+@pytest.mark.parametrize(
+    ("changed", "said"), [({}, "from something else"), ({"dtype": "bfloat16"}, "on another machine .*dtype bfloat16")]
+)
+def test_a_video_that_is_kept_says_how_it_differs(tmp_path, changed, said):
+    made = {"key": "a", "dtype": "float32", "attention": "native"}
+    frames = torch.zeros(1, 3, 64, 64)
+    write_video(tmp_path / "a.mp4", iter([frames]), width=64, height=64, fps=8, frame_count=1, metadata=made | changed)
+    artefacts.keep_foreign(tmp_path / "a.mp4", made | changed)
+    artefacts.keep_foreign(tmp_path / "b.mp4", made)
+    with pytest.raises(UsageError, match=said):
+        artefacts.keep_foreign(tmp_path / "a.mp4", made | {"key": "b"})
+
+
+def test_each_stage_keeps_its_state_beside_its_latents(tmp_path):
+    names = ("proxy", "level-1", "detail", "detail-region-a", "detail-region-b")
+    assert len({state_of(tmp_path / f"{name}.safetensors") for name in names}) == len(names)
