@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from .errors import AtlasError, UsageError, explain, stop_signals, traced
 from .prompts import Item, slug
 from .show import show_plan
-from .targets import check_writable, is_made, target_of, usable
+from .targets import check_writable, is_folder, is_made, target_of, usable
 
 if TYPE_CHECKING:
     from .console import Console
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 def run_batch(
     items: list[Item],
     request: "Request",
-    output: Path | None,
+    output: str | None,
     run_dir: Path | None,
     console: "Console",
     many: bool,
@@ -36,14 +36,14 @@ def run_batch(
     if not items:
         return console.note("no prompt falls to this shard: there are fewer than shards")
     suffix = suffix_for(request.codec) if kind == "video" else ".safetensors"
-    base = (output or Path()).absolute()
+    base, into = Path(output or "").absolute(), is_folder(output or "")
     with usable(base):
-        is_there, is_folder = base.exists(), base.is_dir()
-    if many and is_there and not is_folder:
+        is_there = base.exists()
+    if many and is_there and not into:
         raise UsageError(f"--output {output} is a file, and many results need a folder; name one")
-    if many and not is_there and base.suffix in (suffix, *CODECS[request.codec].suffixes):
+    if many and not into and base.suffix in (suffix, *CODECS[request.codec].suffixes):
         raise UsageError(f"--output {output} is named like a file, and many results need a folder; name one")
-    folder = base if many or is_folder else base.parent
+    folder = base if many or into else base.parent
     targets = [_target(item, folder, output, many, suffix) for item in items]
     taken: dict[Path, Item] = {}
     for item, target in zip(items, targets, strict=True):
@@ -119,7 +119,7 @@ def _extended(item: Item, console: "Console") -> Item:
     return dataclasses.replace(item, prompt=prompt)
 
 
-def _target(item: Item, folder: Path, output: Path | None, many: bool, suffix: str) -> Path:
+def _target(item: Item, folder: Path, output: str | None, many: bool, suffix: str) -> Path:
     """Where an item's result goes."""
     own = folder / item.output if item.output else None
     default = folder / (f"{item.id}-{item.seed}" if many else item.output or f"{slug(item.prompt)}-{item.seed}")

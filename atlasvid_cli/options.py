@@ -73,7 +73,9 @@ Vram = Annotated[
 ]
 Chunk = Annotated[int | None, typer.Option("--chunk", min=1, help="Windows computed at a time; bounds memory.")]
 CodecName = Annotated[str, typer.Option("--codec", help="h264 (8 bit), hevc10, av1, prores or ffv1 (10 bit).")]
-Output = Annotated[Path | None, typer.Option("--output", "-o", help="File, or folder that is there, for the result.")]
+Output = Annotated[
+    str | None, typer.Option("--output", "-o", help="File for the result, or folder/ for it under its own name.")
+]
 RunDir = Annotated[
     Path | None, typer.Option("--run-dir", help="Where intermediate results go [default: runs/ beside the output].")
 ]

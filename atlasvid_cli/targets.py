@@ -1,5 +1,6 @@
 """Where results go, and whether they can."""
 
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -16,19 +17,26 @@ def usable(path: Path, option: str = "--output") -> Iterator[None]:
         raise ResourceError(f"{path} cannot be written ({error.strerror}); choose another {option}") from None
 
 
-def target_of(output: Path | None, default: Path, suffix: str) -> Path:
+def is_folder(output: str | Path) -> bool:
+    """Whether results go into `output` under names of their own: it is a folder, or ends as one that will be made."""
+    with usable(Path(output)):
+        return str(output).endswith(os.sep) or Path(output).is_dir()
+
+
+def target_of(output: str | Path | None, default: Path, suffix: str) -> Path:
     """The absolute path to write: `output`, with `suffix` where its name has none, or `default`, which needs it.
 
-    In an `output` that is a folder the file has its default name.
+    In an `output` that is a folder the file has its default name. UsageError for standard output.
     """
     named = default.with_name(default.name + suffix)
     if output is None:
         return named.absolute()
-    with usable(output):
-        is_folder = output.is_dir()
-    if is_folder:
-        return (output / named.name).absolute()
-    return (output if output.suffix else output.with_name(output.name + suffix)).absolute()
+    if str(output) == "-":
+        raise UsageError("a result is moved into its place when it is whole, so that --output cannot be -; name a file")
+    path = Path(output)
+    if is_folder(output):
+        return (path / named.name).absolute()
+    return (path if path.suffix else path.with_name(path.name + suffix)).absolute()
 
 
 def sheet_of(video: Path) -> Path:
