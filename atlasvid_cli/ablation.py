@@ -16,7 +16,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 
 from . import pipeline, store, world
 from .ablation_arms import NATIVE, RECONSTRUCTED, Arm, arms
@@ -25,7 +24,7 @@ from .bench import native_render_seconds
 from .console import Console
 from .cost import EFFICIENCY, GIB, check_resources
 from .experts import experts_of
-from .machine import compute_device, gemm_rate, peak_rss, reset_peak
+from .machine import gemm_rate, peak_bytes, reset_peak
 from .plan import Plan, Request, make_plan
 from .quality import (
     Assessment,
@@ -182,23 +181,12 @@ def _timed(
     shutil.rmtree(work, ignore_errors=True)
     store.run_directory(work.parent, work.name)
     warm()
-    _reset_peak()
+    reset_peak()
     started = time.monotonic()
     make()
-    seconds, peak = round(time.monotonic() - started, 2), _peak()
+    seconds, peak = round(time.monotonic() - started, 2), peak_bytes()
     store.write_json(work.with_suffix(".json"), {"job": job, "seconds": seconds, "peak_bytes": peak})
     return seconds, peak
-
-
-def _reset_peak() -> None:
-    if compute_device().kind == "cuda":
-        torch.cuda.reset_peak_memory_stats()
-    reset_peak()
-
-
-def _peak() -> int:
-    """The most bytes held since `_reset_peak`, of a GPU's memory where there is one: that is what runs out there."""
-    return torch.cuda.max_memory_allocated() if compute_device().kind == "cuda" else peak_rss()
 
 
 def summary(by_seed: list[list[Seen]]) -> dict[str, Any]:

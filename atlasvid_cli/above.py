@@ -5,7 +5,7 @@ import math
 from fractions import Fraction
 from pathlib import Path
 
-from .artefacts import describe, latents_shape, level_path, result_key
+from .artefacts import describe, latents_shape, level_path, result_metadata
 from .errors import UsageError
 from .plan import Plan, Request, make_plan
 from .presets import load_preset
@@ -59,7 +59,7 @@ def refine_run(session: Session, plan: Plan, latents: Path, runs: Path) -> Path:
     known = describe(latents)
 
     def own(plan: Plan) -> Path:
-        return runs / f"{slug(latents.stem)}-{result_key(session, plan, known)}"
+        return runs / f"{slug(latents.stem)}-{result_metadata(session, plan, known)['key']}"
 
     if not plan.is_region:
         return own(plan)

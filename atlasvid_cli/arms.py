@@ -17,7 +17,7 @@ from .artefacts import read_latents
 from .cost import DECODE_EFFICIENCY, EFFICIENCY, GIB, rows
 from .decode_cost import vae_tile
 from .flops import full_flops
-from .machine import available_ram, conv_rate, peak_rss, reset_peak
+from .machine import available_ram, conv_rate, peak_bytes, reset_peak
 from .measure import (
     SAMPLE_SECONDS,
     STOCK_CONV_RATE,
@@ -122,7 +122,7 @@ def few_step_arm(bench: Bench, plan: Plan, repeats: int) -> tuple[Stages, int | 
     """
     reset_peak()
     if bench.proxy and expected_seconds(plan) * repeats <= bench.seconds:
-        return _renders(bench, plan, repeats), peak_rss()
+        return _renders(bench, plan, repeats), peak_bytes()
     share = bench.seconds / 4
     stages = {"proxy": proxy_sample(bench.model, plan, bench.rate, share, repeats)}
     for name, stage in plan.named_stages()[1:]:
@@ -220,7 +220,7 @@ def native_arm(bench: Bench, plan: Plan, steps: int, frames: list[torch.Tensor])
     else:
         stages["decode"] = native_decode(bench.vae, grid, patch, bench.seconds / 4, bench.repeats)
     stages["mux"] = mux_alone(frames, plan, bench.folder, bench.repeats)
-    return stages, peak_rss() if whole and not any(t.projected for t in stages.values()) else None
+    return stages, peak_bytes() if whole and not any(t.projected for t in stages.values()) else None
 
 
 def first_frames(path: Path, plan: Plan) -> list[torch.Tensor]:

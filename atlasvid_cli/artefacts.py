@@ -90,12 +90,12 @@ def proxy_metadata(session: Session, plan: Plan, prompt: str, negative_prompt: s
     return metadata | ({"clip": clip.path.name} if clip else {})
 
 
-def result_key(session: Session, plan: Plan, proxy: dict[str, str]) -> str:
-    """The key that the latents made above a proxy with this metadata will carry, before anything is sampled."""
+def result_metadata(session: Session, plan: Plan, proxy: dict[str, str]) -> dict[str, str]:
+    """What the latents made above a proxy with this metadata will say of themselves, before anything is sampled."""
     metadata = proxy
     for stage in plan.levels:
         metadata = level_metadata(session, plan, stage, metadata)
-    return metadata["key"]
+    return metadata
 
 
 def check_base(plan: Plan, run_dir: Path) -> None:
@@ -107,12 +107,12 @@ def check_base(plan: Plan, run_dir: Path) -> None:
         )
 
 
-def region_key(session: Session, plan: Plan, proxy: dict[str, str], run_dir: Path) -> str:
-    """`result_key` of latents of which a region is sampled again, in the run that made them."""
+def result_of_region(session: Session, plan: Plan, proxy: dict[str, str], run_dir: Path) -> dict[str, str]:
+    """`result_metadata` of latents of which a region is sampled again, in the run that made them."""
     base = level_path(plan, run_dir, len(plan.levels))
     below = describe(level_path(plan, run_dir, len(plan.levels) - 1)) if len(plan.levels) > 1 else proxy
     found = level_metadata(session, plan, plan.levels[-1], below)
-    return region_metadata(plan, describe(base), found)["key"]
+    return region_metadata(plan, describe(base), found)
 
 
 def read_latents(
@@ -268,7 +268,7 @@ def keep_videos(path: Path) -> None:
 
 
 def keep_foreign(target: Path, metadata: dict[str, str]) -> None:
-    """UsageError where `target` is a file that was not made from the latents with this key, dtype and attention."""
+    """UsageError where `target` is a file that was not made from the latents with this metadata."""
     if not target.exists():
         return
     try:
@@ -277,10 +277,11 @@ def keep_foreign(target: Path, metadata: dict[str, str]) -> None:
         found = {}
     if found.get("key") == metadata["key"]:
         return
-    arithmetic = {name: metadata[name] for name in ("dtype", "attention")}
-    told = ", ".join(f"{name} {found[name]}" for name, value in arithmetic.items() if found.get(name, value) != value)
-    what = f"on another machine or with other options ({told})" if told else "from something else"
-    raise UsageError(f"{target} exists and was made {what}; choose another --output")
+    what = "from something else"
+    if all(found.get(name) == metadata[name] for name in ("prompt", "seed", "model")):
+        told = ", ".join(f"{name} {found.get(name)}" for name in ("version", "dtype", "attention"))
+        what = f"from the same prompt, seed and model by other options, or elsewhere ({told})"
+    raise UsageError(f"{target} exists and was made {what}; choose another --output, or move it away")
 
 
 def region_of(

@@ -141,7 +141,7 @@ def render_one(
     if target.exists():  # but its run is gone, and all is made again
         check_resources(plan, target.parent, run)
     proxy = artefacts.proxy_metadata(session, plan, item.prompt, negative)
-    artefacts.keep_foreign(target, {"key": artefacts.result_key(session, plan, proxy), **session.arithmetic})
+    artefacts.keep_foreign(target, artefacts.result_metadata(session, plan, proxy))
     with store.lock(store.run_directory(run.parent, run.name)):
         return pipeline.render(session, plan, item.prompt, negative, run, target, console)
 

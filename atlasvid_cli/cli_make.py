@@ -228,14 +228,14 @@ def refine(
         if str(request.seed) == artefacts.describe(artefacts.level_path(plan, folder, len(plan.levels)))["seed"]:
             console.warn("with the seed of the video the part comes out much as it was; give another --seed")
     proxy = artefacts.describe(latents)
-    region = artefacts.region_key(session, plan, proxy, folder) if plan.is_region else None
-    key = region or artefacts.result_key(session, plan, proxy)
-    artefacts.keep_foreign(target, {"key": key, **session.arithmetic})
+    above_it = session, plan, proxy
+    made = artefacts.result_of_region(*above_it, folder) if plan.is_region else artefacts.result_metadata(*above_it)
+    artefacts.keep_foreign(target, made)
     with lock(run_directory(folder.parent, folder.name)):
         result = pipeline.refine(session, plan, latents, folder, console)
         pipeline.finish(session, result, target, request, console, folder)
-    made = {"video": str(target), "preview": str(sheet_of(target)), "latents": str(result), "run_dir": str(folder)}
-    console.emit({"prompt": proxy["prompt"], "seed": request.seed, "status": "ok", **made}, str(target))
+    event = {"video": str(target), "preview": str(sheet_of(target)), "latents": str(result), "run_dir": str(folder)}
+    console.emit({"prompt": proxy["prompt"], "seed": request.seed, "status": "ok", **event}, str(target))
 
 
 def decode(

@@ -40,7 +40,7 @@ def parts_of(words: list[str]) -> dict[str, str]:
     "from left to right" and "from the left" are both to the right. A colour is that of the object or ground it stands
     before, with no word between that joins two phrases, else of the one it stands after, as it is where it follows "is"
     ("a ball that is red"); without either the first is the object's. One that stands before neither ("a red ball over a
-    white floor") is of the other where the one it stands after has a colour already.
+    white floor") is of the other where the one it stands after has another colour already.
     """
     found: dict[str, str] = {}
     for part, names in (("shape", world.SHAPES), ("ground", world.GROUNDS)):
@@ -59,7 +59,8 @@ def parts_of(words: list[str]) -> dict[str, str]:
         noun = after if after in nouns and not is_before else before
         free = next((part for part in owners.values() if part not in found), "colour")
         part = owners[nouns[noun]] if noun else free
-        found.setdefault(free if part in found and after not in nouns else part, word)
+        elsewhere = part in found and after not in nouns and word not in found.values()
+        found.setdefault(free if elsewhere else part, word)
     return found
 
 

@@ -175,13 +175,22 @@ def copy_rate() -> float:
 
 
 def reset_peak() -> None:
-    """Starts a new measurement of `peak_rss`, where the system can (Linux)."""
+    """Starts a new measurement of `peak_bytes`, where the system can (Linux)."""
+    if compute_device().kind == "cuda":
+        import torch
+
+        torch.cuda.reset_peak_memory_stats()
     with contextlib.suppress(OSError):
         Path("/proc/self/clear_refs").write_text("5")
 
 
-def peak_rss() -> int:
-    """The most bytes of memory this process has held since `reset_peak`, or since it began."""
+def peak_bytes() -> int:
+    """The most bytes of memory this process has held since `reset_peak`, or since it began: of a GPU's where that
+    computes, as it runs out first."""
+    if compute_device().kind == "cuda":
+        import torch
+
+        return torch.cuda.max_memory_allocated()
     try:
         for line in Path("/proc/self/status").read_text().splitlines():
             if line.startswith("VmHWM:"):

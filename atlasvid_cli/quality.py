@@ -161,11 +161,11 @@ def assess(plan: Plan, frames: list[np.ndarray], proxy: list[np.ndarray], attrib
 
 
 def seams(seen: list[Assessment]) -> tuple[float, float]:
-    """Energy of steps across window borders over that across the lines beside them, means over videos; and by how much
-    the same of each of those lines deviates from 1, which is what chance does."""
-    energy = np.mean([s.energy for s in seen], axis=0)
-    ratios = energy * (len(energy) - 1) / np.maximum(energy.sum() - energy, 1e-12)
-    return float(ratios[0]), float(np.sqrt(np.square(ratios[1:] - 1).mean()))
+    """Energy of steps across window borders over that across the lines beside them, means over videos; and how each of
+    those lines deviates from the mean of them, which is what chance does."""
+    border, *beside = np.mean([s.energy for s in seen], axis=0)
+    mean = max(float(np.mean(beside)), 1e-12)
+    return float(border) / mean, float(np.std(beside)) / mean
 
 
 def frames_at(path: Path, wanted: list[int]) -> list[np.ndarray]:

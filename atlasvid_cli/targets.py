@@ -18,7 +18,10 @@ def usable(path: Path, option: str = "--output") -> Iterator[None]:
 
 
 def is_folder(output: str | Path) -> bool:
-    """Whether results go into `output` under names of their own: it is a folder, or ends as one that will be made."""
+    """Whether results go into `output` under names of their own: it is a folder, or ends as one that will be made.
+    UsageError for standard output."""
+    if str(output) == "-":
+        raise UsageError("a result is moved into its place when it is whole, so that --output cannot be -; name a file")
     with usable(Path(output)):
         return str(output).endswith(os.sep) or Path(output).is_dir()
 
@@ -26,13 +29,11 @@ def is_folder(output: str | Path) -> bool:
 def target_of(output: str | Path | None, default: Path, suffix: str) -> Path:
     """The absolute path to write: `output`, with `suffix` where its name has none, or `default`, which needs it.
 
-    In an `output` that is a folder the file has its default name. UsageError for standard output.
+    In an `output` that is a folder the file has its default name.
     """
     named = default.with_name(default.name + suffix)
     if output is None:
         return named.absolute()
-    if str(output) == "-":
-        raise UsageError("a result is moved into its place when it is whole, so that --output cannot be -; name a file")
     path = Path(output)
     if is_folder(output):
         return (path / named.name).absolute()

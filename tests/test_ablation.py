@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-from atlasvid_cli import ablation, ablation_arms, quality, session
+from atlasvid_cli import ablation, ablation_arms, machine, quality, session
 from atlasvid_cli.artefacts import describe
 from atlasvid_cli.console import Console
 from atlasvid_cli.errors import UsageError
@@ -122,7 +122,7 @@ def test_a_proxy_is_timed_with_its_models_loaded_and_its_prompt_encoded(request_
 
 def test_on_a_gpu_the_peak_is_of_its_memory(tmp_path, monkeypatch):
     peak = [0]
-    monkeypatch.setattr(ablation, "compute_device", lambda: machine_with_gpu(8).device)
+    monkeypatch.setattr(machine, "compute_device", lambda: machine_with_gpu(8).device)
     monkeypatch.setattr(torch.cuda, "reset_peak_memory_stats", lambda: peak.__setitem__(0, 5))
     monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda: peak[0])
     made = tmp_path / "7.mp4"

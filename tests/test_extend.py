@@ -37,6 +37,7 @@ from atlasvid_cli.extend import extended, parts_of
             dict(zip(PARTS, ("blue", "star", "left", "white", None), strict=True)),
         ),
         ("a red ball and a blue ball", {"colour": "red", "shape": "ball"}),
+        ("a red ball, bright red", {"colour": "red", "shape": "ball"}),
         ("a zebra", {}),
     ],
 )

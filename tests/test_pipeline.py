@@ -174,12 +174,12 @@ def test_a_lora_above_a_proxy_that_was_made_without_makes_other_latents(
     plan = make_plan(request_)
     proxy = pipeline.make_proxy(session, plan, PROMPT, "", tmp_path, console)
     known = artefacts.describe(proxy)
-    plain = artefacts.result_key(session, plan, known)
+    plain = artefacts.result_metadata(session, plan, known)["key"]
     file = tmp_path / "style.safetensors"
     file.write_bytes(b"any")
     monkeypatch.setattr(session, "loras", (Lora(file),))
     assert artefacts.read_latents(proxy, session)[1] == known
-    assert artefacts.result_key(session, plan, known) != plain
+    assert artefacts.result_metadata(session, plan, known)["key"] != plain
 
 
 def test_a_run_of_another_job_is_left_alone(session, request_, console, tmp_path):
@@ -448,7 +448,7 @@ def test_a_region_of_a_cascade_keeps_the_levels_below(session, request_, console
     first = latents(pipeline.refine(session, plan, proxy, tmp_path, console))
     level = digest(tmp_path / "level-1.safetensors")
     again = above.plan_from_proxy(proxy, replace(request, region=(64, 64, 128, 128), seed=9))
-    key = artefacts.region_key(session, again, artefacts.describe(proxy), tmp_path)
+    key = artefacts.result_of_region(session, again, artefacts.describe(proxy), tmp_path)["key"]
     result = pipeline.refine(session, again, proxy, tmp_path, console)
     assert digest(tmp_path / "level-1.safetensors") == level
     assert artefacts.describe(result)["key"] == key
@@ -508,10 +508,23 @@ def test_a_wrong_model_folder_is_named_before_loading(random_preset):
 
 
 @pytest.mark.parametrize(
-    ("changed", "said"), [({}, "from something else"), ({"dtype": "bfloat16"}, "on another machine .*dtype bfloat16")]
+    ("changed", "said"),
+    [
+        ({"seed": "1", "dtype": "bfloat16"}, "from something else"),
+        ({"dtype": "bfloat16"}, "same prompt, seed and model .*dtype bfloat16"),
+        ({}, "same prompt, seed and model by other options"),
+    ],
 )
 def test_a_video_that_is_kept_says_how_it_differs(tmp_path, changed, said):
-    made = {"key": "a", "dtype": "float32", "attention": "native"}
+    made = {
+        "key": "a",
+        "dtype": "float32",
+        "attention": "native",
+        "prompt": "p",
+        "seed": "0",
+        "model": "m",
+        "version": "1",
+    }
     frames = torch.zeros(1, 3, 64, 64)
     write_video(tmp_path / "a.mp4", iter([frames]), width=64, height=64, fps=8, frame_count=1, metadata=made | changed)
     artefacts.keep_foreign(tmp_path / "a.mp4", made | changed)

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from atlasvid_cli.errors import UsageError
-from atlasvid_cli.targets import check_writable, target_of
+from atlasvid_cli.targets import check_writable, is_folder, target_of
 
 
 @pytest.mark.parametrize(
@@ -29,6 +29,8 @@ def test_an_output_has_the_suffix_it_needs_and_may_be_a_folder(tmp_path: Path, m
 def test_standard_output_is_no_place_for_a_video():
     with pytest.raises(UsageError, match="name a file"):
         target_of("-", Path("a"), ".mp4")
+    with pytest.raises(UsageError, match="name a file"):
+        is_folder("-")
 
 
 def test_a_pipe_is_no_place_for_a_video(tmp_path: Path):
