@@ -1,6 +1,7 @@
 """The arms of the ablation: how each makes its video (DESIGN §9)."""
 
 import dataclasses
+import itertools
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import cache, partial
@@ -119,7 +120,7 @@ def _native(session: Session) -> Arm:
             generator=torch.Generator().manual_seed(plan.request.seed),
             output_type="pt",
         ).frames[0]
-        write_video(video, iter(frames.float().cpu().split(1)), **_shape(plan))
+        write_video(video, iter(frames.float().cpu()), **_shape(plan))
 
     return Arm(NATIVE, session, True, lambda plan: load(), make)
 
@@ -136,8 +137,8 @@ def reconstruct(
     tile = vae_tile(session.preset, *latents.shape[2:])
     frames = decode_stream(session.vae(), latents, tile, video.parent)
     sizes = plan.request.height * plan.scale, plan.request.width * plan.scale
-    cropped = (chunk[..., : sizes[0], : sizes[1]] for chunk in frames)
-    write_video(video, (F.avg_pool2d(chunk, plan.scale) for chunk in cropped), **_shape(plan))
+    cropped = (frame[:, : sizes[0], : sizes[1]] for frame in frames)
+    write_video(video, (F.avg_pool2d(frame, plan.scale) for frame in cropped), **_shape(plan))
 
 
 def upsample(session: Session, plan: Plan, prompt: str, attributes: world.Attributes, proxy: Path, video: Path) -> None:
@@ -148,9 +149,9 @@ def upsample(session: Session, plan: Plan, prompt: str, attributes: world.Attrib
 
     def frames() -> Iterator[torch.Tensor]:
         tile = vae_tile(session.preset, *latents.shape[2:])
-        for chunk in decode_stream(session.vae(), latents, tile, video.parent):
-            large = F.interpolate(chunk[..., :height, :width], size=size, mode="bicubic").clamp(0, 1)
-            yield large.repeat_interleave(plan.proxy.time_ratio, dim=0)
+        for frame in decode_stream(session.vae(), latents, tile, video.parent):
+            large = F.interpolate(frame[None, :, :height, :width], size=size, mode="bicubic")[0].clamp(0, 1)
+            yield from itertools.repeat(large, plan.proxy.time_ratio)
 
     write_video(video, frames(), **_shape(plan))
 

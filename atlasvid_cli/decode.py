@@ -1,11 +1,12 @@
 """Latents to frames as a stream: one frame at a time through diffusers' own VAE parameters, with bounded memory.
 
 We walk the decoder's modules one frame at a time (`causal`), depth first: the two frames that a temporal upsampler
-makes go through the rest of the decoder one after the other. That equals `vae._decode`, and the largest activation is
-one frame, not four.
+makes go through the rest of the decoder one after the other. That equals `vae._decode`, and the largest activation, and
+what comes out at a time, is one frame, not four.
 """
 
 import errno
+import itertools
 import math
 import os
 import tempfile
@@ -32,7 +33,7 @@ def decode_stream(
     spool: Path | None = None,
     on_tile: Callable[[], None] = lambda: None,
 ) -> Iterator[torch.Tensor]:
-    """Frames (f, 3, H, W), fp32 on CPU in 0..1, of normalised latents (C, T, h, w): f is 1, then 4 a latent frame.
+    """Frames (3, H, W), fp32 on CPU in 0..1, of normalised latents (C, T, h, w): one, then four a latent frame.
 
     `vae` is an `AutoencoderKLWan`. With `tile` (side in latents) tiles are decoded one after the other, each through
     all of time, into a file of uint16 in the folder `spool` (`spool_bytes` large), from which the frames are then read:
@@ -49,7 +50,7 @@ def decode_stream(
     if tile is None or not tile_steps(latents, tile):
         history: History = {}
         for t in range(latents.shape[1]):
-            yield _step(vae, latents[:, t], history, first=t == 0)
+            yield from _step(vae, latents[:, t], history, first=t == 0)
     else:
         yield from _spooled(vae, latents, tile, spool, on_tile)
 
@@ -60,28 +61,27 @@ def tile_steps(latents: torch.Tensor, tile: int | None) -> int:
     return 0 if tile is None or tile >= max(h, w) else steps * len(spans(h, tile)) * len(spans(w, tile))
 
 
-def _step(vae: Module, latent: torch.Tensor, history: History, first: bool) -> torch.Tensor:
-    """The frames (f, 3, H, W) fp32 0..1 on CPU of one latent frame (C, h, w), going on from `history`."""
+def _step(vae: Module, latent: torch.Tensor, history: History, first: bool) -> Iterator[torch.Tensor]:
+    """The frames (3, H, W) fp32 0..1 on CPU of one latent frame (C, h, w), going on from `history`."""
     config = vae.config
     weight = vae.post_quant_conv.weight
     mean, std = (torch.tensor(v, dtype=torch.float32).view(-1, 1, 1) for v in (config.latents_mean, config.latents_std))
     z = (latent.float().cpu() * std + mean).to(weight.device, weight.dtype)[None]
     z = causal(vae.post_quant_conv, z.contiguous(memory_format=torch.channels_last), history)
     p = config.patch_size or 1
-    count = 1 if first else time_factor(config)
     h, w = (side * space_factor(config) for side in latent.shape[-2:])
-    out = torch.empty(count, 3, h, w)
     x = middle(vae.decoder.mid_block, causal(vae.decoder.conv_in, z, history), history)
-    for i, frame in enumerate(_frames(vae.decoder, [x], x.shape[2], history, first)):
-        top = 0
+    for frame in _frames(vae.decoder, [x], x.shape[2], history, first):
+        made, top = [torch.empty(3, h, w)], 0
         for band in frame:
             values = band.float().clamp_(-1.0, 1.0).add_(1.0).mul_(0.5)
             bottom = top + p * band.shape[2]
             # diffusers' unpatchify: the column within a patch is the slower channel index, the row the faster one
             pixels = values.view(3, p, p, *band.shape[2:]).permute(0, 3, 2, 4, 1)
-            out[i, :, top:bottom].view(pixels.shape).copy_(pixels)
+            made[0][:, top:bottom].view(pixels.shape).copy_(pixels)
             top = bottom
-    return out
+            del band, values, pixels  # while the next ones are made
+        yield made.pop()
 
 
 def _frames(
@@ -186,11 +186,8 @@ def _spooled(
         for rows in spans(h, tile):
             for columns in spans(w, tile):
                 _decode_tile(vae, latents, rows, columns, halo, blend / 2, frames, on_tile)
-        start = 0
-        for t in range(steps):
-            stop = start + (1 if t == 0 else time_factor(vae.config))
-            yield torch.from_numpy(frames[start:stop].astype(np.float32)).div_(65535.0)
-            start = stop
+        for frame in frames:
+            yield torch.from_numpy(frame.astype(np.float32)).div_(65535.0)
 
 
 def _reserve(file: Any, shape: tuple[int, ...]) -> np.ndarray:
@@ -236,12 +233,11 @@ def _decode_tile(
     where = tuple(slice(*k) for k in kept)
     weight = weights[0][:, None] * weights[1][None, :] * 65535.0
     history: History = {}
-    start = 0
+    count = itertools.count()
     for t in range(steps):
         part = latents[:, t, slice(*seen[0]), slice(*seen[1])]
-        decoded = _step(vae, part, history, first=t == 0)[..., inside[0], inside[1]]
-        target = frames[(slice(start, start + len(decoded)), slice(None), *where)]
-        added = (decoded * weight).round_().int().numpy()
-        target[...] = np.minimum(target + added, 65535)  # roundings of several tiles may add up to 65536
-        start += len(decoded)
+        for decoded in _step(vae, part, history, first=t == 0):
+            target = frames[next(count)][:, where[0], where[1]]
+            added = (decoded[:, inside[0], inside[1]] * weight).round_().int().numpy()
+            target[...] = np.minimum(target + added, 65535)  # roundings of several tiles may add up to 65536
         on_tile()

@@ -35,7 +35,7 @@ def enlarge(
     """
     if encoder:
         ratio, size = ratio / 2, (size[0] // 2, size[1] // 2)
-    decoded = (frame.mul(2).sub_(1) for chunk in decode_stream(vae, latents, tile, spool) for frame in chunk)
+    decoded = (frame.mul_(2).sub_(1) for frame in decode_stream(vae, latents, tile, spool))
 
     def made() -> Iterator[torch.Tensor]:
         for frame in islice(_between(decoded, time_ratio), frames):

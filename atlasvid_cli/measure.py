@@ -293,7 +293,7 @@ def mux_alone(frames: list[torch.Tensor], plan: Plan, folder: Path, repeats: int
     def run() -> None:
         write_video(
             folder / "mux.mp4",
-            (f[None] for f in frames),
+            iter(frames),
             width=width,
             height=height,
             fps=Fraction(plan.fps),

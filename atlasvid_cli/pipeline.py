@@ -232,18 +232,15 @@ def decode(
     with progress.stage(stage, tiles or frames) as advance:
 
         def finished() -> Iterator[torch.Tensor]:
-            index = 0
-            for chunk in decode_stream(vae, latents, tile, spool or output.parent, advance):
+            for index, frame in enumerate(decode_stream(vae, latents, tile, spool or output.parent, advance)):
                 if scale > 1:
-                    chunk = F.avg_pool2d(chunk[..., : height * scale, : width * scale], scale)
-                for frame in chunk:
-                    if index in wanted:
-                        small = frame[:, :height, :width]
-                        sheet.append(F.interpolate(small[None], size=_thumbnail(width, height), mode="area")[0])
-                    index += 1
-                if index >= frames and not is_there:
+                    frame = F.avg_pool2d(frame[:, : height * scale, : width * scale], scale)
+                if index in wanted:
+                    small = frame[:, :height, :width]
+                    sheet.append(F.interpolate(small[None], size=_thumbnail(width, height), mode="area")[0])
+                if index == frames - 1 and not is_there:
                     keep_foreign(output, metadata)  # another process may have been quicker
-                yield chunk
+                yield frame
 
         write_video(
             output,

@@ -98,7 +98,7 @@ class Sampler:
 def _frames(session: Session, vae: torch.nn.Module, latents: torch.Tensor) -> list[torch.Tensor]:
     """`FRAMES` thumbnails (3, h, w) in 0..1, evenly spread over a clip of normalised latents (C, T, H, W)."""
     tile = vae_tile(session.preset, *latents.shape[2:])
-    made = torch.cat(list(decode_stream(vae, latents, tile)))
+    made = torch.stack(list(decode_stream(vae, latents, tile)))
     chosen = made[torch.linspace(0, len(made) - 1, FRAMES).round().long()]
     factor = min(1.0, THUMBNAIL / max(chosen.shape[2:]))
     return list(F.interpolate(chosen, scale_factor=factor, mode="area"))

@@ -96,9 +96,9 @@ def seen_at_once(config: Mapping[str, Any], h: int, w: int, tile: int | None) ->
 
 
 def output_bytes(config: Mapping[str, Any], h: int, w: int) -> int:
-    """Bytes of the frames, fp32 in host memory, that come of h x w latents: whoever takes them holds some while more
-    are made."""
-    return 2 * 4 * time_factor(config) * 3 * h * w * space_factor(config) ** 2
+    """Bytes of the frames, fp32 in host memory, that come of h x w latents: whoever takes them holds one while the next
+    is made."""
+    return 2 * 4 * 3 * h * w * space_factor(config) ** 2
 
 
 def _block(c: int, d: int) -> int:

@@ -121,7 +121,7 @@ def write_video(
     metadata: dict[str, str] | None = None,
     on_frame: Callable[[int], None] | None = None,
 ) -> None:
-    """Writes the first `frame_count` of `frames`, chunks (f, 3, H, W) in 0..1, cropped to the top left width x height.
+    """Writes the first `frame_count` of `frames` (3, H, W) in 0..1, cropped to the top left width x height.
 
     Encoding runs in a thread behind a bounded queue. `on_frame` gets the number of frames handed over so far.
     `RenderError` when frames run out or are too small, `UsageError` when codec, size and suffix do not go together,
@@ -138,11 +138,11 @@ def write_video(
         encoder = pool.submit(_encode, temporary, spec, pixels, width, height, rate, frame_count, metadata or {}, taken)
         done = 0
         try:
-            for frame in itertools.islice(_single(frames), frame_count):  # asks for no chunk after the last frame
+            for frame in itertools.islice(frames, frame_count):  # asks for none after the last
                 if frame.shape[1] < height or frame.shape[2] < width:
                     raise RenderError(f"The frames are {frame.shape[2]}x{frame.shape[1]}, less than {width}x{height}.")
                 _put(planes, to_planes(frame[:, :height, :width], pixels), encoder)
-                del frame  # a view that keeps its chunk alive
+                del frame  # while the next one is made
                 done += 1
                 if on_frame:
                     on_frame(done)
@@ -152,14 +152,6 @@ def write_video(
         except BaseException:
             given_up.set()  # never waits, so that a second interrupt cannot leave the encoder waiting for ever
             raise
-
-
-def _single(chunks: Iterator["torch.Tensor"]) -> Iterator["torch.Tensor"]:
-    """The frames (3, H, W) of chunks; no chunk (0.4 GB at 4K) is held while the next one is made."""
-    for chunk in chunks:
-        for i in range(len(chunk)):
-            yield chunk[i]
-        del chunk
 
 
 def _taken(planes: queue.Queue[list[np.ndarray]], count: int, given_up: threading.Event) -> Iterator[list[np.ndarray]]:

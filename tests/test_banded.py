@@ -72,7 +72,7 @@ def test_a_vae(config, band, monkeypatch):
     monkeypatch.setattr(banded, "BAND", band)
     vae, z = build(config), latents(config, 2, 5, 6)
     pixels = reference(vae, z)
-    torch.testing.assert_close(torch.cat(list(decode_stream(vae, z))), pixels, rtol=0, atol=1e-5)
+    torch.testing.assert_close(torch.stack(list(decode_stream(vae, z))), pixels, rtol=0, atol=1e-5)
     clip = pixels.mul(2).sub(1).transpose(0, 1)
     clips = torch.stack([clip, clip.flip(2)])
     made = encode_clips(vae, clips)

@@ -68,7 +68,7 @@ def world(path, fps, count):
     """A clip of the embedded world, 320x180."""
     scene = sample_scene(random.Random(0), 16 / 9, 3.0)
     frames = (render(scene, torch.arange(count) / fps, 180, 320).transpose(0, 1) + 1) / 2
-    write_video(path, iter(frames.split(4)), width=320, height=180, fps=fps, frame_count=count)
+    write_video(path, iter(frames), width=320, height=180, fps=fps, frame_count=count)
 
 
 def digest(path):

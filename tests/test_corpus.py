@@ -33,7 +33,7 @@ def clip(path, seconds, size=(160, 128), fps=16, seed=0):
     frames = torch.rand(1, 3, 1, 1, generator=generator).repeat(count, 1, height, width) * 0.5
     for i in range(count):
         frames[i, :, :, (4 * i) % width : (4 * i) % width + 16] += 0.4
-    write_video(path, iter(frames.split(8)), width=width, height=height, fps=fps, frame_count=count)
+    write_video(path, iter(frames), width=width, height=height, fps=fps, frame_count=count)
     return path
 
 

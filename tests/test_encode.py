@@ -62,7 +62,7 @@ def test_decoding_takes_the_normalisation_back(vae):
     pixels = clip(5)
     with torch.no_grad():
         own = vae.decode(vae.encode(pixels[None]).latent_dist.mode()).sample[0]
-    ours = torch.cat(list(decode.decode_stream(vae, encode_stream(vae, iter(pixels.unbind(1))))))
+    ours = torch.stack(list(decode.decode_stream(vae, encode_stream(vae, iter(pixels.unbind(1))))))
     torch.testing.assert_close(ours.transpose(0, 1) * 2 - 1, own.clamp(-1, 1), atol=1e-4, rtol=0)
 
 

@@ -233,7 +233,7 @@ def test_a_file_of_the_users_is_left_alone(session, request_, console, tmp_path,
     mine = tmp_path / name
     if name == "proxy.mp4":
         frames = torch.rand(3, 3, 64, 64, generator=torch.Generator().manual_seed(0))
-        write_video(mine, iter([frames]), width=64, height=64, fps=Fraction(8), frame_count=3)
+        write_video(mine, iter(frames), width=64, height=64, fps=Fraction(8), frame_count=3)
     else:
         save_file({"weight": torch.ones(3)}, mine)
     before, plan = digest(mine), make_plan(request_)
@@ -458,7 +458,7 @@ def test_a_region_of_a_cascade_keeps_the_levels_below(session, request_, console
 def test_a_clip_lies_in_the_proxy_where_the_video_will_show_it(session, request_, console, tmp_path):
     """What a proxy of a clip decodes to is the clip, at the proxy's instants, beside the margin that the grid adds."""
     colours = torch.rand(40, 3, 1, 1, generator=torch.Generator().manual_seed(0)).expand(-1, -1, 96, 128)
-    write_video(tmp_path / "a.mp4", iter(colours.split(4)), width=128, height=96, fps=20, frame_count=40)
+    write_video(tmp_path / "a.mp4", iter(colours), width=128, height=96, fps=20, frame_count=40)
     clip = open_clip(tmp_path / "a.mp4")
     plan = make_plan(replace(request_, width=256, height=144, seconds=clip.seconds, clip=clip))
     width, height = plan.proxy_size
@@ -477,7 +477,7 @@ def test_a_clip_lies_in_the_proxy_where_the_video_will_show_it(session, request_
 def test_the_key_of_a_clips_proxy_is_of_all_that_decides_it(session, request_, console, tmp_path, monkeypatch):
     for name, level in (("a", 0.2), ("b", 0.7)):
         frames = torch.full((8, 3, 96, 128), level)
-        write_video(tmp_path / f"{name}.mp4", iter(frames.split(4)), width=128, height=96, fps=16, frame_count=8)
+        write_video(tmp_path / f"{name}.mp4", iter(frames), width=128, height=96, fps=16, frame_count=8)
     a, b = (replace(request_, clip=open_clip(tmp_path / f"{n}.mp4"), seconds=Fraction(1, 2)) for n in "ab")
 
     def key(request, prompt=""):
@@ -526,7 +526,7 @@ def test_a_video_that_is_kept_says_how_it_differs(tmp_path, changed, said):
         "version": "1",
     }
     frames = torch.zeros(1, 3, 64, 64)
-    write_video(tmp_path / "a.mp4", iter([frames]), width=64, height=64, fps=8, frame_count=1, metadata=made | changed)
+    write_video(tmp_path / "a.mp4", iter(frames), width=64, height=64, fps=8, frame_count=1, metadata=made | changed)
     artefacts.keep_foreign(tmp_path / "a.mp4", made | changed)
     artefacts.keep_foreign(tmp_path / "b.mp4", made)
     with pytest.raises(UsageError, match=said):

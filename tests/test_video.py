@@ -30,7 +30,7 @@ def write(path, frames, codec="h264", count=None, size=None, **more):
     more.setdefault("metadata", META)
     video.write_video(
         path,
-        iter(frames.split(4)),
+        iter(frames),
         width=width,
         height=height,
         fps=16,
@@ -97,21 +97,21 @@ def test_crops_to_the_top_left_and_drops_what_is_too_much(tmp_path):
     path, frames = tmp_path / "a.mp4", ramp(9, 80, 96)
     taken = []
 
-    def chunks():
-        for chunk in frames.split(4):
-            taken.append(len(chunk))
-            yield chunk
+    def decoded():
+        for frame in frames:
+            taken.append(1)
+            yield frame
 
-    video.write_video(path, chunks(), width=64, height=66, fps=24, frame_count=6)
+    video.write_video(path, decoded(), width=64, height=66, fps=24, frame_count=6)
     assert video.probe(path)["seconds"] == 6 / 24
     assert psnr(path, frames[:6, :, :66, :64]) > 38
-    assert taken == [4, 4]  # the last chunk was not even decoded
+    assert len(taken) == 6  # the others were not even decoded
 
 
 @pytest.mark.parametrize("fps, expected", [(23.976, 24000 / 1001), (29.97, 30000 / 1001), (12.5, 12.5)])
 def test_frame_rates(fps, expected, tmp_path):
     path = tmp_path / "a.mp4"
-    video.write_video(path, iter([ramp(4, 32, 32)]), width=32, height=32, fps=fps, frame_count=4)
+    video.write_video(path, iter(ramp(4, 32, 32)), width=32, height=32, fps=fps, frame_count=4)
     info = video.probe(path)
     assert info["fps"] == pytest.approx(expected, rel=1e-5)
     assert info["seconds"] == pytest.approx(4 / expected, rel=1e-3)
@@ -150,7 +150,7 @@ def test_faststart(tmp_path):
 
 
 def broken():
-    yield ramp(4, 64, 64)
+    yield from ramp(4, 64, 64)
     raise ValueError("the decoder broke")
 
 
@@ -158,8 +158,8 @@ def broken():
     "frames, error",
     [
         (broken, ValueError),
-        (lambda: iter([ramp(4, 64, 64)]), RenderError),
-        (lambda: iter([ramp(9, 32, 64)]), RenderError),
+        (lambda: iter(ramp(4, 64, 64)), RenderError),
+        (lambda: iter(ramp(9, 32, 64)), RenderError),
     ],
     ids=["decoder fails", "too few", "too small"],
 )
@@ -182,7 +182,7 @@ def test_full_disk_in_the_encoder_stops_the_decoder(tmp_path, monkeypatch):
     def endless():
         while True:
             decoded.append(1)
-            yield ramp(1, 16, 16)
+            yield ramp(1, 16, 16)[0]
 
     with pytest.raises(ResourceError, match="disk is full"):
         video.write_video(tmp_path / "a.mp4", endless(), width=16, height=16, fps=16, frame_count=10_000)
@@ -199,7 +199,7 @@ def test_an_interrupt_leaves_the_queue_unencoded_and_waits_for_nothing(tmp_path,
             time.sleep(0.3)
 
     def interrupted():
-        yield ramp(4, 64, 64)
+        yield from ramp(4, 64, 64)
         raise KeyboardInterrupt
 
     monkeypatch.setattr(video, "_encode", slow)
