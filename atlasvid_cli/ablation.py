@@ -100,53 +100,53 @@ def _row(
         seconds = round(native_render_seconds(request, min(budget, SAMPLED_SECONDS), video), 1)
         return {"arm": f"{NATIVE} (projected)", **dict.fromkeys(COLUMNS), "seconds": seconds}
     by_seed: list[list[Seen]] = [[] for _ in range(seeds)]
-    for k, job, prompt, attributes in jobs(arm, request, count, seeds):
-        by_seed[k].append(look(arm, job, prompt, attributes, folder, console))
+    for k, job, attributes in jobs(arm, request, count, seeds):
+        by_seed[k].append(look(arm, job, attributes, folder, console))
     columns = summary(by_seed)
     if arm.name in (NATIVE, RECONSTRUCTED):
         columns["coherence_db"] = None  # they never saw that proxy
     return {"arm": arm.name + ("" if arm.trained else " (untrained)"), **columns}
 
 
-def jobs(arm: Arm, request: Request, count: int, seeds: int) -> Iterator[tuple[int, Plan, str, world.Attributes]]:
-    """Every video of an arm: the number of its seed, its plan, its prompt and what that asks for."""
+def jobs(arm: Arm, request: Request, count: int, seeds: int) -> Iterator[tuple[int, Plan, world.Attributes]]:
+    """Every video of an arm: the number of its seed, its plan and what its prompt asks for."""
     for i, (prompt, attributes) in enumerate(held_out_prompts(count)):
         for k in range(seeds):
-            plan = make_plan(dataclasses.replace(request, seed=k * APART + i), preset=arm.session.preset)
-            yield k, plan, prompt, attributes
+            own = dataclasses.replace(request, prompt=prompt, seed=k * APART + i)
+            yield k, make_plan(own, preset=arm.session.preset), attributes
 
 
 def _all_made(arm: Arm, request: Request, count: int, seeds: int, folder: Path) -> bool:
     made = folder / _folder_name(arm.name)
     return all(
-        _kept(video := made / f"{plan.request.seed}.mp4", video, job_hash(arm.session, plan, prompt, ""))
-        for _, plan, prompt, _ in jobs(arm, request, count, seeds)
+        _kept(video := made / f"{plan.request.seed}.mp4", video, job_hash(arm.session, plan))
+        for _, plan, _ in jobs(arm, request, count, seeds)
     )
 
 
-def look(arm: Arm, plan: Plan, prompt: str, attributes: world.Attributes, folder: Path, console: Console) -> Seen:
+def look(arm: Arm, plan: Plan, attributes: world.Attributes, folder: Path, console: Console) -> Seen:
     """Makes a video where it is not there yet, and looks at it."""
     seed = str(plan.request.seed)
     # the same for all arms that sample it alike
     proxy = folder / ("proxy" if plan.proxy.scaled_time else "proxy-unscaled") / seed
-    job = job_hash(arm.session, plan, prompt, "")
+    job = job_hash(arm.session, plan)
     # the preview is the VAE's work
-    proxy_job = f"{proxy_metadata(arm.session, plan, prompt, '')['key']} {arm.session.vae_hash}"
-    sample = partial(pipeline.make_proxy, arm.session, plan, prompt, "", proxy, console)
-    warm = partial(_warm_proxy, arm.session, plan, prompt, console)
+    proxy_job = f"{proxy_metadata(arm.session, plan)['key']} {arm.session.vae_hash}"
+    sample = partial(pipeline.make_proxy, arm.session, plan, proxy, console)
+    warm = partial(_warm_proxy, arm.session, plan, console)
     proxy_seconds, _ = _timed(proxy, proxy / "proxy.mp4", proxy_job, warm, sample)
     work = folder / _folder_name(arm.name) / seed
     video = work.with_suffix(".mp4")
-    make = partial(arm.make, plan, prompt, attributes, proxy, video)
+    make = partial(arm.make, plan, attributes, proxy, video)
     seconds, peak = _timed(work, video, job, partial(arm.warm, plan), make)
     frames = frames_at(video, looked_at(plan))
     seen = assess(plan, frames, proxy_frames(plan, proxy / "proxy.mp4"), attributes)
     return Seen(seen, seconds if arm.name in (NATIVE, RECONSTRUCTED) else proxy_seconds + seconds, peak)
 
 
-def _warm_proxy(session: Session, plan: Plan, prompt: str, console: Console) -> None:
+def _warm_proxy(session: Session, plan: Plan, console: Console) -> None:
     """Loads what a proxy needs, and encodes its prompt, which other seeds find encoded."""
-    embeddings = session.embeddings((prompt, ""), console)
+    embeddings = session.embeddings((plan.request.prompt, plan.request.negative_prompt)[: plan.proxy.passes], console)
     session.vae()
     experts_of(session, plan, embeddings, console)(1000.0)  # last, since on a GPU one part stays: the one needed first
 
@@ -179,6 +179,7 @@ def _timed(
     if kept := _kept(work, made, job):
         return kept
     shutil.rmtree(work, ignore_errors=True)
+    made.unlink(missing_ok=True)
     store.run_directory(work.parent, work.name)
     warm()
     reset_peak()

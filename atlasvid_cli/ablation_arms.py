@@ -64,13 +64,13 @@ RECONSTRUCTED, UPSAMPLED, NATIVE = "a true render through the VAE", "upsampled p
 @dataclass(frozen=True)
 class Arm:
     """How an arm makes the video of a prompt above the proxy in a run directory:
-    `make(plan, prompt, attributes, proxy, video)`. `warm` loads what it needs, which is not timed."""
+    `make(plan, attributes, proxy, video)`. `warm` loads what it needs, which is not timed."""
 
     name: str
     session: Session
     trained: bool
     warm: Callable[[Plan], object]
-    make: Callable[[Plan, str, world.Attributes, Path, Path], object]
+    make: Callable[[Plan, world.Attributes, Path, Path], object]
 
 
 def arms(request: Request, console: Console) -> Iterator[Arm]:
@@ -89,7 +89,7 @@ def _sampled(name: str, session: Session, trained: bool, console: Console) -> Ar
         session.detail_models(offload_of(plan), console)
         session.vae()
 
-    def make(plan: Plan, prompt: str, attributes: world.Attributes, proxy: Path, video: Path) -> None:
+    def make(plan: Plan, attributes: world.Attributes, proxy: Path, video: Path) -> None:
         latents = pipeline.refine(session, plan, proxy / "proxy.safetensors", video.with_suffix(""), console)
         pipeline.decode(session, latents, video, plan.request.codec, console)
 
@@ -107,11 +107,11 @@ def _native(session: Session) -> Arm:
         pipe.set_progress_bar_config(disable=True)
         return pipe
 
-    def make(plan: Plan, prompt: str, attributes: world.Attributes, proxy: Path, video: Path) -> None:
+    def make(plan: Plan, attributes: world.Attributes, proxy: Path, video: Path) -> None:
         grid, geometry = plan.native_grid, session.preset.geometry
         frames = load()(
-            prompt,
-            "",
+            plan.request.prompt,
+            plan.request.negative_prompt,
             height=grid.h * geometry.token_pixels,
             width=grid.w * geometry.token_pixels,
             num_frames=(grid.t - 1) * geometry.temporal + 1,
@@ -125,9 +125,7 @@ def _native(session: Session) -> Arm:
     return Arm(NATIVE, session, True, lambda plan: load(), make)
 
 
-def reconstruct(
-    session: Session, plan: Plan, prompt: str, attributes: world.Attributes, proxy: Path, video: Path
-) -> None:
+def reconstruct(session: Session, plan: Plan, attributes: world.Attributes, proxy: Path, video: Path) -> None:
     """A true render encoded and decoded again: what the VAE costs, and so the best that any arm can reach."""
     scene, grid, geometry = true_scene(plan, attributes), plan.target, session.preset.geometry
     width, height = grid.w * geometry.token_pixels, grid.h * geometry.token_pixels
@@ -141,7 +139,7 @@ def reconstruct(
     write_video(video, (F.avg_pool2d(frame, plan.scale) for frame in cropped), **_shape(plan))
 
 
-def upsample(session: Session, plan: Plan, prompt: str, attributes: world.Attributes, proxy: Path, video: Path) -> None:
+def upsample(session: Session, plan: Plan, attributes: world.Attributes, proxy: Path, video: Path) -> None:
     """The proxy made as large as the video by bicubic interpolation, each of its frames shown until the next."""
     latents, _ = read_latents(proxy / "proxy.safetensors", session, "vae")
     width, height = plan.proxy_size

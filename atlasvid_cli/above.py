@@ -38,7 +38,7 @@ def plan_from_proxy(path: Path, request: Request) -> Plan:
         ratio = max(Fraction(side * plan.scale, of) for side, of in sides)
         plan = make_plan(request, grid, Fraction(known["fps"]), ratio=max(Fraction(1), ratio))
     if plan.target.h < grid.h or plan.target.w < grid.w:
-        size = "x".join(str(int(known[side]) * int(known["scale"])) for side in ("width", "height"))
+        size = "x".join(map(str, shown))
         raise UsageError(
             f"{path} was generated at {size}, larger than {request.width}x{request.height}; give --res {size} or more,"
             " or the proxy that it was made from"

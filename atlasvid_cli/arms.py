@@ -90,11 +90,13 @@ def _render(bench: Bench, plan: Plan, decode: bool = True) -> dict[str, float]:
     watch, run_dir = Stopwatch(), bench.folder / "run"
     shutil.rmtree(run_dir, ignore_errors=True)
     start = time.perf_counter()
-    made = pipeline.make_proxy(bench.proxy, plan, PROMPT, plan.preset.negative_prompt, run_dir, watch)
+    made = pipeline.make_proxy(bench.proxy, plan, run_dir, watch)
     latents = pipeline.refine(bench.detail, plan, made, run_dir, watch)
     if decode:
+        video = bench.folder / "video.mp4"
+        video.unlink(missing_ok=True)
         begun = time.perf_counter()
-        pipeline.decode(bench.detail, latents, bench.folder / "video.mp4", plan.request.codec, watch)
+        pipeline.decode(bench.detail, latents, video, plan.request.codec, watch)
     end = time.perf_counter()
     marks = watch.marks
     seconds = {"text": marks["proxy"][0] - start}

@@ -21,7 +21,7 @@ from .prompts import MAX_SEED
 from .refine import Region
 from .session import Session
 from .stages import Stage
-from .video import probe
+from .video import tags
 
 FORMAT = "atlasvid-latents/1"
 
@@ -53,18 +53,18 @@ FIELDS: dict[str, Callable[[str], object]] = {
 }
 
 
-def job_hash(session: Session, plan: Plan, prompt: str, negative_prompt: str) -> str:
+def job_hash(session: Session, plan: Plan) -> str:
     """Stands for all that decides a finished video: the plan, the prompts, the weights, the size and the codec."""
-    return store.artefact_hash({"run": run_hash(session, plan, prompt, negative_prompt), "codec": plan.request.codec})
+    return store.artefact_hash({"run": run_hash(session, plan), "codec": plan.request.codec})
 
 
-def run_hash(session: Session, plan: Plan, prompt: str, negative_prompt: str) -> str:
+def run_hash(session: Session, plan: Plan) -> str:
     """Stands for all that decides what lies in a run directory: two jobs that differ never share one."""
     return store.artefact_hash(
         {
             **plan.key(),
             "size": plan.summary["size"],
-            "prompts": [prompt, negative_prompt],
+            "prompts": [plan.request.prompt, plan.request.negative_prompt],
             "weights": weights_of(session, plan),
             **session.arithmetic,
         }
@@ -82,11 +82,11 @@ def weights_of(session: Session, plan: Plan) -> dict[str, Any]:
     }
 
 
-def proxy_metadata(session: Session, plan: Plan, prompt: str, negative_prompt: str) -> dict[str, str]:
+def proxy_metadata(session: Session, plan: Plan) -> dict[str, str]:
     """What the proxy of a plan will say of itself, sampled or encoded from the request's clip."""
-    clip = plan.request.clip
+    request, clip = plan.request, plan.request.clip
     vae = session.vae_hash if clip else ""
-    metadata = stage_metadata(session, plan, plan.proxy, "proxy", prompt, negative_prompt, vae)
+    metadata = stage_metadata(session, plan, plan.proxy, "proxy", request.prompt, request.negative_prompt, vae)
     return metadata | ({"clip": clip.path.name} if clip else {})
 
 
@@ -260,8 +260,8 @@ def keep_other_levels(session: Session, plan: Plan, proxy: dict[str, str], run_d
 
 def keep_videos(path: Path) -> None:
     """UsageError where there is a file that is no video of ours: in a folder of the user's, a preview takes no name."""
-    with suppress(AtlasError):  # missing, or no video: probe's own sentence would name no remedy
-        if "key" in probe(path)["metadata"]:
+    with suppress(AtlasError):  # missing, or no video: its own sentence would name no remedy
+        if "key" in tags(path):
             return
     if path.exists():
         raise UsageError(f"{path} is not of a run; give another --run-dir, or move it away")
@@ -272,7 +272,7 @@ def keep_foreign(target: Path, metadata: dict[str, str]) -> None:
     if not target.exists():
         return
     try:
-        found = probe(target)["metadata"]
+        found = tags(target)
     except AtlasError:
         found = {}
     if found.get("key") == metadata["key"]:

@@ -17,6 +17,7 @@ from diffusers import AutoencoderKLWan
 from diffusers.models.attention_dispatch import attention_backend
 
 from .arms import (
+    PROMPT,
     Bench,
     Check,
     Stages,
@@ -37,6 +38,7 @@ from .errors import ResourceError
 from .machine import available_ram, compute_device, copy_rate, decode_dtype, gemm_rate, versions
 from .measure import KERNELS, random_model
 from .plan import Plan, Request, make_plan
+from .presets import load_preset
 from .session import Session
 from .timing import Rates, Timing, together
 from .weights import load_text, load_transformer
@@ -53,7 +55,7 @@ def run(request: Request, steps: int | None, repeats: int, seconds: float, conso
 
     Raises UsageError and ResourceError before anything is loaded.
     """
-    plan = make_plan(request)
+    plan = make_plan(replace(request, prompt=PROMPT, negative_prompt=load_preset(request.preset).negative_prompt))
     steps = steps or plan.proxy.steps
     # on a GPU sessions load a part whenever it is needed, which would be timed: there, random weights and samples
     at_hand = bool(request.model_path) or plan.preset.folder.is_dir()

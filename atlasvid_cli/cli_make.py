@@ -195,9 +195,9 @@ def refine(
     from .video import check_target, suffix_for, warn_of_player
 
     artefacts.check_preset(latents, preset)
-    saved, given = artefacts.request_defaults(latents), {"preset": preset, "fps": fps, "seed": seed}
-    given = {name: value for name, value in given.items() if value is not None}
-    request = dataclasses.replace(request, region=box, **saved | given)
+    given = {"preset": preset, "fps": fps, "seed": seed}
+    taken = artefacts.request_defaults(latents) | {name: value for name, value in given.items() if value is not None}
+    request = dataclasses.replace(request, region=box, **taken)
     own_seed = "" if seed is None else f"-seed{seed}"
     part = "-region" if box or span else ""
     default = latents.with_name(f"{latents.stem}-{width}x{height}{own_seed}{part}")
@@ -228,9 +228,10 @@ def refine(
         if str(request.seed) == artefacts.describe(artefacts.level_path(plan, folder, len(plan.levels)))["seed"]:
             console.warn("with the seed of the video the part comes out much as it was; give another --seed")
     proxy = artefacts.describe(latents)
-    above_it = session, plan, proxy
-    made = artefacts.result_of_region(*above_it, folder) if plan.is_region else artefacts.result_metadata(*above_it)
-    artefacts.keep_foreign(target, made)
+    if plan.is_region:
+        artefacts.keep_foreign(target, artefacts.result_of_region(session, plan, proxy, folder))
+    else:
+        artefacts.keep_foreign(target, artefacts.result_metadata(session, plan, proxy))
     with lock(run_directory(folder.parent, folder.name)):
         result = pipeline.refine(session, plan, latents, folder, console)
         pipeline.finish(session, result, target, request, console, folder)
@@ -258,16 +259,15 @@ def decode(
     from .session import Session
 
     artefacts.check_preset(latents, preset)
-    known = artefacts.describe(latents)
+    known, console = artefacts.describe(latents), Console(as_json)
+    size = width, height = int(known["width"]), int(known["height"])
     target = target_of(output, latents.with_suffix(""), suffix)
-    check_target(target, codec, int(known["width"]), int(known["height"]))
+    check_target(target, codec, width, height)
     check_writable(target)
     artefacts.keep_foreign(target, known)
-    shape, width, height = artefacts.latents_shape(latents), int(known["width"]), int(known["height"])
-    size = width, height
-    check_decode(load_preset(preset or known["preset"]), shape, size, int(known["frames"]), codec, target.parent)
-    session = Session(preset or known["preset"], model_path)
-    console = Console(as_json)
+    loaded = load_preset(preset or known["preset"])
+    check_decode(loaded, artefacts.latents_shape(latents), size, int(known["frames"]), codec, target.parent)
+    session = Session(loaded, model_path)
     warn_of_player(console, codec, width, height)
     pipeline.decode(session, latents, target, codec, console)
     console.emit({"video": str(target), "status": "ok"}, str(target))

@@ -13,10 +13,10 @@ from .session import Session
 
 
 def experts_of(
-    session: Session, plan: Plan, embeddings: list[torch.Tensor], progress: Console
+    session: Session, plan: Plan, embeddings: list[torch.Tensor], console: Console
 ) -> Callable[[float], Expert]:
-    """Gives who works at a timestep in 0..1000, loaded when first asked for. `embeddings` (tokens, text_dim) are of
-    prompt and negative prompt; errors are those of loading."""
+    """Gives who works at a timestep in 0..1000, loaded when first asked for. `embeddings` (tokens, text_dim) are of the
+    prompt and with guidance of the negative prompt; errors are those of loading."""
     stage, offload = plan.proxy, offload_of(plan)
     groups, length = [[e] for e in embeddings], session.preset.transformer.text_length
     held: dict[bool, Expert] = {}  # one at a time: two do not fit
@@ -25,14 +25,14 @@ def experts_of(
         second = stage.experts is not None and timestep < 1000 * stage.experts.boundary
         if second not in held:
             held.clear()
-            model = session.transformer("proxy", offload, progress, second)
+            model = session.transformer("proxy", offload, console, second)
             scale = stage.experts.guidance_scale if second and stage.experts else stage.guidance_scale
-            prompt, negative = text_contexts(model, groups, length)
+            prompt, *negative = text_contexts(model, groups, length)
             weaker = None
             if stage.is_autoguided:
-                bare = session.without_adapter("proxy", offload, progress)
+                bare = session.without_adapter("proxy", offload, console)
                 weaker = bare, text_contexts(bare, groups[:1], length)[0]
-            held[second] = Expert(model, prompt, negative, scale, weaker)
+            held[second] = Expert(model, prompt, negative[0] if negative else None, scale, weaker)
         return held[second]
 
     return expert_at

@@ -45,7 +45,7 @@ from .model import text_contexts
 from .plan import Plan, Request
 from .presets import preset_names
 from .proxy import sample_proxy
-from .refine import Region, crop_to_stage, sample_detail
+from .refine import Region, Stream, crop_to_stage, sample_detail
 from .results import resume_from, save_latents, save_state, state_of
 from .session import Session
 from .stages import Stage
@@ -56,16 +56,14 @@ from .weights import load_scheduler
 SHEET_FRAMES = 12
 
 
-def render(
-    session: Session, plan: Plan, prompt: str, negative_prompt: str, run_dir: Path, output: Path, progress: Console
-) -> dict[str, Any]:
+def render(session: Session, plan: Plan, run_dir: Path, output: Path, console: Console) -> dict[str, Any]:
     """The whole path. Returns what a batch event reports."""
     marks = [time.monotonic()]
-    proxy = make_proxy(session, plan, prompt, negative_prompt, run_dir, progress)
+    proxy = make_proxy(session, plan, run_dir, console)
     marks.append(time.monotonic())
-    latents = refine(session, plan, proxy, run_dir, progress)
+    latents = refine(session, plan, proxy, run_dir, console)
     marks.append(time.monotonic())
-    video = finish(session, latents, output, plan.request, progress, run_dir)
+    video = finish(session, latents, output, plan.request, console, run_dir)
     marks.append(time.monotonic())
     spent = {name: round(b - a, 2) for name, (a, b) in zip(("proxy", "detail", "decode"), pairwise(marks), strict=True)}
     seconds = round(marks[-1] - marks[0], 2)
@@ -78,7 +76,7 @@ def render(
     record = {
         **plan.to_json(),
         **describe(latents),
-        "job": job_hash(session, plan, prompt, negative_prompt),
+        "job": job_hash(session, plan),
         "video_bytes": video.stat().st_size,
         "event": event,
         "weights": weights_of(session, plan),
@@ -90,56 +88,52 @@ def render(
     return event
 
 
-def finished_video(
-    session: Session, plan: Plan, prompt: str, negative_prompt: str, run_dir: Path, output: Path
-) -> dict[str, Any] | None:
+def finished_video(session: Session, plan: Plan, run_dir: Path, output: Path) -> dict[str, Any] | None:
     """The event of an identical job that is done and whose video is still there; None otherwise."""
     try:
         record = json.loads((run_dir / "run.json").read_text(encoding="utf-8"))
-        same = record["job"] == job_hash(session, plan, prompt, negative_prompt)
+        same = record["job"] == job_hash(session, plan)
         same = same and record["event"]["video"] == str(output) and output.stat().st_size == record["video_bytes"]
         return {**record["event"], "status": "skipped", "skipped": True} if same else None
     except (OSError, ValueError, KeyError, TypeError):
         return None
 
 
-def make_proxy(
-    session: Session, plan: Plan, prompt: str, negative_prompt: str, run_dir: Path, progress: Console
-) -> Path:
+def make_proxy(session: Session, plan: Plan, run_dir: Path, console: Console) -> Path:
     """Stage 1 -> run_dir/proxy.safetensors, sampled, or encoded from the request's clip; kept as it is where the same
     plan, prompt, weights and clip made it.
 
     proxy.mp4 and its contact sheet show what will happen before the detail is paid for.
     """
     path, preview = run_dir / "proxy.safetensors", run_dir / "proxy.mp4"
-    metadata = proxy_metadata(session, plan, prompt, negative_prompt)
+    metadata = proxy_metadata(session, plan)
     if is_current(path, metadata):
         if not (preview.exists() and sheet_of(preview).exists()):
-            decode(session, path, preview, "h264", progress, "preview")
+            decode(session, path, preview, "h264", console, "preview")
         return path
     keep_others(path)
     keep_videos(preview)
     store.run_directory(run_dir.parent, run_dir.name)
     state = state_of(path)
     if clip := plan.request.clip:
-        latents = encode_proxy(session, plan, clip, progress)
+        latents = encode_proxy(session, plan, clip, console)
     else:
-        latents = _sample_proxy(session, plan, (prompt, negative_prompt), state, metadata["key"], progress)
+        latents = _sample_proxy(session, plan, state, metadata["key"], console)
     for shown in (preview, sheet_of(preview)):
         shown.unlink(missing_ok=True)  # a damaged proxy's
     save_latents(path, latents, metadata)
     state.unlink(missing_ok=True)
-    decode(session, path, preview, "h264", progress, "preview")
+    decode(session, path, preview, "h264", console, "preview")
     return path
 
 
-def encode_proxy(session: Session, plan: Plan, clip: Clip, progress: Console) -> torch.Tensor:
+def encode_proxy(session: Session, plan: Plan, clip: Clip, console: Console) -> torch.Tensor:
     """Latents (C, T, H, W) fp32 of `clip` as the proxy of a plan: cropped and scaled to the part that the video shows,
     at the proxy's frame rate."""
     geometry, grid = session.preset.geometry, plan.proxy.grid
     size = grid.w * geometry.token_pixels, grid.h * geometry.token_pixels
     count = (grid.t - 1) * geometry.temporal + 1
-    with progress.stage("encode", count) as advance:
+    with console.stage("encode", count) as advance:
 
         def read() -> Iterator[torch.Tensor]:
             for frame in read_clip(clip, plan.proxy_fps, count, plan.proxy_size, size):
@@ -149,16 +143,15 @@ def encode_proxy(session: Session, plan: Plan, clip: Clip, progress: Console) ->
         return encode_stream(session.vae(), read())
 
 
-def _sample_proxy(
-    session: Session, plan: Plan, prompts: tuple[str, str], state: Path, key: str, progress: Console
-) -> torch.Tensor:
-    stage = plan.proxy
-    embeddings = session.embeddings(prompts, progress)  # before a model is loaded: the two need not fit together
-    resume = resume_from(state, key, progress)
-    with progress.stage("proxy", stage.steps) as advance:
+def _sample_proxy(session: Session, plan: Plan, state: Path, key: str, console: Console) -> torch.Tensor:
+    stage, prompts = plan.proxy, (plan.request.prompt, plan.request.negative_prompt)
+    # before a model is loaded: the two need not fit together
+    embeddings = session.embeddings(prompts[: stage.passes], console)
+    resume = resume_from(state, key, console)
+    with console.stage("proxy", stage.steps) as advance:
         advance(resume[0] if resume else 0, before=True)
         return sample_proxy(
-            experts_of(session, plan, embeddings, progress),
+            experts_of(session, plan, embeddings, console),
             load_scheduler(session.folder, stage.flow_shift, stage.sampler),
             stage,
             session.preset.transformer.channels,
@@ -171,7 +164,7 @@ def _sample_proxy(
         )
 
 
-def refine(session: Session, plan: Plan, proxy_path: Path, run_dir: Path, progress: Console) -> Path:
+def refine(session: Session, plan: Plan, proxy_path: Path, run_dir: Path, console: Console) -> Path:
     """Stage 2 -> run_dir/detail.safetensors, through every level of the plan; finished levels are kept.
 
     A region samples only the last level again, above the levels that its video was made from.
@@ -179,7 +172,7 @@ def refine(session: Session, plan: Plan, proxy_path: Path, run_dir: Path, progre
     path = proxy_path
     if not plan.is_region:
         keep_other_levels(session, plan, describe(proxy_path), run_dir)
-    for number, (name, stage) in enumerate(plan.named_stages()[1:], start=1):
+    for number, stage in enumerate(plan.levels, start=1):
         below_path, last = path, number == len(plan.levels)
         path = level_path(plan, run_dir, number)
         if plan.is_region and not last:
@@ -191,16 +184,16 @@ def refine(session: Session, plan: Plan, proxy_path: Path, run_dir: Path, progre
             redo, metadata = region_of(session, plan, stage, path, below_metadata["key"], metadata)
             path = run_dir / f"detail-region-{metadata['key']}.safetensors"
         if not is_current(path, metadata):
-            latents = _refine_level(session, plan, stage, name, number, below, metadata, redo, path, progress)
+            latents = _refine_level(session, plan, number, below, metadata, redo, path, console)
             save_latents(path, latents, metadata)
             state_of(path).unlink(missing_ok=True)
     return path
 
 
-def finish(session: Session, latents: Path, output: Path, request: Request, progress: Console, run_dir: Path) -> Path:
+def finish(session: Session, latents: Path, output: Path, request: Request, console: Console, run_dir: Path) -> Path:
     """`decode` of a run's last latents; where the disk is full, with a word about where they are kept."""
     try:
-        return decode(session, latents, output, request.codec, progress, spool=run_dir)
+        return decode(session, latents, output, request.codec, console, spool=run_dir)
     except ResourceError as error:
         told = {"--model-path": request.model_path, "--codec": request.codec if request.codec != "h264" else None}
         told |= {"--preset": request.preset if request.preset not in preset_names() else None}
@@ -214,7 +207,7 @@ def decode(
     latents_path: Path,
     output: Path,
     codec: str,
-    progress: Console,
+    console: Console,
     stage: str = "decode",
     spool: Path | None = None,
 ) -> Path:
@@ -225,11 +218,11 @@ def decode(
     latents, metadata = read_latents(latents_path, session, "vae")
     vae, tile = session.vae(), vae_tile(session.preset, *latents.shape[2:])
     width, height, scale = int(metadata["width"]), int(metadata["height"]), int(metadata["scale"])
-    frames, is_there = int(metadata["frames"]), output.exists()
+    frames = int(metadata["frames"])
     wanted = {round(i * (frames - 1) / (SHEET_FRAMES - 1)) for i in range(SHEET_FRAMES)}
     sheet: list[torch.Tensor] = []
     tiles = tile_steps(latents, tile)  # all of them are decoded before the first frame is there
-    with progress.stage(stage, tiles or frames) as advance:
+    with console.stage(stage, tiles or frames) as advance:
 
         def finished() -> Iterator[torch.Tensor]:
             for index, frame in enumerate(decode_stream(vae, latents, tile, spool or output.parent, advance)):
@@ -238,7 +231,7 @@ def decode(
                 if index in wanted:
                     small = frame[:, :height, :width]
                     sheet.append(F.interpolate(small[None], size=_thumbnail(width, height), mode="area")[0])
-                if index == frames - 1 and not is_there:
+                if index == frames - 1:
                     keep_foreign(output, metadata)  # another process may have been quicker
                 yield frame
 
@@ -262,55 +255,54 @@ def decode(
 def _refine_level(
     session: Session,
     plan: Plan,
-    stage: Stage,
-    name: str,
     number: int,
     below: torch.Tensor,
     metadata: dict[str, str],
     region: Region | None,
     path: Path,
-    progress: Console,
+    console: Console,
 ) -> torch.Tensor:
     """The latents that `path` in a run directory will hold; the state that an interruption leaves lies beside it."""
-    run_dir, state = path.parent, state_of(path)
+    (name, stage), run_dir, state = plan.named_stages()[number], path.parent, state_of(path)
     store.run_directory(run_dir.parent, run_dir.name)
-    resume = resume_from(state, metadata["key"], progress)
+    resume = resume_from(state, metadata["key"], console)
     enlarged = None
     if stage.in_pixels and (region or not resume):  # of a region what surrounds it starts so again
-        enlarged = _enlarged(session, stage, name, below, run_dir, progress)
+        enlarged = _enlarged(session, stage, name, below, run_dir, console)
     used = (metadata["prompt"], metadata["negative_prompt"])[: stage.passes]
-    embeddings = session.embeddings(used, progress)
-    model, proxy_model = session.detail_models(offload_of(plan), progress)
-    length = session.preset.transformer.text_length
+    embeddings = session.embeddings(used, console)
+    offload, length = offload_of(plan), session.preset.transformer.text_length
+    model, proxy_model = session.detail_models(offload, console)
     groups = [embeddings[i : i + stage.together] for i in range(0, len(embeddings), stage.together)]
-    texts = text_contexts(model, groups, length)
-    proxy_texts = texts if proxy_model is model else text_contexts(proxy_model, groups, length)
+    stream = Stream(model, text_contexts(model, groups, length))
+    proxy_stream = stream
+    if proxy_model is not model:
+        proxy_stream = Stream(proxy_model, text_contexts(proxy_model, groups, length))
     blocks = len(model.blocks)
-    with progress.stage(name, stage.forwards() * blocks) as advance:
+    with console.stage(name, stage.forwards() * blocks) as advance:
         advance(stage.forwards(resume[0]) * blocks if resume else 0, before=True)
         return sample_detail(
-            model,
-            proxy_model,
+            stream,
+            proxy_stream,
             stage,
             plan.preset.detail,
             session.preset.geometry.patch,
             plan.request.seed,
             number,
             below,
-            list(zip(texts, proxy_texts, strict=True)),
             chunk=plan.chunk,
             region=region,
             resume=resume,
             save=lambda step, tensors: save_state(state, step, tensors, metadata["key"], "detail"),
             on_block=advance,
             kernels=session.kernels,
-            states=torch.device("cpu") if offload_of(plan) == "host" else None,
+            states=torch.device("cpu") if offload == "host" else None,
             enlarged=enlarged,
         )
 
 
 def _enlarged(
-    session: Session, stage: Stage, name: str, below: torch.Tensor, spool: Path, progress: Console
+    session: Session, stage: Stage, name: str, below: torch.Tensor, spool: Path, console: Console
 ) -> torch.Tensor:
     """The latents below as large as a stage's, by way of their pixels."""
     geometry, grid = session.preset.geometry, stage.grid
@@ -319,9 +311,19 @@ def _enlarged(
     frames = (grid.t - 1) * geometry.temporal + 1
     tile = vae_tile(session.preset, *below.shape[2:])
     encoder = session.half_encoder(stage.entry) if stage.entry else None
-    figures = stage.ratio, stage.time_ratio, size, frames, tile, spool
-    with progress.stage(f"{name} start", frames) as advance:
-        return enlarge(session.vae(), below, *figures, advance, encoder)
+    with console.stage(f"{name} start", frames) as advance:
+        return enlarge(
+            session.vae(),
+            below,
+            stage.ratio,
+            stage.time_ratio,
+            size,
+            frames,
+            tile=tile,
+            spool=spool,
+            on_frame=advance,
+            encoder=encoder,
+        )
 
 
 def _thumbnail(width: int, height: int) -> tuple[int, int]:

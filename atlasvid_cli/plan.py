@@ -40,6 +40,7 @@ METHOD = (
 class Request:
     """What the user asked for. Sizes in pixels; `region` (x, y, w, h), `frames` (first, end), `clip` as the proxy.
 
+    The prompts are those of stage 1: above a saved proxy its own are taken.
     `steps`, `guidance_scale` and `flow_shift` are of the proxy, or where that is there already of the levels above it.
     """
 
@@ -47,6 +48,8 @@ class Request:
     width: int
     height: int
     seconds: Fraction
+    prompt: str = ""
+    negative_prompt: str = ""
     fps: int | None = None
     seed: int = 0
     steps: int | None = None

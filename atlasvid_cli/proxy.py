@@ -16,12 +16,12 @@ from .tensor_file import SaveState
 
 @dataclass(frozen=True)
 class Expert:
-    """The model that works at a noise level, the prompts as it sees them, and its guidance scale; for autoguidance
-    also the model without its adapter, with the prompt as that sees it."""
+    """The model that works at a noise level, the prompts as it sees them (without guidance one), and its guidance
+    scale; for autoguidance also the model without its adapter, with the prompt as that sees it."""
 
     model: WanTransformer3DModel
     prompt: TextContext
-    negative: TextContext
+    negative: TextContext | None
     guidance_scale: float
     weaker: tuple[WanTransformer3DModel, TextContext] | None = None
 
@@ -81,7 +81,7 @@ def _guided(
         return clip_forward(model, tokens, stage.grid, timestep, text, time_ratio, kernels)
 
     velocity = forward(expert.model, expert.prompt)
-    if expert.guidance_scale <= 1:
+    if expert.guidance_scale <= 1 or expert.negative is None:
         return velocity
     base = forward(expert.model, expert.negative)
     guided = base + expert.guidance_scale * (velocity - base)

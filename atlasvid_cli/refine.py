@@ -3,6 +3,7 @@
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
+from typing import NamedTuple
 
 import torch
 from diffusers import WanTransformer3DModel
@@ -31,22 +32,34 @@ def crop_to_stage(latents: torch.Tensor, stage: Stage, patch: int) -> torch.Tens
     return latents[:, : below.t, : below.h * patch, : below.w * patch].contiguous()
 
 
+class Stream(NamedTuple):
+    """Who computes one of the two streams: a model, and as it sees them the prompt and with guidance the negative
+    prompt; where the two take one forward, both in one context."""
+
+    model: WanTransformer3DModel
+    texts: Sequence[TextContext]
+
+    def unguided(self) -> "Stream":
+        """The prompt alone."""
+        return Stream(self.model, [self.texts[0].first()])
+
+
+@torch.no_grad()
 def sample_detail(
-    model: WanTransformer3DModel,
-    proxy_model: WanTransformer3DModel,
+    stream: Stream,
+    proxy_stream: Stream,
     stage: Stage,
     detail: Detail,
     patch: int,
     seed: int,
     level: int,
     below: torch.Tensor,
-    texts: list[tuple[TextContext, TextContext]],
     *,
     chunk: int,
     region: Region | None = None,
     resume: tuple[int, dict[str, torch.Tensor]] | None = None,
     save: SaveState | None = None,
-    on_block: Callable[[], None] = lambda: None,
+    on_block: Callable[[int], None] = lambda prompts: None,
     kernels: Kernels = EAGER,
     states: torch.device | None = None,
     enlarged: torch.Tensor | None = None,
@@ -56,83 +69,72 @@ def sample_detail(
     A level of a strength below 1 starts from `enlarged`, the level below made as large in pixels (`enlarge`), or
     without it from `below` interpolated.
 
-    `texts` holds the prompt, and with guidance the negative prompt, for (detail model, proxy model); where the two take
-    one forward, both in one context. Euler steps in place on the tokens: beside them live a hidden state for each
-    prompt of a forward, a velocity (two with guidance) and the proxy's keys and values, on `states` (by default where
-    the model computes). With `region`, its surroundings go straight from where they start to the finished video.
-    `on_block` is called as often for each prompt as a forward has blocks.
+    Euler steps in place on the tokens: beside them live a hidden state for each prompt of a forward, a velocity (two
+    with guidance) and the proxy's keys and values, on `states` (by default where the model computes). With `region`,
+    its surroundings go straight from where they start to the finished video. `on_block` gets the number of prompts that
+    a block was computed for.
     """
     grid = stage.grid
     below = crop_to_stage(below, stage, patch)
-
-    def guides(timestep: float, texts: Sequence[tuple[TextContext, TextContext]]) -> list[ProxyContext | None]:
-        if not detail.proxy_attention:
-            return [None] * len(texts)
-        _, t, h, w = below.shape
-        tokens, below_grid = patchify(below, patch), Grid(t, h // patch, w // patch)
-        figures = Alignment.of(detail, stage.ratio, stage.time_ratio), timestep, kernels, states
-        each = ((text, tokens.expand(len(text.bias), -1, -1)) for _, text in texts)
-        return [proxy_context(proxy_model, many, below_grid, text, *figures) for text, many in each]
-
-    def told(prompts: int) -> None:
-        for _ in range(prompts):
-            on_block()
-
-    with torch.no_grad():
-        proxies = guides(0.0, texts) if detail.clean_proxy else []
-    alone = [(texts[0][0].first(), texts[0][1].first())]
-
     origin, end = (0, 0, 0), (grid.t, grid.h, grid.w)
     if region:
         origin, end = with_halo(region.start, region.end, grid, detail.halo)
     part = Grid(*(b - a for a, b in zip(origin, end, strict=True)))
     steps = (1, patch, patch)
     ranges = [range(a * p, b * p) for a, b, p in zip(origin, end, steps, strict=True)]
-    schedule = sigmas(stage.steps, stage.strength, stage.flow_shift)
 
-    x = _start(stage, below, enlarged, ranges, patch, seed, level)
-    frozen = known = start = torch.empty(0)
+    def guides(timestep: float, shown: Stream) -> list[ProxyContext | None]:
+        if not detail.proxy_attention:
+            return [None] * len(shown.texts)
+        _, t, h, w = below.shape
+        tokens, below_grid = patchify(below, patch), Grid(t, h // patch, w // patch)
+        figures = Alignment.of(detail, stage.ratio, stage.time_ratio), timestep, kernels, states
+        each = ((text, tokens.expand(len(text.bias), -1, -1)) for text in shown.texts)
+        return [proxy_context(shown.model, many, below_grid, text, *figures) for text, many in each]
+
+    proxies = guides(0.0, proxy_stream) if detail.clean_proxy else []
+
+    def velocity_at(step: int, sigma: float, x: torch.Tensor) -> torch.Tensor:
+        guided, timestep = stage.is_guided(sigma), int(sigma * 1000)
+        seen = stream if guided else stream.unguided()
+        if not detail.clean_proxy:
+            proxies.clear()  # never twice in memory
+            proxies.extend(guides(timestep, proxy_stream if guided else proxy_stream.unguided()))
+        velocities: list[torch.Tensor] = []  # the prompt's, and with guidance the negative prompt's
+        for text, proxy in zip(seen.texts, proxies if guided else [p and p.first() for p in proxies[:1]], strict=True):
+            many = len(text.bias)
+            velocities += detail_forward(
+                seen.model,
+                x.expand(many, -1, -1),
+                part,
+                timestep,
+                text,
+                proxy,
+                detail.layouts,
+                chunk,
+                phase=step,
+                origin=origin,
+                kernels=kernels,
+                states=states,
+                on_block=partial(on_block, many),
+            )
+        velocity, *negative = velocities
+        return negative[0].lerp_(velocity, stage.guidance_scale) if guided else velocity
+
+    start = partial(_start, stage, below, enlarged, ranges, patch, seed, level)
+    done, x = (resume[0], resume[1]["tokens"]) if resume else (0, start())
+    frozen = known = begun = torch.empty(0)
     if region:
         known = patchify(_box(region.latents, ranges), patch)
         frozen = ~_inside(region, origin, part)
-        start = x.clone()
+        begun = start() if resume else x.clone()
 
-    done = 0
-    if resume:
-        done, tensors = resume
-        x = tensors["tokens"]
+    schedule = sigmas(stage.steps, stage.strength, stage.flow_shift)
     for i in range(done, stage.steps):
         now, following = schedule[i], schedule[i + 1]
         if region:
-            x[frozen] = torch.lerp(known, start, now / schedule[0])[frozen]
-        guided = stage.is_guided(now)
-        prompts = texts if guided else alone
-        velocities: list[torch.Tensor] = []  # the prompt's, and with guidance the negative prompt's
-        with torch.no_grad():
-            if not detail.clean_proxy:
-                proxies.clear()  # never twice in memory
-                proxies += guides(int(now * 1000), prompts)
-            shown = proxies if guided else [p and p.first() for p in proxies[:1]]
-            for (text, _), proxy in zip(prompts, shown, strict=True):
-                velocities += detail_forward(
-                    model,
-                    x.expand(len(text.bias), -1, -1),
-                    part,
-                    int(now * 1000),
-                    text,
-                    proxy,
-                    detail.layouts,
-                    chunk,
-                    i,
-                    origin,
-                    kernels,
-                    states,
-                    partial(told, len(text.bias)),
-                )
-        velocity = velocities.pop()
-        if guided:
-            velocity.lerp_(velocities.pop(), stage.guidance_scale)
-        x.add_(velocity, alpha=following - now)
+            x[frozen] = torch.lerp(known, begun, now / schedule[0])[frozen]
+        x.add_(velocity_at(i, now, x), alpha=following - now)
         if save:
             save(i + 1, {"tokens": x})
     if region:

@@ -31,11 +31,11 @@ def _check_finite(tensors: dict[str, torch.Tensor], kind: str) -> None:
         )
 
 
-def resume_from(path: Path, key: str, progress: Console) -> tensor_file.StepState | None:
+def resume_from(path: Path, key: str, console: Console) -> tensor_file.StepState | None:
     """The state that an interrupted run of the same stage left, with a word about one that cannot be used."""
     state, warning = tensor_file.load_state(path, key)
     if warning:
-        progress.warn(warning)
+        console.warn(warning)
     return state
 
 

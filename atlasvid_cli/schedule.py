@@ -8,8 +8,8 @@ import torch.nn.functional as F
 
 
 def shift_sigma(sigma: float, shift: float) -> float:
-    """The flow-matching time shift: shift*s / (1 + (shift - 1)*s)."""
-    return shift * sigma / (1 + (shift - 1) * sigma)
+    """The flow-matching time shift: shift*s / (1 + (shift - 1)*s), of which rounding makes no more than 1."""
+    return min(1.0, shift * sigma / (1 + (shift - 1) * sigma))
 
 
 def unshift_sigma(sigma: float, shift: float) -> float:

@@ -39,7 +39,6 @@ from .weights import (
     model_hash,
 )
 
-BARE = "transformer without adapter"  # what stands beside a stage's model
 SMALL = 64 << 20  # bytes of a transformer that a batch keeps beside the next one: no plan notices
 
 # What a stage costs without an adapter of its own, as stock weights have none.
@@ -105,7 +104,7 @@ class Session:
         self.folder = model_folder(self.preset, model_path)
         check_config(self.folder, self.preset)
         self.device, self.dtype = _where()
-        self._parts: dict[str, Any] = {}
+        self._parts: dict[tuple[str, ...], Any] = {}
         self._hashes: dict[str, str] = {}
         self._warned: set[str] = set()
         self._embeddings: dict[str, Embedding] = {}
@@ -187,7 +186,7 @@ class Session:
         """The model with the adapter of stage `proxy` or `detail`, on the compute device as far as `offload` says;
         of the proxy's two experts, if it has two, the `second` on demand."""
         part, adapter = self._weights(stage)[-1 if second else 0]
-        key = f"{part} {adapter or 'base'} {offload}"
+        key = "transformer", part, adapter or "", offload
         if key not in self._parts:
             self._make_room("transformer")
             self._parts[key] = self._load(part, adapter, stage, offload, console)
@@ -206,9 +205,9 @@ class Session:
     def without_adapter(self, stage: str, offload: Offload, console: Console) -> Any:
         """The model of a stage without its adapter but with what `--lora` adds, beside the one that `transformer` gave
         until they make room. ValueError for a stage of two experts."""
-        key = f"{BARE} {offload}"
+        [(part, _)] = self._weights(stage)
+        key = "bare transformer", part, offload
         if key not in self._parts:
-            [(part, _)] = self._weights(stage)
             self._parts[key] = self._load(part, None, stage, offload, console)
         return self._parts[key]
 
@@ -226,11 +225,12 @@ class Session:
         return place(narrow(model, self.weight_dtype), self.device, offload)
 
     def vae(self) -> Any:
-        if "vae" not in self._parts:
+        key = ("vae",)
+        if key not in self._parts:
             self._make_room("vae")
             dtype, still = decode_dtype(self.preset.decode_dtype), self.preset.vae.still
-            self._parts["vae"] = load_vae(self.folder, dtype, still).to(self.device)
-        return self._parts["vae"]
+            self._parts[key] = load_vae(self.folder, dtype, still).to(self.device)
+        return self._parts[key]
 
     def half_encoder(self, entry: str) -> HalfEncoder:
         """The VAE's encoder for frames half as large, by the first level in a file of the model's folder."""
@@ -242,14 +242,13 @@ class Session:
 
     def embeddings(self, prompts: tuple[str, ...], console: Console) -> list[torch.Tensor]:
         """Embeddings (tokens, text_dim) fp32 of prompts: from the cache, or made together with those expected."""
-        found = {p: self._kept(p) for p in prompts}
-        if None in found.values():
+        found = {p: embedding for p in prompts if (embedding := self._kept(p))}
+        if not all(p in found for p in prompts):
             missing = [p for p in dict.fromkeys((*prompts, *self._expected)) if self._kept(p) is None]
             for prompt, made in zip(missing, self.encode(missing, console), strict=True):
                 self._keep(prompt, made, console)
-                if prompt in found:
-                    found[prompt] = made
-        known = [embedding for p in prompts if (embedding := found[p])]
+                found[prompt] = made
+        known = [found[p] for p in prompts]
         self.tell_ignored(known, console)
         return [embedding.states for embedding in known]
 
@@ -311,12 +310,12 @@ class Session:
             return [("transformer_2" if experts else "transformer", preset.detail.lora)]
         return [("transformer", preset.proxy.lora), *([("transformer_2", experts.lora)] if experts else [])]
 
-    def _make_room(self, part: str) -> None:
-        """Lets go of what `part` replaces and of a second model, unless they are small, and on a GPU of everything: 4K
-        leaves no room for another stage's."""
+    def _make_room(self, kind: str) -> None:
+        """Lets go of what a `kind` of part replaces and of a second model, unless they are small, and on a GPU of
+        everything: 4K leaves no room for another stage's."""
         on_gpu, size = self.device.type == "cuda", model_bytes(self.preset, compute_device())
         for key in list(self._parts):
-            if on_gpu or (key.startswith((part, BARE)) and size > SMALL):
+            if on_gpu or (key[0] in (kind, "bare transformer") and size > SMALL):
                 del self._parts[key]
         if on_gpu:
             gc.collect()

@@ -6,10 +6,15 @@ No torch here. A token covers `spatial * patch` pixels; a causal VAE turns 4k+1 
 import math
 from dataclasses import dataclass
 from fractions import Fraction
+from typing import TYPE_CHECKING, TypeVar
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 RATIO_STEPS = 16  # ratios r_s are multiples of 1/16
 
 Shape = tuple[int, int, int]  # along t, h, w
+Latent = TypeVar("Latent", int, "Tensor")  # its number, or those of many
 
 
 @dataclass(frozen=True)
@@ -67,8 +72,8 @@ def proxy_grid(detail: Grid, ratio: Fraction, time_ratio: int) -> Grid:
     )
 
 
-def proxy_latent(t: int, time_ratio: int) -> int:
-    """The proxy latent that covers detail latent t: P covers time_ratio*(P-1)+1 .. time_ratio*P."""
+def proxy_latent(t: Latent, time_ratio: int) -> Latent:
+    """The proxy latent that covers each detail latent t: P covers time_ratio*(P-1)+1 .. time_ratio*P."""
     return -(-t // time_ratio)
 
 

@@ -41,8 +41,9 @@ class Stage:
 
     @property
     def passes(self) -> int:
-        """Prompts that are denoised with: two where guidance acts, if only at some steps."""
-        return 2 if self.guidance_scale > 1 else 1
+        """Prompts that are denoised with: two where guidance acts, if only at some steps or in one expert."""
+        second = self.experts.guidance_scale if self.experts else 0
+        return 2 if max(self.guidance_scale, second) > 1 else 1
 
     @property
     def is_autoguided(self) -> bool:

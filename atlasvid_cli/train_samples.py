@@ -12,7 +12,7 @@ from .decode import decode_stream
 from .decode_cost import vae_tile
 from .model import TextContext, text_context
 from .proxy import Expert, sample_proxy
-from .refine import sample_detail
+from .refine import Stream, sample_detail
 from .schedule import sigmas
 from .session import Session
 from .stages import Stage, level_stage, proxy_stage
@@ -82,12 +82,11 @@ class Sampler:
             level, time_ratio = detail.upper, 1
         stage = level_stage(detail, level, grid_of(sample["latents"]), ratio, time_ratio)
         prompts = (sample["caption"], preset.negative_prompt)[: stage.passes]
-        streams = (self.bare, self.model)
-        texts = list(zip(*(self._texts(m, *prompts) for m in streams), strict=True))
+        stream, guide = (Stream(model, self._texts(model, *prompts)) for model in (self.bare, self.model))
         below = sample[f"proxy_{time_ratio}"].float()
         enlarged = sample.get(f"enlarged_{time_ratio}")
         start = None if enlarged is None else enlarged.float()
-        return sample_detail(*streams, stage, detail, PATCH, SEED, 1, below, texts, chunk=detail.chunk, enlarged=start)
+        return sample_detail(stream, guide, stage, detail, PATCH, SEED, 1, below, chunk=detail.chunk, enlarged=start)
 
     def _texts(self, model: WanTransformer3DModel, *prompts: str) -> list[TextContext]:
         length = self.session.preset.transformer.text_length

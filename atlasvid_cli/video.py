@@ -234,18 +234,23 @@ def opened(path: Path) -> Iterator[tuple[Any, Any]]:
         ) from error
 
 
+def tags(path: Path) -> dict[str, str]:
+    """What a video file says beside its streams, in lower case, as Matroska keeps no case; InputError as `probe`."""
+    with opened(path) as (container, _):
+        containers_own = ("major_brand", "minor_version", "compatible_brands", "encoder")
+        return {k.lower(): v for k, v in container.metadata.items() if k.lower() not in containers_own}
+
+
 def probe(path: Path) -> dict[str, Any]:
     """What a video file says of itself; its frames are counted, not decoded. `InputError` when it is not a video.
 
     Keys: width, height, fps, frames, seconds, codec, pix_fmt, color_primaries, color_trc, color_space, color_range
-    and metadata (keys in lower case: Matroska keeps no case).
+    and metadata (its `tags`).
     """
+    metadata = tags(path)
     with opened(path) as (container, stream):
         context = stream.codec_context
         names = {BT709: "bt709"}
-        metadata = {key.lower(): value for key, value in container.metadata.items()}
-        for key in ("major_brand", "minor_version", "compatible_brands", "encoder"):  # the container's own
-            metadata.pop(key, None)
         count = stream.frames or sum(packet.size > 0 for packet in container.demux(stream))
         rate = stream.average_rate or Fraction(0)
         return {

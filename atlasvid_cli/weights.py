@@ -277,9 +277,8 @@ def check_entry(folder: Path, entry: str) -> None:
 
 
 def load_half_encoder(folder: Path, entry: str, vae: AutoencoderKLWan) -> HalfEncoder:
-    """The encoder for frames half as large of a VAE from `folder`, by the first level in the file `entry` there, which
-    passes `check_entry`."""
-    check_entry(folder, entry)
+    """The encoder for frames half as large of a VAE from `folder`, by the first level in the file `entry` there
+    (`check_entry`)."""
     encoder = HalfEncoder(vae.encoder)
     tensors, _ = open_tensors(folder / entry, _entries(encoder))
     for name, parameter in encoder.own().items():

@@ -103,7 +103,7 @@ def aligned_proxy(
     counts = aligned_span(windows.shape, proxy, ratio, time_ratio, margin)
     t, h, w = windows.starts.unbind(1)
     firsts = (
-        torch.tensor([proxy_latent(int(i), time_ratio) for i in t]),
+        proxy_latent(t, time_ratio),
         h * ratio.denominator // ratio.numerator,
         w * ratio.denominator // ratio.numerator,
     )

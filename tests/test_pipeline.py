@@ -24,7 +24,6 @@ from atlasvid_cli.footage import open_clip
 from atlasvid_cli.parse import Lora
 from atlasvid_cli.plan import Request, make_plan
 from atlasvid_cli.presets import presets_folder
-from atlasvid_cli.prompts import Item
 from atlasvid_cli.refine import crop_to_stage
 from atlasvid_cli.results import state_of
 from atlasvid_cli.session import Session
@@ -44,7 +43,7 @@ def session(random_preset):
 
 @pytest.fixture
 def request_(random_preset):
-    return Request(str(random_preset), 256, 192, Fraction(1), seed=3)
+    return Request(str(random_preset), 256, 192, Fraction(1), PROMPT, seed=3)
 
 
 def digest(path):
@@ -69,7 +68,7 @@ def test_the_shipped_weights_are_small():
 
 
 def test_render_makes_exactly_what_was_asked(session, request_, console, tmp_path):
-    event = pipeline.render(session, make_plan(request_), PROMPT, "", tmp_path / "run", tmp_path / "a.mp4", console)
+    event = pipeline.render(session, make_plan(request_), tmp_path / "run", tmp_path / "a.mp4", console)
     found = probe(tmp_path / "a.mp4")
     assert (found["width"], found["height"], found["frames"], found["seconds"]) == (256, 192, 16, 1.0)
     assert found["metadata"]["prompt"] == PROMPT and found["color_space"] == "bt709"
@@ -86,7 +85,7 @@ def test_the_preview_shows_of_the_proxy_what_the_video_will(session, request_, c
     plan = make_plan(replace(request_, width=320, height=180))
     shown, whole = plan.proxy_size, plan.proxy.grid.w * plan.preset.geometry.token_pixels
     assert shown[0] < whole or shown[1] < plan.proxy.grid.h * plan.preset.geometry.token_pixels
-    pipeline.make_proxy(session, plan, PROMPT, "", tmp_path / "run", console)
+    pipeline.make_proxy(session, plan, tmp_path / "run", console)
     preview = probe(tmp_path / "run" / "proxy.mp4")
     assert (preview["width"], preview["height"]) == tuple(side - side % 2 for side in shown)
 
@@ -94,7 +93,7 @@ def test_the_preview_shows_of_the_proxy_what_the_video_will(session, request_, c
 @pytest.mark.parametrize(("width", "height"), [(64, 64), (333, 177), (96, 320)])
 def test_odd_and_small_sizes(session, request_, console, tmp_path, width, height):
     plan = make_plan(replace(request_, width=width, height=height, seconds=Fraction(5, 16)))
-    pipeline.render(session, plan, PROMPT, "", tmp_path, tmp_path / "a.mp4", console)
+    pipeline.render(session, plan, tmp_path, tmp_path / "a.mp4", console)
     found = probe(tmp_path / "a.mp4")
     assert (found["width"], found["height"], found["frames"]) == (width, height, 5)
 
@@ -102,7 +101,7 @@ def test_odd_and_small_sizes(session, request_, console, tmp_path, width, height
 def test_the_same_job_gives_the_same_bytes_and_another_chunk_the_same_latents(session, request_, console, tmp_path):
     for name, chunk in (("a", 4), ("b", 4), ("c", 1)):
         plan = make_plan(replace(request_, chunk=chunk))
-        pipeline.render(session, plan, PROMPT, "", tmp_path / name, tmp_path / f"{name}.mp4", console)
+        pipeline.render(session, plan, tmp_path / name, tmp_path / f"{name}.mp4", console)
     for file in ("proxy.safetensors", "detail.safetensors"):
         assert digest(tmp_path / "a" / file) == digest(tmp_path / "b" / file)
     assert digest(tmp_path / "a.mp4") == digest(tmp_path / "b.mp4")
@@ -113,7 +112,7 @@ def test_the_same_job_gives_the_same_bytes_and_another_chunk_the_same_latents(se
 @pytest.mark.parametrize("saves", [1, 2, 4, 5, 6])
 def test_a_killed_run_continues_to_the_same_bytes(session, request_, console, tmp_path, monkeypatch, saves):
     plan = make_plan(request_)
-    pipeline.render(session, plan, PROMPT, "", tmp_path / "whole", tmp_path / "whole.mp4", console)
+    pipeline.render(session, plan, tmp_path / "whole", tmp_path / "whole.mp4", console)
     save, count = tensor_file.save_state, 0
 
     def save_then_die(*arguments):
@@ -125,16 +124,16 @@ def test_a_killed_run_continues_to_the_same_bytes(session, request_, console, tm
 
     monkeypatch.setattr(tensor_file, "save_state", save_then_die)
     with pytest.raises(Killed):
-        pipeline.render(session, plan, PROMPT, "", tmp_path / "run", tmp_path / "a.mp4", console)
+        pipeline.render(session, plan, tmp_path / "run", tmp_path / "a.mp4", console)
     monkeypatch.setattr(tensor_file, "save_state", save)
-    pipeline.render(session, plan, PROMPT, "", tmp_path / "run", tmp_path / "a.mp4", console)
+    pipeline.render(session, plan, tmp_path / "run", tmp_path / "a.mp4", console)
     for file in ("proxy.safetensors", "detail.safetensors"):
         assert digest(tmp_path / "run" / file) == digest(tmp_path / "whole" / file)
     assert digest(tmp_path / "a.mp4") == digest(tmp_path / "whole.mp4")
 
 
 def test_refine_needs_no_prompt_and_a_region_leaves_the_rest(session, request_, console, tmp_path):
-    proxy = pipeline.make_proxy(session, make_plan(request_), PROMPT, "", tmp_path, console)
+    proxy = pipeline.make_proxy(session, make_plan(request_), tmp_path, console)
     defaults = artefacts.request_defaults(proxy)
     assert defaults["seconds"] == 1 and defaults["seed"] == 3
     for width, height in ((256, 192), (512, 384)):
@@ -153,7 +152,7 @@ def test_refine_needs_no_prompt_and_a_region_leaves_the_rest(session, request_, 
 
 def test_a_result_can_be_refined_further(session, request_, console, tmp_path):
     small = make_plan(request_)
-    proxy = pipeline.make_proxy(session, small, PROMPT, "", tmp_path, console)
+    proxy = pipeline.make_proxy(session, small, tmp_path, console)
     result = pipeline.refine(session, small, proxy, tmp_path, console)
     plan = above.plan_from_proxy(result, replace(request_, width=512, height=384))
     upper = plan.preset.detail.upper  # what its adapter has seen above such latents
@@ -162,7 +161,7 @@ def test_a_result_can_be_refined_further(session, request_, console, tmp_path):
 
 
 def test_latents_of_other_weights_are_refused(session, request_, console, tmp_path, monkeypatch):
-    proxy = pipeline.make_proxy(session, make_plan(request_), PROMPT, "", tmp_path, console)
+    proxy = pipeline.make_proxy(session, make_plan(request_), tmp_path, console)
     monkeypatch.setattr(session, "model_hash", lambda stage: "0" * 16)
     with pytest.raises(InputError, match="model"):
         artefacts.read_latents(proxy, session)
@@ -172,7 +171,7 @@ def test_a_lora_above_a_proxy_that_was_made_without_makes_other_latents(
     session, request_, console, tmp_path, monkeypatch
 ):
     plan = make_plan(request_)
-    proxy = pipeline.make_proxy(session, plan, PROMPT, "", tmp_path, console)
+    proxy = pipeline.make_proxy(session, plan, tmp_path, console)
     known = artefacts.describe(proxy)
     plain = artefacts.result_metadata(session, plan, known)["key"]
     file = tmp_path / "style.safetensors"
@@ -185,11 +184,11 @@ def test_a_lora_above_a_proxy_that_was_made_without_makes_other_latents(
 def test_a_run_of_another_job_is_left_alone(session, request_, console, tmp_path):
     """With --run-dir two jobs may meet; hours of latents are no less than a video. A damaged file is made anew."""
     plan, other = make_plan(request_), make_plan(replace(request_, seed=4))
-    proxy = pipeline.make_proxy(session, plan, PROMPT, "", tmp_path, console)
+    proxy = pipeline.make_proxy(session, plan, tmp_path, console)
     result = pipeline.refine(session, plan, proxy, tmp_path, console)
     before = digest(proxy), digest(result)
     with pytest.raises(UsageError, match="--run-dir"):
-        pipeline.make_proxy(session, other, PROMPT, "", tmp_path, console)
+        pipeline.make_proxy(session, other, tmp_path, console)
     with pytest.raises(UsageError, match="--run-dir"):
         pipeline.refine(session, above.plan_from_proxy(proxy, other.request), proxy, tmp_path, console)
     assert (digest(proxy), digest(result)) == before
@@ -200,7 +199,7 @@ def test_a_run_of_another_job_is_left_alone(session, request_, console, tmp_path
 def test_another_job_in_the_way_of_the_last_level_is_told_before_the_first(
     session, request_, console, tmp_path, monkeypatch
 ):
-    proxy = pipeline.make_proxy(session, make_plan(request_), PROMPT, "", tmp_path, console)
+    proxy = pipeline.make_proxy(session, make_plan(request_), tmp_path, console)
     pipeline.refine(session, above.plan_from_proxy(proxy, request_), proxy, tmp_path, console)
     monkeypatch.setattr(pipeline, "_refine_level", lambda *a: pytest.fail("sampled"))
     larger = above.plan_from_proxy(proxy, replace(request_, width=1536, height=1152))
@@ -215,10 +214,10 @@ def test_a_video_that_does_not_fit_says_where_its_latents_are(session, request_,
 
     run, shown = tmp_path / "a run", pipeline.decode
     plan = make_plan(replace(request_, codec="hevc10"))
-    proxy = pipeline.make_proxy(session, plan, PROMPT, "", run, console)
+    proxy = pipeline.make_proxy(session, plan, run, console)
     monkeypatch.setattr(pipeline, "decode", full)
     with pytest.raises(ResourceError) as told:
-        pipeline.render(session, plan, PROMPT, "", run, tmp_path / "a.mp4", console)
+        pipeline.render(session, plan, run, tmp_path / "a.mp4", console)
     again = shlex.split(str(told.value).split("by ")[1])
     assert again[:2] == ["atlasvid", "decode"] and again[2] == str(run / "detail.safetensors")
     told_of = dict(zip(again[3::2], again[4::2], strict=True))
@@ -238,11 +237,11 @@ def test_a_file_of_the_users_is_left_alone(session, request_, console, tmp_path,
         save_file({"weight": torch.ones(3)}, mine)
     before, plan = digest(mine), make_plan(request_)
     with pytest.raises(UsageError, match="--run-dir"):
-        proxy = pipeline.make_proxy(session, plan, PROMPT, "", tmp_path, console)
+        proxy = pipeline.make_proxy(session, plan, tmp_path, console)
         pipeline.refine(session, plan, proxy, tmp_path, console)
     assert digest(mine) == before
     mine.unlink()
-    pipeline.refine(session, plan, pipeline.make_proxy(session, plan, PROMPT, "", tmp_path, console), tmp_path, console)
+    pipeline.refine(session, plan, pipeline.make_proxy(session, plan, tmp_path, console), tmp_path, console)
 
 
 def test_a_level_that_starts_from_pixels_is_bound_to_what_makes_them(random_preset, request_, console, tmp_path):
@@ -251,7 +250,7 @@ def test_a_level_that_starts_from_pixels_is_bound_to_what_makes_them(random_pres
     preset = tmp_path / random_preset.name
     plan = make_plan(replace(request_, preset=str(preset)))
     run = tmp_path / "run"
-    known = artefacts.describe(pipeline.make_proxy(Session(str(preset)), plan, PROMPT, "", run, console))
+    known = artefacts.describe(pipeline.make_proxy(Session(str(preset)), plan, run, console))
     stage = replace(plan.levels[0], strength=0.5)
     assert stage.entry
     starts = {
@@ -262,7 +261,7 @@ def test_a_level_that_starts_from_pixels_is_bound_to_what_makes_them(random_pres
 
     def keys():
         ours = Session(str(preset))
-        job = artefacts.job_hash(ours, plan, PROMPT, "")
+        job = artefacts.job_hash(ours, plan)
         return {u: artefacts.level_metadata(ours, plan, s, known)["key"] for u, s in starts.items()} | {"job": job}
 
     def changed(folder):
@@ -279,7 +278,7 @@ def test_a_level_that_starts_from_pixels_is_bound_to_what_makes_them(random_pres
 
 def test_a_level_starts_from_frames_half_as_large_where_there_is_an_entry(session, request_, console, tmp_path):
     plan = make_plan(request_)
-    below, _ = artefacts.read_latents(pipeline.make_proxy(session, plan, PROMPT, "", tmp_path, console), session)
+    below, _ = artefacts.read_latents(pipeline.make_proxy(session, plan, tmp_path, console), session)
     stage = plan.levels[0]
     made, whole = (
         pipeline._enlarged(session, s, "detail", below, tmp_path, console) for s in (stage, replace(stage, entry=None))
@@ -298,7 +297,7 @@ def test_a_proxy_that_another_process_made_meanwhile_is_not_told_as_this_one(
     session, request_, console, tmp_path, monkeypatch
 ):
     plan, target, make = make_plan(request_), tmp_path / "p.safetensors", pipeline.make_proxy
-    other = make(session, plan, "a blue ball", "", tmp_path / "other", console)
+    other = make(session, make_plan(replace(request_, prompt="a blue ball")), tmp_path / "other", console)
 
     def meanwhile(*arguments):
         made = make(*arguments)
@@ -307,7 +306,7 @@ def test_a_proxy_that_another_process_made_meanwhile_is_not_told_as_this_one(
 
     monkeypatch.setattr(pipeline, "make_proxy", meanwhile)
     with pytest.raises(UsageError, match="meanwhile"):
-        proxy_one(session, plan, Item("1", PROMPT, None, 3), "", tmp_path / "run", target, console)
+        proxy_one(session, plan, tmp_path / "run", target, console)
     assert digest(target) == digest(other)
 
 
@@ -335,7 +334,7 @@ def test_a_refinement_at_another_size_shows_what_its_file_shows(made, asked, kin
 def test_a_video_that_another_process_made_meanwhile_is_kept(session, request_, console, tmp_path, monkeypatch):
     plan = make_plan(request_)
     run, video = tmp_path / "run", tmp_path / "a.mp4"
-    proxy = pipeline.make_proxy(session, plan, PROMPT, "", run, console)
+    proxy = pipeline.make_proxy(session, plan, run, console)
     result = pipeline.refine(session, plan, proxy, run, console)
     real = pipeline.decode_stream
 
@@ -361,7 +360,7 @@ def test_prompts_are_encoded_before_a_model_is_loaded(random_preset, request_, c
         return ours
 
     plan = make_plan(request_)
-    proxy = pipeline.make_proxy(watched("a"), plan, PROMPT, "", tmp_path, console)
+    proxy = pipeline.make_proxy(watched("a"), plan, tmp_path, console)
     pipeline.refine(watched("b"), plan, proxy, tmp_path, console)
     assert order == ["encode", "_load", "_load", "encode", "_load"]  # autoguidance takes two models
 
@@ -374,7 +373,7 @@ def test_unknown_words_are_named(session, console, capsys):
 def test_a_result_is_refined_no_smaller_than_it_was_generated(session, request_, console, tmp_path):
     plan = make_plan(replace(request_, width=128, height=96))
     assert plan.scale > 1
-    proxy = pipeline.make_proxy(session, plan, PROMPT, "", tmp_path, console)
+    proxy = pipeline.make_proxy(session, plan, tmp_path, console)
     result = pipeline.refine(session, plan, proxy, tmp_path, console)
     size = f"{128 * plan.scale}x{96 * plan.scale}"
     with pytest.raises(UsageError, match=f"generated at {size}"):
@@ -392,13 +391,13 @@ def test_a_step_whose_values_are_not_finite_is_the_last(session, request_, conso
 
     monkeypatch.setattr(proxy_module, "clip_forward", fails)
     with pytest.raises(RenderError, match="not finite"):
-        pipeline.make_proxy(session, plan, PROMPT, "", tmp_path, console)
+        pipeline.make_proxy(session, plan, tmp_path, console)
     assert len(calls) == plan.proxy.forwards(1) < plan.proxy.forwards()
 
 
 def test_values_that_are_not_finite_are_never_saved(session, request_, console, tmp_path, monkeypatch):
     plan = make_plan(request_)
-    proxy = pipeline.make_proxy(session, plan, PROMPT, "", tmp_path, console)
+    proxy = pipeline.make_proxy(session, plan, tmp_path, console)
     sample = pipeline.sample_detail
     monkeypatch.setattr(pipeline, "sample_detail", lambda *a, **k: sample(*a, **k).fill_(float("nan")))
     with pytest.raises(RenderError, match="not finite"):
@@ -408,19 +407,19 @@ def test_values_that_are_not_finite_are_never_saved(session, request_, console, 
 
 
 def test_a_preview_is_never_of_an_earlier_proxy(session, request_, console, tmp_path, monkeypatch):
-    plan = make_plan(request_)
-    proxy = pipeline.make_proxy(session, plan, PROMPT, "", tmp_path, console)
+    other = make_plan(replace(request_, prompt="a blue star"))
+    proxy = pipeline.make_proxy(session, make_plan(request_), tmp_path, console)
     proxy.write_bytes(b"damaged")
     with monkeypatch.context() as killed:
         killed.setattr(pipeline, "decode", lambda *a: 1 / 0)
         with pytest.raises(ZeroDivisionError):
-            pipeline.make_proxy(session, plan, "a blue star", "", tmp_path, console)
-    pipeline.make_proxy(session, plan, "a blue star", "", tmp_path, console)
+            pipeline.make_proxy(session, other, tmp_path, console)
+    pipeline.make_proxy(session, other, tmp_path, console)
     assert probe(tmp_path / "proxy.mp4")["metadata"]["prompt"] == "a blue star"
 
 
 def test_latents_that_do_not_say_what_they_are_are_refused(session, request_, console, tmp_path):
-    path = pipeline.make_proxy(session, make_plan(request_), PROMPT, "", tmp_path, console)
+    path = pipeline.make_proxy(session, make_plan(request_), tmp_path, console)
     tensors, metadata = tensor_file.open_tensors(path)
     for field, value in (
         ("fps", None),
@@ -444,7 +443,7 @@ def test_a_region_of_a_cascade_keeps_the_levels_below(session, request_, console
     request = replace(request_, width=832, height=640, seconds=Fraction(5, 16))
     plan = make_plan(request)
     assert len(plan.levels) == 2
-    proxy = pipeline.make_proxy(session, plan, PROMPT, "", tmp_path, console)
+    proxy = pipeline.make_proxy(session, plan, tmp_path, console)
     first = latents(pipeline.refine(session, plan, proxy, tmp_path, console))
     level = digest(tmp_path / "level-1.safetensors")
     again = above.plan_from_proxy(proxy, replace(request, region=(64, 64, 128, 128), seed=9))
@@ -464,7 +463,7 @@ def test_a_clip_lies_in_the_proxy_where_the_video_will_show_it(session, request_
     width, height = plan.proxy_size
     grid = plan.proxy.grid
     assert (width, height) != (grid.w * 32, grid.h * 32)
-    made = latents(pipeline.make_proxy(session, plan, "", "", tmp_path / "run", console))
+    made = latents(pipeline.make_proxy(session, plan, tmp_path / "run", console))
     instants = [min(round(k / 4 * 20), 39) for k in range((grid.t - 1) * 4 + 1)]
     frames = (
         torch.stack([torch.from_numpy(next(islice(read_frames(clip.path), i, None))[0, 0]) for i in instants]) / 127.5
@@ -480,13 +479,13 @@ def test_the_key_of_a_clips_proxy_is_of_all_that_decides_it(session, request_, c
         write_video(tmp_path / f"{name}.mp4", iter(frames), width=128, height=96, fps=16, frame_count=8)
     a, b = (replace(request_, clip=open_clip(tmp_path / f"{n}.mp4"), seconds=Fraction(1, 2)) for n in "ab")
 
-    def key(request, prompt=""):
-        run = tmp_path / artefacts.proxy_metadata(session, make_plan(request), prompt, "")["key"]
-        path = pipeline.make_proxy(session, make_plan(request), prompt, "", run, console)
+    def key(request):
+        run = tmp_path / artefacts.proxy_metadata(session, make_plan(request))["key"]
+        path = pipeline.make_proxy(session, make_plan(request), run, console)
         return artefacts.describe(path)["key"]
 
     first = key(a)
-    assert key(b) != first and key(a, "a ball") != first
+    assert key(b) != first and key(replace(a, prompt="a ball")) != first
     assert key(replace(a, fps=32)) != first  # other instants
     assert key(replace(a, width=192, height=256)) != first  # another part of the picture
     monkeypatch.setattr(pipeline, "encode_stream", None)
@@ -497,7 +496,7 @@ def test_the_key_of_a_clips_proxy_is_of_all_that_decides_it(session, request_, c
 
 
 def test_a_proxy_can_be_looked_at(session, request_, console, tmp_path):
-    proxy = pipeline.make_proxy(session, make_plan(request_), PROMPT, "", tmp_path, console)
+    proxy = pipeline.make_proxy(session, make_plan(request_), tmp_path, console)
     pipeline.decode(session, proxy, tmp_path / "proxy.mp4", "h264", console)
     assert probe(tmp_path / "proxy.mp4")["fps"] == 4
 

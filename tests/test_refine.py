@@ -9,7 +9,7 @@ from atlasvid_cli import refine
 from atlasvid_cli.model import patchify, text_context
 from atlasvid_cli.plan import ALGORITHM
 from atlasvid_cli.presets import Detail, Level
-from atlasvid_cli.refine import Region, sample_detail
+from atlasvid_cli.refine import Region, Stream, sample_detail
 from atlasvid_cli.schedule import noise, sigmas
 from atlasvid_cli.shapes import Grid
 from atlasvid_cli.stages import Stage
@@ -29,8 +29,8 @@ def sample(transformer, prompt, below):
     contexts = [text_context(transformer, [p], 512) for p in (prompt, prompt[:1])]
 
     def run(stage=STAGE, seed=5, chunk=8, detail=DETAIL, **more):
-        texts = [(c, c) for c in contexts[: stage.passes]]
-        return sample_detail(transformer, transformer, stage, detail, 2, seed, 1, below, texts, chunk=chunk, **more)
+        stream = Stream(transformer, contexts[: stage.passes])
+        return sample_detail(stream, stream, stage, detail, 2, seed, 1, below, chunk=chunk, **more)
 
     return run
 
@@ -47,8 +47,8 @@ def test_a_proxy_stream_that_is_kept_is_as_good_as_one_made_at_every_step(sample
         made.append(figures)
         return context(*figures)
 
-    def anew(model, x, grid, timestep, text, proxy, *rest):
-        return forward(model, x, grid, timestep, text, context(*made[0]), *rest)
+    def anew(model, x, grid, timestep, text, proxy, *rest, **more):
+        return forward(model, x, grid, timestep, text, context(*made[0]), *rest, **more)
 
     monkeypatch.setattr(refine, "proxy_context", noted)
     monkeypatch.setattr(refine, "detail_forward", anew)
@@ -83,8 +83,9 @@ def test_a_resumed_run_ends_with_the_same_bytes(sample, stage):
 def test_guidance_with_the_same_prompt_twice_changes_nothing(transformer, prompt, below):
     context = text_context(transformer, [prompt], 512)
     guided = replace(STAGE, guidance_scale=4.0)
-    out = sample_detail(transformer, transformer, guided, DETAIL, 2, 5, 1, below, [(context, context)] * 2, chunk=8)
-    plain = sample_detail(transformer, transformer, STAGE, DETAIL, 2, 5, 1, below, [(context, context)], chunk=8)
+    twice, once = (Stream(transformer, [context] * n) for n in (2, 1))
+    out = sample_detail(twice, twice, guided, DETAIL, 2, 5, 1, below, chunk=8)
+    plain = sample_detail(once, once, STAGE, DETAIL, 2, 5, 1, below, chunk=8)
     torch.testing.assert_close(out, plain, atol=1e-5, rtol=0)
 
 
@@ -95,13 +96,13 @@ def test_guidance_in_one_batch_is_guidance_in_two_passes(transformer, prompt, be
     detail = replace(DETAIL, clean_proxy=clean_proxy)
 
     def sample(together):
-        def count():
-            blocks[together] += 1
+        def count(prompts):
+            blocks[together] += prompts
 
         groups = [prompts] if together == 2 else [[p] for p in prompts]
-        texts = [(context, context) for context in (text_context(transformer, group, 512) for group in groups)]
+        stream = Stream(transformer, [text_context(transformer, group, 512) for group in groups])
         stage = replace(STAGE, guidance_scale=3.0, guidance_interval=interval, guidance_batch=together == 2)
-        return sample_detail(transformer, transformer, stage, detail, 2, 5, 1, below, texts, chunk=8, on_block=count)
+        return sample_detail(stream, stream, stage, detail, 2, 5, 1, below, chunk=8, on_block=count)
 
     torch.testing.assert_close(sample(2), sample(1), atol=1e-5, rtol=0)
     assert blocks[1] == blocks[2] > 0
@@ -120,8 +121,8 @@ def test_guidance_acts_only_within_its_interval(sample):
 def test_steps_outside_the_interval_take_one_forward(sample):
     blocks = []
     stage = replace(STAGE, guidance_scale=4.0, guidance_interval=(0.7, 0.9))
-    sample(stage, on_block=lambda: blocks.append(1))
-    assert stage.forwards() == 4 and len(blocks) == 3 * 4  # of three blocks each
+    sample(stage, on_block=blocks.append)
+    assert stage.forwards() == 4 and sum(blocks) == 3 * 4  # of three blocks each
     assert [stage.forwards(n) for n in range(4)] == [0, 1, 3, 4]
 
 
@@ -191,8 +192,8 @@ def test_without_shifts_what_is_beyond_a_window_border_is_never_seen(transformer
     changed = low.clone()
     changed[..., 6:] += 1.0
     stage = replace(STAGE, strength=0.7)
-    figures, texts = (stage, tiles, 2, 5, 1), [(context, context)]
-    a, b = (sample_detail(transformer, transformer, *figures, x, texts, chunk=8) for x in (low, changed))
+    stream = Stream(transformer, [context])
+    a, b = (sample_detail(stream, stream, stage, tiles, 2, 5, 1, x, chunk=8) for x in (low, changed))
     assert torch.equal(a[..., :12], b[..., :12]) and not torch.equal(a[..., 12:], b[..., 12:])
 
 

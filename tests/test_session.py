@@ -45,7 +45,7 @@ def test_how_values_are_computed_is_part_of_what_a_job_is(random_preset, monkeyp
         ours = Session(str(random_preset), kernels=kernels)
         monkeypatch.setattr(ours, "dtype", dtype)
         proxy = artefacts.stage_metadata(ours, plan, plan.proxy, "proxy", "a", "")
-        seen.add((artefacts.job_hash(ours, plan, "a", ""), proxy["key"], proxy["dtype"], proxy["attention"]))
+        seen.add((artefacts.job_hash(ours, plan), proxy["key"], proxy["dtype"], proxy["attention"]))
     assert all(len(set(values)) == 4 for values in list(zip(*seen, strict=True))[:2])
     assert {s[2:] for s in seen} == {
         ("float32", "native"),
@@ -69,7 +69,7 @@ def test_weights_in_eight_bits_take_less_memory_and_change_little(kept, console)
         layouts = ours.preset.detail.layouts
         velocities += [detail_forward(model, tokens, grid, 500, text, None, layouts, 8).float() for _ in range(2)]
         sizes.append(sum(part.nbytes for p in model.blocks.parameters() for part in stored(p)))
-        jobs.add(artefacts.job_hash(ours, plan, "a", ""))
+        jobs.add(artefacts.job_hash(ours, plan))
     plain, _, narrow, again = velocities
     assert torch.equal(narrow, again)  # what is widened is narrowed again without loss
     assert 0.001 < (narrow - plain).norm() / plain.norm() < {"int8": 0.05, "fp8": 0.1}[kept]
@@ -92,7 +92,7 @@ def test_stock_weights_render_training_free_and_say_what_it_costs(stock_preset, 
     ours = Session(str(stock_preset))
     plan = make_plan(Request(str(stock_preset), 240, 128, Fraction(1), seed=3))
     assert [s.time_ratio for s in (plan.proxy, *plan.levels)] == [1] * (1 + len(plan.levels))
-    pipeline.render(ours, plan, "a red ball", "", tmp_path / "run", tmp_path / "a.mp4", console)
+    pipeline.render(ours, plan, tmp_path / "run", tmp_path / "a.mp4", console)
     found = probe(tmp_path / "a.mp4")
     assert (found["width"], found["height"], found["frames"]) == (240, 128, 16)
     said = capsys.readouterr().err
@@ -119,7 +119,7 @@ def test_a_batch_keeps_small_models_and_lets_large_ones_go(random_preset, consol
     for seed in (1, 2):
         plan = make_plan(Request(str(random_preset), 256, 192, Fraction(1, 2), seed=seed))
         run = tmp_path / str(seed)
-        pipeline.render(ours, plan, "a red ball", "", run, run / "a.mp4", console)
+        pipeline.render(ours, plan, run, run / "a.mp4", console)
     assert seen == loads
 
 
@@ -130,7 +130,7 @@ def test_training_free_detail_starts_from_the_proxy(stock_preset, console, tmp_p
     for seed in (3, 4):
         plan = make_plan(Request(str(stock_preset), 240, 128, Fraction(1), seed=seed))
         run = tmp_path / str(seed)
-        proxy = pipeline.make_proxy(ours, plan, "a red ball", "", run, console)
+        proxy = pipeline.make_proxy(ours, plan, run, console)
         same_noise = make_plan(Request(str(stock_preset), 240, 128, Fraction(1), seed=9))
         made = pipeline.refine(ours, same_noise, proxy, run, console)
         results.append(tensor_file.open_tensors(made)[0]["latents"])
@@ -269,7 +269,7 @@ def test_the_detail_of_two_experts_needs_the_second_alone(experts_preset, consol
     ours, loaded, load = Session(str(experts_preset)), [], session.load_transformer
     monkeypatch.setattr(session, "load_transformer", lambda *a: loaded.append(a[-1]) or load(*a))
     plan = make_plan(Request(str(experts_preset), 240, 128, Fraction(1), seed=3))
-    proxy = pipeline.make_proxy(ours, plan, "a red ball", "", tmp_path, console)
+    proxy = pipeline.make_proxy(ours, plan, tmp_path, console)
     assert loaded == ["transformer", "transformer_2"]
     pipeline.refine(Session(str(experts_preset)), plan, proxy, tmp_path, console)
     assert loaded[2:] == ["transformer_2"]

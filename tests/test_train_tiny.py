@@ -32,7 +32,7 @@ def test_the_recipe_ends_in_a_model_that_renders_and_resumes_as_finished(tmp_pat
     console = Console(interactive=False)
     plan = make_plan(Request("tiny", 320, 192, Fraction(1, 4), steps=2))
     video = tmp_path / "a.mp4"
-    pipeline.render(Session("tiny", str(out)), plan, "a red ball", "", tmp_path / "run", video, console)
+    pipeline.render(Session("tiny", str(out)), plan, tmp_path / "run", video, console)
     assert probe(video)["frames"] == 4
     made = {p: p.stat().st_mtime_ns for p in out.rglob("*.safetensors")}
     assert len(made) == 6
