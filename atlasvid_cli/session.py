@@ -269,7 +269,14 @@ class Session:
         """Read for the first prompt: its name takes the text encoder's hash, of gigabytes that `decode` never needs."""
         encoder = model_hash(self.folder, "text_encoder")
         read = self.preset.transformer.text_length
-        return EmbeddingCache(self._cache_folder / f"text-{encoder}-{self.device.type}-{read}")
+        return EmbeddingCache(self._cache_folder / f"text-{encoder}-{self._text_device.type}-{read}")
+
+    @cached_property
+    def _text_device(self) -> torch.device:
+        """Where prompts are encoded: a GPU without room leaves it to the CPU."""
+        size = self.preset.text.parameters * self.dtype.itemsize
+        on_gpu = self.device.type == "cuda" and fits_gpu(size, available_vram())
+        return self.device if on_gpu else torch.device("cpu")
 
     def _kept(self, prompt: str) -> Embedding | None:
         return self._embeddings.get(prompt) or self._cache.read(prompt)
@@ -287,12 +294,10 @@ class Session:
     def encode(self, prompts: list[str], console: Console) -> list[Embedding]:
         """What the text encoder makes of prompts; it is loaded for them, which is a step of its stage, and let go."""
         self._make_room("text")
-        gpu, length = self.device.type == "cuda", self.preset.transformer.text_length
+        where, length = self._text_device, self.preset.transformer.text_length
         with console.stage("text", 1 + len(prompts)) as advance:
-            tokenizer, encoder = load_text(self.folder, self.dtype if gpu else torch.float32)
-            size = sum(p.nbytes for p in encoder.parameters())
-            on_gpu = gpu and fits_gpu(size, available_vram())
-            encoder = encoder.to(self.device) if on_gpu else encoder.float()  # a GPU without room leaves it to the CPU
+            tokenizer, encoder = load_text(self.folder, torch.float32 if where.type == "cpu" else self.dtype)
+            encoder = encoder.to(where)
             advance()
             made = []
             for prompt in prompts:

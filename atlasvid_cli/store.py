@@ -55,7 +55,7 @@ def run_directory(root: Path, key: str) -> Path:
 
 @contextmanager
 def lock(run_dir: Path) -> Iterator[None]:
-    """Holds `run_dir` for this process; UsageError while another one does. The kernel frees it, even on SIGKILL."""
+    """Holds `run_dir` for this process; ResourceError while another one does. The kernel frees it, even on SIGKILL."""
     path = run_dir / ".lock"
     try:
         file = path.open("a")
@@ -65,7 +65,7 @@ def lock(run_dir: Path) -> Iterator[None]:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError as error:
-            raise UsageError(
+            raise ResourceError(
                 f"{run_dir} is in use by another atlasvid process: wait for it, or choose another folder"
             ) from error
         except OSError as error:

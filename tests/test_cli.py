@@ -10,6 +10,7 @@ import signal
 import subprocess
 import sys
 import time
+import weakref
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -289,12 +290,15 @@ def test_a_batch_passes_over_a_failing_item(run, random_preset, tmp_path, monkey
     from atlasvid_cli import pipeline
     from atlasvid_cli.errors import RenderError
 
-    render = pipeline.render
+    render, held, freed = pipeline.render, [], []
 
-    def fail_on_two(session, plan, prompt, *rest):
-        if prompt == "two":
+    def fail_on_two(session, plan, *rest):
+        if plan.request.prompt == "two":
+            model = torch.nn.Linear(1, 1)
+            held.append(weakref.ref(model))
             raise RenderError("no two today")
-        return render(session, plan, prompt, *rest)
+        freed.extend(ref() is None for ref in held)
+        return render(session, plan, *rest)
 
     monkeypatch.setattr(pipeline, "render", fail_on_two)
     (tmp_path / "prompts.txt").write_text("a red ball\n\ntwo\na blue star\n")
@@ -304,6 +308,7 @@ def test_a_batch_passes_over_a_failing_item(run, random_preset, tmp_path, monkey
     assert code == 1 and "1 of 3" in err
     assert [e["status"] for e in events] == ["ok", "failed", "ok"]
     assert [e["seed"] for e in events] == [0, 1, 2] and events[1]["video"] is None
+    assert freed == [True]  # what failed keeps nothing in memory
     assert [e["prompt"] for e in events] == ["a red ball", "two", "a blue star"]  # as they were given
     assert [e.get("taken_as", e["prompt"]) for e in events] == [extended(e["prompt"], e["seed"]) for e in events]
     names = ["0000-a-red-ball-0.mp4", "0002-a-blue-star-2.mp4"]

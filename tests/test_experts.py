@@ -1,3 +1,4 @@
+from dataclasses import replace
 from fractions import Fraction
 
 import pytest
@@ -38,9 +39,17 @@ def test_autoguidance_leads_away_from_the_model_without_its_adapter(made, random
     assert expert_at(1.0) is expert
 
 
-def test_unguided_there_is_nothing_to_lead_away_from(made, random_preset):
-    *_, expert_at = made(random_preset, guidance_scale=1.0)
-    assert expert_at(999.0).weaker is None
+def test_unguided_there_is_nothing_to_lead_away_from(made, random_preset, console):
+    ours, plan, _ = made(random_preset, guidance_scale=1.0)
+    expert = experts_of(ours, plan, ours.embeddings(("a red ball",), console), console)(999.0)
+    assert expert.weaker is None and expert.negative is None
+
+
+def test_two_experts_are_guided_where_one_is(experts_preset):
+    first = make_plan(Request(str(experts_preset), 256, 192, Fraction(1, 2))).proxy
+    second = replace(first.experts, guidance_scale=2.0)
+    assert replace(first, guidance_scale=1.0, experts=second).passes == 2
+    assert replace(first, guidance_scale=1.0, experts=replace(second, guidance_scale=1.0)).passes == 1
 
 
 def test_two_experts_take_turns_at_the_boundary(made, experts_preset):

@@ -331,17 +331,23 @@ def test_a_refinement_at_another_size_shows_what_its_file_shows(made, asked, kin
         assert 0.965 * whole <= side <= whole
 
 
-def test_a_video_that_another_process_made_meanwhile_is_kept(session, request_, console, tmp_path, monkeypatch):
+@pytest.mark.parametrize("before", [True, False], ids=["while it was sampled", "while it was decoded"])
+def test_a_video_that_another_process_made_meanwhile_is_kept(session, request_, console, tmp_path, monkeypatch, before):
     plan = make_plan(request_)
     run, video = tmp_path / "run", tmp_path / "a.mp4"
     proxy = pipeline.make_proxy(session, plan, run, console)
     result = pipeline.refine(session, plan, proxy, run, console)
     real = pipeline.decode_stream
 
-    def meanwhile(*arguments):
-        yield from real(*arguments)
+    def finish_another():
         video.write_bytes((run / "proxy.mp4").read_bytes())
 
+    def meanwhile(*arguments):
+        yield from real(*arguments)
+        finish_another()
+
+    if before:
+        finish_another()
     monkeypatch.setattr(pipeline, "decode_stream", lambda *a: iter(list(meanwhile(*a))))
     with pytest.raises(UsageError, match="--output"):
         pipeline.decode(session, result, video, "h264", console)

@@ -80,6 +80,18 @@ def test_a_resumed_run_ends_with_the_same_bytes(sample, stage):
     assert torch.equal(sample(stage, resume=(2, states[2])), whole)
 
 
+def test_a_resumed_level_starts_only_what_it_needs(sample, monkeypatch):
+    """Its tokens are there; of a region what surrounds it still comes from where it started."""
+    started, start, states = [], refine._start, {}
+    video = sample()
+    region = Region((2, 3, 4), (6, 7, 9), video)
+    whole = sample(seed=8, region=region, save=lambda i, x: states.update({i: x["tokens"].clone()}))
+    monkeypatch.setattr(refine, "_start", lambda *a: started.append(1) or start(*a))
+    assert torch.equal(sample(seed=8, region=region, resume=(1, {"tokens": states[1]})), whole) and len(started) == 1
+    sample(resume=(2, {"tokens": patchify(video, 2)}))
+    assert len(started) == 1
+
+
 def test_guidance_with_the_same_prompt_twice_changes_nothing(transformer, prompt, below):
     context = text_context(transformer, [prompt], 512)
     guided = replace(STAGE, guidance_scale=4.0)

@@ -33,6 +33,12 @@ def test_seed_and_stage_change_the_noise(other):
     assert abs(torch.corrcoef(torch.stack((a.flatten(), b.flatten())))[0, 1]) < 0.05
 
 
+@pytest.mark.parametrize("shift", [i / 100 for i in range(1, 100)])
+def test_rounding_lifts_no_sigma_above_one(shift):
+    """Where it did, the first step was beyond the interval of guidance."""
+    assert sigmas(4, 1.0, shift)[0] <= 1.0
+
+
 @given(st.integers(1, 50), st.floats(0.05, 1.0), st.floats(1.0, 12.0))
 def test_sigmas_fall_from_the_strength_to_zero(steps, strength, shift):
     values = sigmas(steps, strength, shift)

@@ -88,7 +88,7 @@ def test_lock_keeps_other_processes_out_and_ends_with_its_process(tmp_path: Path
     holder = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE)
     try:
         assert holder.stdout is not None and holder.stdout.readline() == b"held\n"
-        with pytest.raises(UsageError, match="in use"), store.lock(tmp_path):
+        with pytest.raises(ResourceError, match="in use"), store.lock(tmp_path):
             pass
     finally:
         holder.kill()
