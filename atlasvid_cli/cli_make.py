@@ -133,7 +133,7 @@ def proxy(
 
 
 def refine(
-    latents: Annotated[Path, typer.Argument(help="A proxy, or an earlier result (.safetensors).")],
+    latents: Annotated[Path, typer.Argument(help="A proxy, or an earlier result (.safetensors).", readable=False)],
     res: opt.Res = "960x540",
     region: Annotated[
         str | None, typer.Option("--region", help="x,y,w,h in pixels: sample this part again, in whole tokens.")
@@ -240,7 +240,9 @@ def refine(
 
 
 def decode(
-    latents: Annotated[Path, typer.Argument(help="Saved latents: detail.safetensors, or a proxy to look at.")],
+    latents: Annotated[
+        Path, typer.Argument(help="Saved latents: detail.safetensors, or a proxy to look at.", readable=False)
+    ],
     output: opt.Output = None,
     codec: opt.CodecName = "h264",
     preset: opt.SavedPreset = None,

@@ -102,6 +102,8 @@ def load_samples(session: Session, stage: str, data: Path, work: Path, console: 
             entries.append(entry)
         else:
             console.warn(f"{entry.path} is skipped: its caption is empty")
+    if not entries:
+        raise InputError(f"{data} holds no clip with a caption; give clip.mp4 beside clip.txt, or an index")
     preset = session.preset
     cache = store.run_directory(work, f"latents-{store.artefact_hash(figures(session, stage))}")
     vae: AutoencoderKLWan | None = None
