@@ -31,7 +31,7 @@ from .arms import (
     native_point,
     warm_up,
 )
-from .causal import hold_still
+from .causal import hold_still, make_idle
 from .console import Console
 from .cost import GIB, offload_of, rows
 from .errors import ResourceError
@@ -136,11 +136,13 @@ def _load(plan: Plan, has_weights: bool, folder: Path, seconds: float, repeats: 
         return Bench(proxy, detail, text, model, vae, folder, rate, seconds, repeats)
     model = random_model(plan.preset.transformer, plan.preset.geometry.patch)
     channels, spread = plan.preset.vae.out_channels, [1.0] * plan.preset.vae.z_dim
-    config = {k: list(v) if isinstance(v, tuple) else v for k, v in asdict(plan.preset.vae).items() if k != "still"}
+    config = {k: list(v) if isinstance(v, tuple) else v for k, v in asdict(plan.preset.vae).items()}
+    still, idle = config.pop("still"), config.pop("idle")
     config |= {"in_channels": channels, "latents_mean": spread, "latents_std": spread}
     dtype = decode_dtype(plan.preset.decode_dtype)
     vae = AutoencoderKLWan.from_config(config).to(compute_device().kind, dtype).eval().requires_grad_(False)
-    hold_still(vae, plan.preset.vae.still)
+    hold_still(vae, still)
+    make_idle(vae, idle)
     return Bench(None, None, None, model, vae, folder, rate, seconds, repeats)
 
 

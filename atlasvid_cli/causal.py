@@ -52,12 +52,15 @@ def middle(block: Module, x: torch.Tensor, history: History) -> torch.Tensor:
 
 def resnets(blocks: Module, parts: Bands, height: int, history: History) -> Bands:
     """diffusers' WanResidualBlocks, one after the other, on one frame in bands: whole where they are not all still."""
+    if ("working", blocks) not in history:
+        history["working", blocks] = [block for block in blocks if not is_idle(block)]
+    working = history["working", blocks]
     if still(blocks, history):
-        for block in blocks:
+        for block in working:
             parts = banded.resnet(block, parts, height)
         return parts
     x = joined(parts, height)
-    for block in blocks:
+    for block in working:
         x = resnet(block, x, history)
     return [x]
 
@@ -119,6 +122,25 @@ def hold_still(vae: Module, levels: int) -> None:
     for conv in near_pixels(vae, levels):
         conv.weight[:, :, -1] = conv.weight.sum(dim=2)
         conv.weight[:, :, :-1] = 0
+
+
+def last_blocks(vae: Module, count: int) -> list[Module]:
+    """The decoder's `count` residual blocks next to the pixels."""
+    return list(vae.decoder.up_blocks[-1].resnets)[-count:] if count else []
+
+
+@torch.no_grad()
+def make_idle(vae: Module, count: int) -> None:
+    """Lets the `last_blocks` pass on what they get: their part is for the others to learn, their work is saved."""
+    for block in last_blocks(vae, count):
+        block.conv2.weight.zero_()
+        block.conv2.bias.zero_()
+
+
+def is_idle(block: Module) -> bool:
+    """Whether a residual block adds nothing to what it gets."""
+    silent = not (bool(block.conv2.weight.any()) or bool(block.conv2.bias.any()))
+    return silent and isinstance(block.conv_shortcut, torch.nn.Identity)
 
 
 def is_live(attention: Module) -> bool:

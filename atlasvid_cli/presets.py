@@ -37,7 +37,8 @@ class Vae:
     """`AutoencoderKLWan`'s own config, as far as planning needs it; the loaded weights must agree.
 
     `still`: so many of its levels, those next to the pixels, convolve each frame by itself: their weights for the past
-    are zero, and their multiplications are left out. Of Wan's own VAEs none.
+    are zero, and their multiplications are left out. `idle`: so many of the decoder's residual blocks, the last ones,
+    add nothing, and are left out too. Of Wan's own VAEs none.
     """
 
     base_dim: int
@@ -50,6 +51,7 @@ class Vae:
     decoder_base_dim: int | None = None
     patch_size: int | None = None
     still: int = 0
+    idle: int = 0
 
 
 @dataclass(frozen=True)
@@ -224,7 +226,7 @@ class Preset:
         return [Fraction(tokens, proxy) for proxy in range(max(fewest, int(tokens / smallest)), fewest - 1, -1)]
 
 
-MAY_BE_ZERO = ("margin", "guidance_interval", "autoguidance", "ema", "still")
+MAY_BE_ZERO = ("margin", "guidance_interval", "autoguidance", "ema", "still", "idle")
 AT_MOST_ONE = ("strength", "guidance_interval", "ema")
 
 
@@ -256,6 +258,8 @@ def load_preset(name: str) -> Preset:
     preset = _parse(Preset, table, path.name)
     if preset.vae.still > (len(preset.vae.dim_mult) if preset.vae.is_residual else 0):
         raise UsageError(f"{path.name}: vae: still must be at most its levels, and 0 where is_residual is false")
+    if preset.vae.idle > preset.vae.num_res_blocks:
+        raise UsageError(f"{path.name}: vae: idle must be at most num_res_blocks, since the first block always works")
     if preset.proxy.autoguidance and (preset.experts or not preset.proxy.lora):
         raise UsageError(f"{path.name}: proxy: autoguidance needs a lora, and one transformer; leave it out")
     proxy, detail = (_beside(stage, "lora", path.parent) for stage in (preset.proxy, preset.detail))

@@ -228,8 +228,8 @@ class Session:
         key = ("vae",)
         if key not in self._parts:
             self._make_room("vae")
-            dtype, still = decode_dtype(self.preset.decode_dtype), self.preset.vae.still
-            self._parts[key] = load_vae(self.folder, dtype, still).to(self.device)
+            dtype, vae = decode_dtype(self.preset.decode_dtype), self.preset.vae
+            self._parts[key] = load_vae(self.folder, dtype, vae.still, vae.idle).to(self.device)
         return self._parts[key]
 
     def half_encoder(self, entry: str) -> HalfEncoder:

@@ -18,7 +18,7 @@ from diffusers import AutoencoderKLWan, UniPCMultistepScheduler, WanPipeline, Wa
 from transformers import AutoTokenizer, UMT5EncoderModel
 
 from . import dataset, train, train_encoder, train_text, train_vae, world
-from .causal import hold_still
+from .causal import hold_still, make_idle
 from .checkpoint import save_folder
 from .encode import encode_clips
 from .presets import load_preset
@@ -138,6 +138,7 @@ def make(work: Path, out: Path) -> None:
         vae = sharpened(train_vae.let_learn(vae, *DECODER), work / "vae-sharpened", steps=SHARPENED_STEPS, seed=3)
         teacher, run = deepcopy(vae), work / "vae-still-encoder"
         hold_still(vae, load_preset("tiny").vae.still)
+        make_idle(vae, load_preset("tiny").vae.idle)
         vae = train_encoder.distil_encoder(vae, teacher, run, STILL_ENCODER_STEPS, lr=2e-3, seed=12, shapes=LONG_CLIPS)
         vae = sharpened(train_vae.let_learn(vae, *DECODER), work / "vae-still", steps=STILL_DECODER_STEPS, seed=11)
         finish_vae(vae, out)

@@ -14,9 +14,11 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 from diffusers import AutoencoderKLWan
+from diffusers.models.autoencoders.autoencoder_kl_wan import WanResidualBlock
 from diffusers.models.autoencoders.vae import DiagonalGaussianDistribution
 
 from . import world
+from .causal import is_idle
 from .checkpoint import load_checkpoint, save_checkpoint
 from .loop import cut_log
 from .machine import cpu_autocast
@@ -39,9 +41,13 @@ def build(config: dict, seed: int = 0) -> AutoencoderKLWan:
 
 
 def let_learn(vae: AutoencoderKLWan, *parts: str) -> AutoencoderKLWan:
-    """Lets the parameters learn whose names begin with one of `parts`, and no other; middle attention never."""
+    """Lets the parameters learn whose names begin with one of `parts`, and no other; middle attention and idle blocks
+    never."""
     for name, parameter in vae.named_parameters():
         parameter.requires_grad_(name.startswith(parts) and "attentions" not in name)
+    for block in vae.modules():
+        if isinstance(block, WanResidualBlock) and is_idle(block):
+            block.requires_grad_(False)
     return vae
 
 

@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from diffusers.models.autoencoders.autoencoder_kl_wan import patchify, unpatchify
 
-from .causal import is_live, is_still
+from .causal import is_idle, is_live, is_still
 
 Module = Any  # diffusers' modules, whose attributes are not typed
 
@@ -64,6 +64,8 @@ def _middle(block: Module, x: torch.Tensor) -> torch.Tensor:
 
 
 def _resnet(block: Module, x: torch.Tensor) -> torch.Tensor:
+    if is_idle(block):
+        return x
     added = x if isinstance(block.conv_shortcut, torch.nn.Identity) else _conv(block.conv_shortcut, x)
     h = _activated(block.norm1, block.conv1, x)
     return _activated(block.norm2, block.conv2, h) + added

@@ -1,6 +1,7 @@
 """What decoding takes, from the VAE's config alone: memory, disk and FLOPs, and the tile that fits; and encoding.
 
-A config is diffusers', with what a preset says of the weights (`Vae.still`, 0 where it is left out).
+A config is diffusers', with what a preset says of the weights (`Vae.still` and `idle`, 0 where left
+out).
 """
 
 import itertools
@@ -157,6 +158,7 @@ def decode_flops(config: Mapping[str, Any], h: int, w: int) -> int:
         taps = 9 if level >= len(dims) - 1 - config.get("still", 0) else 27
         total += taps * (c * d + (2 * blocks - 1) * d * d) * area * frames
         if level == len(dims) - 2:
+            total -= taps * 2 * config.get("idle", 0) * d * d * area * frames
             break
         if temporal[level]:
             total += 3 * d * 2 * d * area * frames

@@ -24,7 +24,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase, UMT5EncoderMode
 from transformers.utils.logging import disable_progress_bar
 
 from . import original
-from .causal import is_still, near_pixels
+from .causal import is_idle, is_still, last_blocks, near_pixels
 from .digests import file_digest
 from .errors import InputError, ResourceError, one_line
 from .half import HalfEncoder
@@ -157,7 +157,7 @@ def check_config(folder: Path, preset: Preset) -> None:
     _check_same("vae", found, preset.geometry, folder, preset)
     defaults = {"is_residual": False, "out_channels": 3, "patch_size": None}
     found = {f.name: config.get(f.name, defaults.get(f.name)) for f in dataclasses.fields(preset.vae)}
-    del found["still"]  # the weights say that (`load_vae`)
+    del found["still"], found["idle"]  # the weights say that (`load_vae`)
     found["decoder_base_dim"] = found["decoder_base_dim"] or found["base_dim"]
     wanted = dataclasses.replace(preset.vae, decoder_base_dim=preset.vae.decoder_base_dim or preset.vae.base_dim)
     _check_same("vae", found, wanted, folder, preset)
@@ -251,13 +251,19 @@ def load_skeleton(folder: Path) -> WanTransformer3DModel:
         return WanTransformer3DModel.from_config(_config(folder, "transformer"))
 
 
-def load_vae(folder: Path, dtype: torch.dtype = torch.float32, still: int = 0) -> AutoencoderKLWan:
-    """The VAE. Raises InputError where it looks at the past in the `still` levels that are said not to."""
+def load_vae(folder: Path, dtype: torch.dtype = torch.float32, still: int = 0, idle: int = 0) -> AutoencoderKLWan:
+    """The VAE. Raises InputError where it looks at the past in the `still` levels that are said not to, or works in
+    the `idle` blocks."""
     vae = _load(AutoencoderKLWan, folder, "vae", dtype)
     if not all(map(is_still, near_pixels(vae, still))):
         raise InputError(
             f"the vae in {folder} looks at past frames in the {still} levels that the preset calls still;"
             " leave `still` out in a preset of your own, or give another --model-path"
+        )
+    if not all(map(is_idle, last_blocks(vae, idle))):
+        raise InputError(
+            f"the vae in {folder} works in the {idle} blocks that the preset calls idle;"
+            " leave `idle` out in a preset of your own, or give another --model-path"
         )
     return vae
 

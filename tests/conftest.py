@@ -12,7 +12,7 @@ from diffusers import AutoencoderKLWan, UniPCMultistepScheduler, WanPipeline, Wa
 from hypothesis import settings
 from transformers import UMT5Config, UMT5EncoderModel
 
-from atlasvid_cli.causal import hold_still
+from atlasvid_cli.causal import hold_still, make_idle
 from atlasvid_cli.console import Console
 from atlasvid_cli.half import HalfEncoder
 from atlasvid_cli.presets import load_preset, presets_folder
@@ -122,6 +122,7 @@ def random_preset(tmp_path_factory: pytest.TempPathFactory) -> Path:
         latents_std=[1.0] * 4,
     )
     hold_still(vae, load_preset("tiny").vae.still)
+    make_idle(vae, load_preset("tiny").vae.idle)
     pipe = small_pipeline(vae)
     pipe.save_pretrained(folder)
     model = pipe.transformer

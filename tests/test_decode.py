@@ -43,6 +43,7 @@ WAN22 = dict(
 )
 EMBEDDED = dict(RESIDUAL, base_dim=32, decoder_base_dim=32, z_dim=32, latents_mean=[0.0] * 32, latents_std=[1.0] * 32)
 STILL = EMBEDDED | {"still": 2}
+IDLE = STILL | {"idle": 1}
 
 
 @pytest.fixture(autouse=True)
@@ -56,7 +57,7 @@ def one_thread():
 
 def build(config: dict, live: bool = True) -> AutoencoderKLWan:
     torch.manual_seed(0)
-    vae = AutoencoderKLWan(**{k: v for k, v in config.items() if k != "still"}).eval()
+    vae = AutoencoderKLWan(**{k: v for k, v in config.items() if k not in ("still", "idle")}).eval()
     with torch.no_grad():
         for p in vae.parameters():  # biases and gains that matter
             if p.ndim == 1 or p[0].numel() == 1:
@@ -66,6 +67,7 @@ def build(config: dict, live: bool = True) -> AutoencoderKLWan:
                 attention.proj.weight.zero_()
                 attention.proj.bias.zero_()
     causal.hold_still(vae, config.get("still", 0))
+    causal.make_idle(vae, config.get("idle", 0))
     return vae
 
 
@@ -79,7 +81,9 @@ def reference(vae: AutoencoderKLWan, z: torch.Tensor) -> torch.Tensor:
     return vae._decode((z * std + mean)[None]).sample[0].transpose(0, 1) * 0.5 + 0.5
 
 
-@pytest.mark.parametrize("config", [RESIDUAL, WAN21, WAN22, STILL], ids=["residual", "wan2.1", "wan2.2", "still"])
+@pytest.mark.parametrize(
+    "config", [RESIDUAL, WAN21, WAN22, STILL, IDLE], ids=["residual", "wan2.1", "wan2.2", "still", "idle"]
+)
 @pytest.mark.parametrize("live", [True, False], ids=["attention", "no attention"])
 def test_equals_diffusers(config, live):
     vae, z = build(config, live), latents(config, 3, 4, 6)

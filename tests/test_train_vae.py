@@ -74,12 +74,14 @@ def test_a_teacher_draws_the_encoder_towards_settled_latents(tmp_path, monkeypat
     assert last < part * first
 
 
-def test_levels_held_still_stay_so_where_the_decoder_learns(tmp_path, monkeypatch):
+def test_levels_held_still_and_idle_blocks_stay_so_where_the_decoder_learns(tmp_path, monkeypatch):
     monkeypatch.setattr(train_vae, "evaluate", lambda vae: {})
     vae = train_vae.build(CONFIG)
     causal.hold_still(vae, 2)
+    causal.make_idle(vae, 1)
     train_vae.train(train_vae.let_learn(vae, "decoder."), tmp_path, 4, lr=2e-3, shapes=((2, 32, 9),))
     assert all(map(causal.is_still, causal.near_pixels(vae, 2)))
+    assert [causal.is_idle(block) for block in vae.decoder.up_blocks[-1].resnets] == [False, True]
 
 
 @pytest.mark.parametrize("seed", range(5))

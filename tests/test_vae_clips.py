@@ -8,13 +8,14 @@ from atlasvid_cli.vae_clips import clip_moments, clip_pixels
 from tests.test_decode import RESIDUAL, WAN22, build
 
 
-@pytest.mark.parametrize("still", [0, 2])
+@pytest.mark.parametrize(("still", "idle"), [(0, 0), (2, 0), (2, 1)])
 @pytest.mark.parametrize("config", [RESIDUAL, WAN22], ids=["embedded", "wan2.2"])
 @pytest.mark.parametrize("frames", [1, 13])
 @torch.no_grad()
-def test_clips_are_coded_as_by_diffusers(config, frames, still):
+def test_clips_are_coded_as_by_diffusers(config, frames, still, idle):
     vae = build(config, live=False)
     causal.hold_still(vae, still)
+    causal.make_idle(vae, idle)
     pixels = torch.rand(2, 3, frames, 64, 96, generator=torch.Generator().manual_seed(1)) * 2 - 1
     moments = vae._encode(pixels)
     torch.testing.assert_close(clip_moments(vae, pixels), moments, rtol=0, atol=1e-5)

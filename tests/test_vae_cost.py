@@ -12,9 +12,9 @@ from atlasvid_cli import banded, decode, vae_cost
 from atlasvid_cli.encode import encode_stream
 from atlasvid_cli.errors import ResourceError
 from atlasvid_cli.half import HalfEncoder
-from tests.test_decode import EMBEDDED, STILL, WAN21, WAN22, build, latents
+from tests.test_decode import EMBEDDED, IDLE, STILL, WAN21, WAN22, build, latents
 
-LAYOUTS, NAMES = (EMBEDDED, STILL, WAN21, WAN22), ("embedded", "still", "wan2.1", "wan2.2")
+LAYOUTS, NAMES = (EMBEDDED, STILL, IDLE, WAN21, WAN22), ("embedded", "still", "idle", "wan2.1", "wan2.2")
 
 
 class LiveBytes(TorchDispatchMode):

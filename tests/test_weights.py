@@ -9,6 +9,7 @@ import torch
 from huggingface_hub.errors import LocalEntryNotFoundError
 from safetensors.torch import load_file, save_file
 
+from atlasvid_cli.causal import last_blocks, make_idle
 from atlasvid_cli.errors import InputError, ResourceError
 from atlasvid_cli.presets import load_preset, preset_names
 from atlasvid_cli.weights import (
@@ -182,6 +183,19 @@ def test_a_vae_that_looks_at_the_past_is_not_taken_for_a_still_one(random_preset
     assert load_vae(folder, still=2).config.z_dim == 4
     with pytest.raises(InputError, match=r"past frames in the 3 levels.*leave `still` out"):
         load_vae(folder, still=3)
+
+
+def test_a_vae_whose_blocks_all_work_is_not_taken_for_one_with_idle_ones(random_preset, tmp_path):
+    folder = tmp_path / "model"
+    shutil.copytree(random_preset.parent / random_preset.stem / "vae", folder / "vae")
+    vae = load_vae(folder)
+    torch.nn.init.ones_(last_blocks(vae, 1)[0].conv2.weight)
+    vae.save_pretrained(folder / "vae")
+    with pytest.raises(InputError, match=r"works in the 1 blocks.*leave `idle` out"):
+        load_vae(folder, idle=1)
+    make_idle(vae, 1)
+    vae.save_pretrained(folder / "vae")
+    assert load_vae(folder, idle=1).config.z_dim == 4
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
