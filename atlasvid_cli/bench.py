@@ -136,8 +136,9 @@ def _load(plan: Plan, has_weights: bool, folder: Path, seconds: float, repeats: 
         return Bench(proxy, detail, text, model, vae, folder, rate, seconds, repeats)
     model = random_model(plan.preset.transformer, plan.preset.geometry.patch)
     channels, spread = plan.preset.vae.out_channels, [1.0] * plan.preset.vae.z_dim
-    config = {k: list(v) if isinstance(v, tuple) else v for k, v in asdict(plan.preset.vae).items()}
-    still, idle = config.pop("still"), config.pop("idle")
+    told = asdict(plan.preset.vae)
+    still, idle = told.pop("still"), told.pop("idle")
+    config = {k: list(v) if isinstance(v, tuple) else v for k, v in told.items()}
     config |= {"in_channels": channels, "latents_mean": spread, "latents_std": spread}
     dtype = decode_dtype(plan.preset.decode_dtype)
     vae = AutoencoderKLWan.from_config(config).to(compute_device().kind, dtype).eval().requires_grad_(False)
