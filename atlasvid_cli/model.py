@@ -212,8 +212,8 @@ def proxy_context(
     """The proxy stream: clean proxy `tokens` (L, P) through all blocks, keeping each block's keys and values; or those
     of several proxies (m, L, P), each with its own prompt.
 
-    It attends to itself, in windows no larger than its training grid, and to the text, at timestep 0. For the detail's
-    queries its keys are rotated at detail coordinates: a proxy token sits at the middle of what it covers, in time at
+    It attends to itself, in windows no larger than its training grid, and to the text, at `timestep` (0..1000; a clean
+    proxy's is 0). For the detail's queries its keys are rotated at detail coordinates: a proxy token sits at the middle of what it covers, in time at
     the end of its group of latents or (`centre`) at its middle; without `scaled` at its own. `states` is where hidden
     state, keys and values live.
     """

@@ -76,15 +76,15 @@ def on_device(blocks: Sequence[nn.Module], device: torch.device) -> Iterator[Any
 
     A GPU's host waits for the block before that one: it would run ahead, and hold the weights of many.
     """
+    if all(p.device == device for block in blocks for p in block.parameters()):
+        yield from blocks
+        return
     stream = torch.cuda.Stream(device) if device.type == "cuda" else None
 
     def fetch(block: nn.Module) -> list[torch.Tensor]:
         with torch.cuda.stream(stream) if stream else nullcontext():
             return [p.detach().to(device, non_blocking=True) for _, _, p in _parameters(block)]
 
-    if all(p.device == device for block in blocks for p in block.parameters()):
-        yield from blocks
-        return
     fetched, computed = fetch(blocks[0]), None
     for i, block in enumerate(blocks):
         home = list(_parameters(block))
