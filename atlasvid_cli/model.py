@@ -213,9 +213,9 @@ def proxy_context(
     of several proxies (m, L, P), each with its own prompt.
 
     It attends to itself, in windows no larger than its training grid, and to the text, at `timestep` (0..1000; a clean
-    proxy's is 0). For the detail's queries its keys are rotated at detail coordinates: a proxy token sits at the middle of what it covers, in time at
-    the end of its group of latents or (`centre`) at its middle; without `scaled` at its own. `states` is where hidden
-    state, keys and values live.
+    proxy's is 0). For the detail's queries its keys are rotated at detail coordinates: a proxy token sits at the middle
+    of what it covers, in time at the end of its group of latents or (`centre`) at its middle; without `scaled` at its
+    own. `states` is where hidden state, keys and values live.
     """
     time_ratio = alignment.time_ratio
     head_dim, device = model.config.attention_head_dim, compute_device(model)
