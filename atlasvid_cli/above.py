@@ -1,17 +1,32 @@
-"""What climbs from saved latents: the plan above them, and the run directory that it fills."""
+"""What climbs from saved latents: the plan above them, the run directory that it fills, and the video."""
 
 import dataclasses
 import math
 from fractions import Fraction
 from pathlib import Path
+from typing import Any
 
-from .artefacts import describe, latents_shape, level_path, result_metadata
+from . import pipeline
+from .artefacts import (
+    check_base,
+    check_latents,
+    describe,
+    keep_foreign,
+    latents_shape,
+    level_path,
+    result_metadata,
+    result_of_region,
+)
+from .console import Console
+from .cost import check_resources
 from .errors import UsageError
 from .plan import Plan, Request, make_plan
 from .presets import load_preset
 from .prompts import slug
 from .session import Session
 from .shapes import Grid
+from .store import lock, run_directory
+from .targets import check_writable, sheet_of
 
 ASPECT_TOLERANCE = 0.06  # in logarithm: what rounding to tokens and even pixels can make of an aspect
 
@@ -70,3 +85,30 @@ def refine_run(session: Session, plan: Plan, latents: Path, runs: Path) -> Path:
     if level_path(plan, around, len(plan.levels)).exists():
         made.append(around)
     return next((run for run in made if level_path(plan, run, len(plan.levels)).exists()), made[-1])
+
+
+def refine_saved(latents: Path, plan: Plan, target: Path, run_dir: Path | None, console: Console) -> dict[str, Any]:
+    """Saved latents -> video `target`, or of a region that video with a part sampled again. Returns the event."""
+    check_resources(plan, target.parent, run_dir)
+    check_writable(target)
+    session = Session.of(plan.request)
+    session.check_adapters()
+    known = check_latents(latents, session)
+    folder = run_dir or refine_run(session, plan, latents, target.parent / "runs")
+    if plan.is_region:
+        check_base(plan, folder)
+        (x, y, w, h), (first, end) = plan.region_shown
+        console.note(
+            f"of the video in {folder} what lies in tokens is sampled again: {w}x{h} pixels from ({x}, {y}), frames"
+            f" {first}:{end}"
+        )
+        if str(plan.request.seed) == describe(level_path(plan, folder, len(plan.levels)))["seed"]:
+            console.warn("with the seed of the video the part comes out much as it was; give another --seed")
+        keep_foreign(target, result_of_region(session, plan, known, folder))
+    else:
+        keep_foreign(target, result_metadata(session, plan, known))
+    with lock(run_directory(folder.parent, folder.name)):
+        result = pipeline.refine(session, plan, latents, folder, console)
+        pipeline.finish(session, result, target, plan.request, console, folder)
+    event = {"video": str(target), "preview": str(sheet_of(target)), "latents": str(result), "run_dir": str(folder)}
+    return {"prompt": known["prompt"], "seed": plan.request.seed, "status": "ok", **event}

@@ -13,7 +13,7 @@ from .parse import parse_frames, parse_region
 from .prompts import items_of
 from .request import make_request, with_clip
 from .show import show_plan
-from .targets import check_writable, sheet_of, target_of
+from .targets import check_writable, target_of
 
 
 def render(
@@ -187,11 +187,9 @@ def refine(
     width, height = request.width, request.height
     box = None if region is None else parse_region(region, width, height)
     console = Console(as_json)
-    from . import above, artefacts, pipeline
-    from .cost import check_resources
+    from . import above, artefacts
     from .plan import make_plan
-    from .session import Session, session_of
-    from .store import lock, run_directory
+    from .session import session_of
     from .video import check_target, suffix_for, warn_of_player
 
     artefacts.check_preset(latents, preset)
@@ -212,31 +210,7 @@ def refine(
         if session := session_of(request):
             artefacts.check_latents(latents, session)
         return show_plan(plan, console, target.parent, run_dir)
-    check_resources(plan, target.parent, run_dir)
-    check_writable(target)
-    session = Session.of(request)
-    session.check_adapters()
-    artefacts.check_latents(latents, session)
-    folder = run_dir or above.refine_run(session, plan, latents, target.parent / "runs")
-    if plan.is_region:
-        artefacts.check_base(plan, folder)
-        (x, y, w, h), (first, end) = plan.region_shown
-        console.note(
-            f"of the video in {folder} what lies in tokens is sampled again: {w}x{h} pixels from ({x}, {y}), frames"
-            f" {first}:{end}"
-        )
-        if str(request.seed) == artefacts.describe(artefacts.level_path(plan, folder, len(plan.levels)))["seed"]:
-            console.warn("with the seed of the video the part comes out much as it was; give another --seed")
-    proxy = artefacts.describe(latents)
-    if plan.is_region:
-        artefacts.keep_foreign(target, artefacts.result_of_region(session, plan, proxy, folder))
-    else:
-        artefacts.keep_foreign(target, artefacts.result_metadata(session, plan, proxy))
-    with lock(run_directory(folder.parent, folder.name)):
-        result = pipeline.refine(session, plan, latents, folder, console)
-        pipeline.finish(session, result, target, request, console, folder)
-    event = {"video": str(target), "preview": str(sheet_of(target)), "latents": str(result), "run_dir": str(folder)}
-    console.emit({"prompt": proxy["prompt"], "seed": request.seed, "status": "ok", **event}, str(target))
+    console.emit(above.refine_saved(latents, plan, target, run_dir, console), str(target))
 
 
 def decode(
