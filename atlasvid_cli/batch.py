@@ -117,7 +117,7 @@ def _targets(
             check_target(target, request.codec, request.width, request.height)
         elif target.suffix != suffix:
             raise UsageError(f"{target} would hold latents; let --output end in {suffix}")
-    return folder, targets
+    return (folder if many or into else targets[0].parent), targets  # a link leads elsewhere
 
 
 def _extended(item: Item, console: "Console") -> Item:

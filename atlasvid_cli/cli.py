@@ -32,7 +32,9 @@ app = typer.Typer(
 
 def _tell_version(asked: bool) -> None:
     if asked:
-        print(__version__)
+        from .console import Console
+
+        Console().emit({}, __version__)
         raise typer.Exit
 
 
@@ -44,7 +46,8 @@ def _options(
 ) -> None: ...
 
 
-for command in (render, proxy, refine, decode, plan, bench, train, presets, info, doctor):
+COMMANDS = {c.__name__: c for c in (render, proxy, refine, decode, plan, bench, train, presets, info, doctor)}
+for command in COMMANDS.values():
     app.command(context_settings=HELP)(command)
 
 
@@ -53,6 +56,8 @@ def main() -> NoReturn:
     debug = "--debug" in sys.argv
     stop_signals.clear()
     traced[:] = [True] if debug else []
+    if sys.stderr is None:  # closed: print would take stdout for it
+        sys.stderr = open(os.devnull, "w")  # noqa: SIM115
 
     def interrupt(number: int, frame: FrameType | None) -> None:
         stop_signals.append(number)
@@ -83,10 +88,11 @@ def main() -> NoReturn:
             sys.exit(ExitCode.USAGE)
         usage = getattr(error, "exit_code", None) == 2 and hasattr(error, "format_message")
         if usage:
-            message, context = error.format_message(), getattr(error, "ctx", None)  # type: ignore[attr-defined]
-            hint = "; put a prompt in quotes" if "unexpected extra argument" in message else ""
-            command = f" {context.info_name}" if context and context.parent else ""
-            _fail(f"{message}{hint} (see atlasvid{command} --help)", ExitCode.USAGE, debug)
+            message = error.format_message()  # type: ignore[attr-defined]
+            named = [name for name in sys.argv[1:2] if name in COMMANDS]  # the error does not always know it
+            extra = "unexpected extra argument" in message and named in (["render"], ["proxy"])
+            hint = "; put a prompt in quotes" if extra else ""
+            _fail(f"{message}{hint} (see {' '.join(['atlasvid', *named])} --help)", ExitCode.USAGE, debug)
         _fail(*explain(error), debug)
 
 

@@ -178,7 +178,8 @@ def presets(as_json: opt.Json = False, debug: opt.Debug = False) -> None:
 
 
 def info(
-    file: Annotated[Path, typer.Argument(help="A video, a latents file or a run directory.")],
+    # not `readable`: whoever reads it says it better
+    file: Annotated[Path, typer.Argument(readable=False, help="A video, a latents file or a run directory.")],
     as_json: opt.Json = False,
     debug: opt.Debug = False,
 ) -> None:

@@ -5,12 +5,14 @@ import os
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from threading import Lock
 from typing import TextIO
 
 from rich import box
+from rich.cells import cell_len
 from rich.console import Console as RichConsole
+from rich.measure import Measurement
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, ProgressColumn, Task, TextColumn, TimeElapsedColumn
 from rich.table import Table
 from rich.text import Text
@@ -19,6 +21,8 @@ from .errors import ExitCode, ResourceError, one_line
 from .store import FULL
 
 PLAIN_INTERVAL_S = 10.0
+VALUE_CELLS = 20  # a number with its unit is no longer, and stays on one line
+MAX_CELLS = 4096  # no table is wider
 
 
 def duration(seconds: float) -> str:
@@ -68,8 +72,26 @@ def _discard(stream: TextIO) -> None:
     os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
 
 
+@contextmanager
+def _stdout() -> Iterator[None]:
+    """Around what writes on stdout and flushes it; ResourceError where a full disk takes no more."""
+    try:
+        yield
+    except BrokenPipeError:
+        # The reader (`head`, say) has left: nobody wants the rest. SystemExit, so that a batch's
+        # `except Exception` does not go on.
+        _discard(sys.stdout)
+        raise SystemExit(ExitCode.RENDER) from None
+    except OSError as error:
+        if error.errno not in FULL:
+            raise
+        _discard(sys.stdout)
+        remedy = "free some space; the same command goes on from what is finished"
+        raise ResourceError(f"standard output cannot take more ({error.strerror}): {remedy}") from None
+
+
 class Console:
-    """Where a command talks to its user; `progress` in pipeline's functions is one of these.
+    """Where a command talks to its user.
 
     `interactive` forces bars on or off; by default they show where stderr is a terminal. A `quiet` one says nothing.
     """
@@ -87,19 +109,8 @@ class Console:
         if self._quiet:
             return
         line = json.dumps(event, default=str) if self.json_lines else text
-        try:
+        with _stdout():
             print(line, flush=True)
-        except BrokenPipeError:
-            # The reader (`head`, say) has left: nobody wants the rest. SystemExit, so that a batch's
-            # `except Exception` does not go on.
-            _discard(sys.stdout)
-            raise SystemExit(ExitCode.RENDER) from None
-        except OSError as error:
-            if error.errno not in FULL:
-                raise
-            _discard(sys.stdout)
-            remedy = "free some space; the same command goes on from what is finished"
-            raise ResourceError(f"standard output cannot take more ({error.strerror}): {remedy}") from None
 
     def note(self, text: str) -> None:
         """Prints a line on stderr, above any bars."""
@@ -114,20 +125,30 @@ class Console:
         self._say(f"error: {one_line(text)}")
 
     def table(self, title: str, rows: Sequence[dict], asked_for: bool = False) -> None:
-        """Prints `rows` on stderr, or what was `asked_for` on stdout, one column a key of the first."""
-        if not rows:
+        """Prints `rows` on stderr, or what was `asked_for` on stdout, one column a key of the first.
+
+        Long text breaks between words. Values and words stay whole, so that a narrow terminal gets longer lines.
+        """
+        if not rows or self._quiet:
             return
         table = Table(box=box.SIMPLE, show_edge=False, padding=0)
         for i, key in enumerate(rows[0]):
-            values = [str(row.get(key, "")).replace(",", "").replace(".", "") for row in rows]
-            numeric = any(values) and all(value.isdigit() for value in filter(None, values))
-            table.add_column(key, justify="right" if numeric else "left", overflow="fold", no_wrap=numeric or i == 0)
+            values = [str(row.get(key, "")) for row in rows]
+            digits = [value.replace(",", "").replace(".", "") for value in values]
+            numeric = any(digits) and all(value.isdigit() for value in filter(None, digits))
+            widest = max(cell_len(line) for value in (key, *values) for line in value.split("\n"))
+            keeps = i == 0 or widest <= VALUE_CELLS
+            least = widest if keeps else max(map(cell_len, " ".join((key, *values)).split()))
+            table.add_column(key, justify="right" if numeric else "left", no_wrap=keeps, min_width=least)
         for row in rows:
             table.add_row(*(Text(str(row.get(key, ""))) for key in rows[0]))
         to = RichConsole(markup=False, highlight=False, emoji=False) if asked_for else self._rich
-        if title:
-            to.print(Text(title, "bold"), soft_wrap=True)  # a table's own is no wider than the table
-        to.print(table)
+        if (least := Measurement.get(to, to.options.update_width(MAX_CELLS), table).minimum) > to.width:
+            table.width = least
+        with _stdout() if asked_for else nullcontext():
+            if title:
+                to.print(Text(title, "bold"), soft_wrap=True)  # a table's own is no wider than the table
+            to.print(table, crop=False)
 
     @contextmanager
     def stage(self, name: str, total: int) -> Iterator[Callable[..., None]]:

@@ -2,11 +2,13 @@
 
 import dataclasses
 import math
+from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from .decode_cost import KEPT, decode_memory, file_bytes, vae_itemsize, vae_tile
-from .errors import ResourceError
+from .errors import ResourceError, UsageError
 from .machine import Machine, available_ram, conv_rate, decode_dtype, disk_of, gemm_rate, this_machine
 from .memory import (
     GIB,
@@ -20,7 +22,7 @@ from .memory import (
     proxy_memory,
     text_memory,
 )
-from .plan import Plan
+from .plan import Plan, make_plan
 from .shapes import Grid
 from .stages import Stage
 
@@ -30,6 +32,8 @@ EFFICIENCY, DECODE_EFFICIENCY = 0.6, 0.7
 
 # seconds that a GPU takes for a block on a chunk of windows, however small: some seventy kernels (docs/LOG.md)
 LAUNCH = 0.01
+
+WORTH = 0.25  # part of what is missing that an option has to save to be named
 
 DECODED = ("preview", "decode")  # stages that make frames of latents
 
@@ -84,15 +88,12 @@ def rows(plan: Plan, machine: Machine | None = None) -> list[dict[str, Any]]:
     made += [_encode_row(plan, convolutions, machine)] if plan.request.clip else []
     offload = offload_of(plan, machine)
     for name, stage in plan.own_stages():
-        flops, needed = plan.flops(stage), memory(plan, stage, offload, machine)
+        flops, (convolved, needed) = plan.flops(stage), _convolved(plan, stage, offload, machine)
         seconds = flops / gemm
         if machine.device.kind == "cuda":
             seconds = max(seconds, LAUNCH * _chunks(plan, stage) * stage.forwards())
-        if stage.in_pixels:
-            convolved, held = _enlarging(plan, stage, machine)
-            flops += convolved
-            seconds += convolved / convolutions
-            needed = Memory(max(needed.device, held.device), max(needed.host, held.host))
+        flops += convolved
+        seconds += convolved / convolutions
         disk = stage.grid.tokens * plan.preset.transformer.channels * plan.preset.geometry.patch**2 * 4
         made.append(
             {
@@ -130,6 +131,13 @@ def _chunks(plan: Plan, stage: Stage) -> int:
         for i in range(len(layouts))
     ]
     return sum(cycle[i % len(cycle)] for i in range(layers))
+
+
+def _convolved(plan: Plan, stage: Stage, offload: Offload, machine: Machine) -> tuple[int, Memory]:
+    """FLOPs of the VAE in a sampling stage, and all that the stage needs beside the program."""
+    needed = memory(plan, stage, offload, machine)
+    flops, held = _enlarging(plan, stage, machine) if stage.in_pixels else (0, Memory(0, 0))
+    return flops, Memory(max(needed.device, held.device), max(needed.host, held.host))
 
 
 def _enlarging(plan: Plan, stage: Stage, machine: Machine) -> tuple[int, Memory]:
@@ -197,19 +205,20 @@ def check_resources(
     costs = rows(plan, machine) if costs is None else costs
     tightest = max(costs, key=lambda r: r["vram_bytes"], default=None)
     if tightest and tightest["vram_bytes"] > machine.vram:
+        remedy = _remedy(plan, tightest["stage"], "device", tightest["vram_bytes"] - machine.vram, machine)
         raise ResourceError(
             f"the {tightest['stage']} stage needs {tightest['vram_bytes'] / GIB:.1f} GiB of GPU memory and"
-            f" {machine.vram / GIB:.1f} GiB are free; {_remedy(tightest['stage'], '--offload host, a smaller')}"
+            f" {machine.vram / GIB:.1f} GiB are free; {remedy}"
         )
     if not machine.is_here:
         return
     worst = max(costs, key=lambda r: r["ram_bytes"], default=None)
     available = available_ram()
     if worst and worst["ram_bytes"] > available:
+        remedy = _remedy(plan, worst["stage"], "host", worst["ram_bytes"] - available, machine)
         raise ResourceError(
             f"the {worst['stage']} stage needs {worst['ram_bytes'] / GIB:.1f} GiB of memory and"
-            f" {available / GIB:.1f} GiB are free;"
-            f" {_remedy(worst['stage'], 'a smaller --res, fewer --seconds or a smaller')}"
+            f" {available / GIB:.1f} GiB are free; {remedy}"
         )
     # a stage's state goes when its latents are there, and tiles when they are decoded: both are there once
     stages = sum(r["disk_bytes"] for r in costs if r["stage"] not in DECODED)
@@ -231,15 +240,40 @@ def check_resources(
             )
 
 
-def _remedy(stage: str, smaller: str) -> str:
-    """What makes a stage fit that does not."""
+def _remedy(plan: Plan, stage: str, where: Literal["device", "host"], missing: int, machine: Machine) -> str:
+    """What makes a stage fit that does not, by so many `missing` bytes of the GPU's or of host memory."""
     if stage == "text":
         return "close other programs, or choose a preset with a smaller text encoder"
     if stage == "encode":
         return "close other programs, or give a smaller --res"
     if stage in DECODED:
         return "close other programs, or lower decode_gib in a preset of your own"
-    return f"choose --weight-dtype int8, {smaller} --chunk"
+
+    def needed(plan: Plan) -> int:
+        offload = offload_of(plan, machine)
+        return max(getattr(_convolved(plan, s, offload, machine)[1], where) for _, s in plan.own_stages())
+
+    now = needed(plan)
+    helping = [option for option, changed in _smaller(plan) if now - needed(changed) >= WORTH * missing]
+    *others, last = helping or ["a machine with more memory"]
+    return f"choose {' or '.join(filter(None, (', '.join(others), last)))}"
+
+
+def _smaller(plan: Plan) -> Iterator[tuple[str, Plan]]:
+    """Options that may need less, each with the plan that it makes of this one. A saved proxy has a length of its own,
+    and the video of a region a size."""
+    request, given = plan.request, plan.given_proxy
+    options: dict[str, dict[str, Any]] = {
+        "--weight-dtype int8": {"weight_dtype": "int8"},
+        "--offload auto": {"offload": None},
+        "a smaller --chunk": {"chunk": 1},
+        "a smaller --res": {} if plan.is_region else {"width": request.width // 2, "height": request.height // 2},
+        "fewer --seconds": {} if given else {"seconds": request.seconds / 2},
+    }
+    for option, fields in options.items():
+        with suppress(UsageError):  # too small to be made
+            changed, fps = dataclasses.replace(request, **fields), plan.proxy_fps if given else None
+            yield option, make_plan(changed, plan.proxy.grid if given else None, fps, plan.preset)
 
 
 def _encode_row(plan: Plan, rate: float, machine: Machine) -> dict[str, Any]:

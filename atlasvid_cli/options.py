@@ -5,7 +5,16 @@ from typing import Annotated, Literal
 
 import typer
 
+from .errors import UsageError
 from .parse import MAX_FPS
+
+
+def _named(output: str | None) -> str | None:
+    """UsageError for an output without a name: an unset variable, say."""
+    if output == "":
+        raise UsageError("--output is empty; name a file, or a folder/")
+    return output
+
 
 Res = Annotated[str, typer.Option("--res", help="Size in pixels: 3840x2160, 3840*2160, 4k, 1080p, 720p ...")]
 Seconds = Annotated[str, typer.Option("--seconds", help="Length in seconds; exactly seconds * fps frames are written.")]
@@ -15,7 +24,9 @@ ClipSeconds = Annotated[
 FromVideo = Annotated[
     Path | None,
     typer.Option(
-        "--from-video", help="A clip to encode as the proxy, cropped around its centre to the aspect of --res."
+        "--from-video",
+        readable=False,  # whoever reads it says it better
+        help="A clip to encode as the proxy, cropped around its centre to the aspect of --res.",
     ),
 ]
 Fps = Annotated[int | None, typer.Option("--fps", min=1, max=MAX_FPS, help="Frames a second [default: the preset's].")]
@@ -31,15 +42,24 @@ LevelSteps = Annotated[
 ]
 LevelGuidance = Annotated[
     float | None,
-    typer.Option("--guidance-scale", help="Classifier-free guidance of every level; 1 turns it off."),
+    typer.Option(
+        "--guidance-scale", help="Classifier-free guidance of every level; 1 turns it off [default: the preset's]."
+    ),
 ]
 LevelShift = Annotated[
-    float | None, typer.Option("--flow-shift", help="Time shift of every level's flow-matching schedule.")
+    float | None,
+    typer.Option("--flow-shift", help="Time shift of every level's flow-matching schedule [default: the preset's]."),
 ]
 Guidance = Annotated[
-    float | None, typer.Option("--guidance-scale", help="Classifier-free guidance of the proxy; 1 turns it off.")
+    float | None,
+    typer.Option(
+        "--guidance-scale", help="Classifier-free guidance of the proxy; 1 turns it off [default: the preset's]."
+    ),
 ]
-Shift = Annotated[float | None, typer.Option("--flow-shift", help="Time shift of the proxy's flow-matching schedule.")]
+Shift = Annotated[
+    float | None,
+    typer.Option("--flow-shift", help="Time shift of the proxy's flow-matching schedule [default: the preset's]."),
+]
 ProxySampler = Annotated[
     Literal["unipc", "euler"] | None,
     typer.Option("--sampler", help="Of the proxy [default: the preset's]; few-step LoRAs mostly want euler."),
@@ -71,17 +91,27 @@ Vram = Annotated[
     float | None,
     typer.Option("--vram-gib", help="Plan for a GPU with so much free memory, not for this machine; without times."),
 ]
-Chunk = Annotated[int | None, typer.Option("--chunk", min=1, help="Windows computed at a time; bounds memory.")]
+Chunk = Annotated[
+    int | None,
+    typer.Option("--chunk", min=1, help="Windows computed at a time; bounds memory [default: the preset's]."),
+]
 CodecName = Annotated[str, typer.Option("--codec", help="h264 (8 bit), hevc10, av1, prores or ffv1 (10 bit).")]
 Output = Annotated[
-    str | None, typer.Option("--output", "-o", help="File for the result, or folder/ for it under its own name.")
+    str | None,
+    typer.Option("--output", "-o", callback=_named, help="File for the result, or folder/ for it under its own name."),
 ]
 RunDir = Annotated[
     Path | None, typer.Option("--run-dir", help="Where intermediate results go [default: runs/ beside the output].")
 ]
 Negative = Annotated[str | None, typer.Option("--negative-prompt", help="What to steer away from.")]
 PromptFile = Annotated[
-    str | None, typer.Option("--prompt-file", help="One prompt a line, or JSON Lines; '-' is stdin.")
+    str | None,
+    typer.Option(
+        "--prompt-file",
+        help="One prompt a line (every line that is not blank), or JSON Lines with the keys prompt, id, seed,"
+        " negative_prompt, output; '-' is stdin. Id, seed and name come from a line's place where it gives none, so"
+        " append new lines.",
+    ),
 ]
 Shard = Annotated[str | None, typer.Option("--shard", help="i/n: every n-th prompt from the i-th on.")]
 BenchSteps = Annotated[
@@ -133,7 +163,10 @@ Prompt = Annotated[str | None, typer.Argument(help="What to show; may be left ou
 Data = Annotated[
     Path | None,
     typer.Option(
-        "--data", help='A folder of clip.mp4 + clip.txt, a JSON Lines index of {"video", "caption"}, or: world.'
+        "--data",
+        readable=False,
+        help='Clips, which proxy and detail need: a folder of clip.mp4 + clip.txt, a JSON Lines index of {"video",'
+        ' "caption"}, or world. tiny takes no options but --work and --output.',
     ),
 ]
 Trained = Annotated[

@@ -8,6 +8,7 @@ import unicodedata
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from .errors import InputError, UsageError
 from .parse import parse_shard
@@ -84,13 +85,7 @@ def read_prompts(source: str, negative_prompt: str | None, seed: int) -> list[It
     An item without a seed gets `seed` + its index, so that a batch never repeats one noise.
     """
     name = "stdin" if source == "-" else source
-    try:
-        data = sys.stdin.buffer.read() if source == "-" else Path(source).read_bytes()
-        text = data.decode("utf-8-sig")
-    except OSError as error:
-        raise InputError(f"prompt file {name} cannot be read ({error.strerror}): check the path") from error
-    except UnicodeDecodeError as error:
-        raise InputError(f"prompt file {name} is not UTF-8 text: convert it with iconv -t utf-8") from error
+    text = _text_of(source, name)
     # Not splitlines: JSON strings may hold U+2028 and its like.
     lines = [(number, line) for number, line in enumerate(text.split("\n"), 1) if line.strip()]
     if not lines:
@@ -109,7 +104,7 @@ def read_prompts(source: str, negative_prompt: str | None, seed: int) -> list[It
     seen_outputs: dict[str, int] = {}
     for index, (number, line) in enumerate(lines):
         place = f"{name} line {number}"
-        fields = _fields(line, place) if json_lines else {"prompt": line}
+        fields: dict[str, Any] = _fields(line, place) if json_lines else {"prompt": line}
         if not is_text(line):
             raise InputError(f"{place} holds characters that are no text; leave them out")
         prompt = fields["prompt"].strip()
@@ -126,6 +121,22 @@ def read_prompts(source: str, negative_prompt: str | None, seed: int) -> list[It
             raise InputError(f"{place}: output {item.output!r} is taken by line {first}: give each item its own output")
         items.append(item)
     return items
+
+
+def _text_of(source: str, name: str) -> str:
+    """The text of a prompt file, its lines ended by newlines alone."""
+    if source == "-" and sys.stdin is None:
+        raise InputError("stdin is closed: pipe the prompts in, or give the path of a prompt file")
+    try:
+        data = sys.stdin.buffer.read() if source == "-" else Path(source).read_bytes()
+    except OSError as error:
+        raise InputError(f"prompt file {name} cannot be read ({error.strerror}): check the path") from error
+    try:
+        return data.decode("utf-8-sig").replace("\r\n", "\n").replace("\r", "\n")
+    except UnicodeDecodeError as error:
+        encoding = "utf-16" if data.startswith((b"\xff\xfe", b"\xfe\xff")) else "latin1"
+        remedy = f"convert it with iconv -f {encoding} -t utf-8"
+        raise InputError(f"prompt file {name} is not UTF-8 text: {remedy}") from error
 
 
 def _is_json(text: str) -> bool:

@@ -29,15 +29,25 @@ def is_folder(output: str | Path) -> bool:
 def target_of(output: str | Path | None, default: Path, suffix: str) -> Path:
     """The absolute path to write: `output`, with `suffix` where its name has none, or `default`, which needs it.
 
-    In an `output` that is a folder the file has its default name.
+    In an `output` that is a folder the file has its default name. Behind a link to a file lies what is written.
+    UsageError for what is there and no file.
     """
     named = default.with_name(default.name + suffix)
     if output is None:
-        return named.absolute()
-    path = Path(output)
-    if is_folder(output):
-        return (path / named.name).absolute()
-    return (path if path.suffix else path.with_name(path.name + suffix)).absolute()
+        path = named
+    elif is_folder(output):
+        path = Path(output, named.name)
+    else:
+        path = Path(output)
+        _check_regular(path, "--output")  # a device, say, whose name would get a suffix
+        path = path if path.suffix else path.with_name(path.name + suffix)
+    return Path(os.path.realpath(path)) if os.path.islink(path) else path.absolute()
+
+
+def _check_regular(path: Path, option: str) -> None:
+    with usable(path, option):
+        if path.exists() and not path.is_file():
+            raise UsageError(f"{path} is no regular file; choose another {option}")
 
 
 def sheet_of(video: Path) -> Path:
@@ -57,9 +67,8 @@ def check_writable(target: Path, option: str = "--output") -> None:
     of work; `option` says where it goes."""
     from .store import temporary
 
+    _check_regular(target, option)
     with usable(target.parent, option):
-        if target.exists() and not target.is_file():
-            raise UsageError(f"{target} is no regular file; choose another {option}")
         target.parent.mkdir(parents=True, exist_ok=True)
         probe = temporary(target, ".probe")
         probe.touch()

@@ -22,12 +22,16 @@ def encode_prompts(
 
 def left_out(prompt: str, tokenizer: PreTrainedTokenizerBase, length: int = 512) -> str:
     """What of a prompt lies beyond the `length` tokens that Wan reads; empty where it reads all."""
-    ids = tokenizer(prompt_clean(prompt), add_special_tokens=False).input_ids[length - 1 :]  # the last one ends it
+    ids = _ids(prompt_clean(prompt), tokenizer)[length - 1 :]  # the last one ends it
     return tokenizer.decode(ids)
 
 
 def unknown_words(prompt: str, tokenizer: PreTrainedTokenizerBase) -> list[str]:
     """Words of the prompt that the tokenizer has no token for (a subword tokenizer has none)."""
     unknown = tokenizer.unk_token_id
-    words = re.findall(r"\w+", prompt)
-    return [w for w in words if unknown in tokenizer(w, add_special_tokens=False).input_ids]
+    return [w for w in re.findall(r"\w+", prompt) if unknown in _ids(w, tokenizer)]
+
+
+def _ids(text: str, tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    """All tokens of a text; not `verbose`, which warns of more than a model reads."""
+    return tokenizer(text, add_special_tokens=False, verbose=False).input_ids

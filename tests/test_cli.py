@@ -121,6 +121,11 @@ def test_the_command_line_imports_nothing_heavy():
         (["render", "--prompt-file", "absent.txt"], 3, "absent.txt"),
         (["render", "--prompt-file", "/dev/null"], 3, "holds no prompts"),
         (["render", "a", "red", "ball"], 2, "put a prompt in quotes (see atlasvid render --help)"),
+        (["plan", "a", "ball"], 2, "(a ball) (see atlasvid plan --help)"),
+        (["render", "--res"], 2, "(see atlasvid render --help)"),
+        (["--bogus", "render"], 2, "(see atlasvid --help)"),
+        (["render", "x", "-o", ""], 2, "--output is empty"),
+        (["refine", "absent.safetensors", "-o", ""], 2, "--output is empty"),
         (["render", "x", "--lora", "absent.safetensors"], 3, "names no file"),
         (["render", "x", "--model-path", "./absent"], 3, "absent does not exist"),
         (["render", "x", "--model-path", "absent"], 3, "absent"),
@@ -155,6 +160,25 @@ def test_bad_input_is_one_sentence_and_leaves_nothing(run, tmp_path, arguments, 
     assert found == code
     assert out == "" and err.startswith("error: ") and err.count("\n") == 1 and said in err
     assert list(tmp_path.iterdir()) == []
+
+
+def test_an_error_is_no_data_where_stderr_is_closed():
+    for more in ([], ["--debug"]):
+        command = [sys.executable, "-m", "atlasvid_cli", "render", "", *more]
+        done = subprocess.run(["sh", "-c", '"$@" 2>&-', "sh", *command], stdout=subprocess.PIPE)
+        assert (done.returncode, done.stdout) == (2, b"")
+
+
+@pytest.mark.parametrize(
+    "command",
+    [["info", "there"], ["proxy", "--from-video", "there"], ["train", "proxy", "--data", "there"]],
+)
+def test_a_file_that_may_not_be_read_is_bad_input_and_no_bad_usage(run, tmp_path, monkeypatch, command):
+    """Whoever reads it says so, as of a damaged one; root may read everything."""
+    (tmp_path / "there").write_text("")
+    monkeypatch.setattr("os.access", lambda *_, **__: False)
+    code, _, err = run(*command)
+    assert code == 3 and "there" in err
 
 
 def test_an_unwritable_output_is_said_before_any_work(run, random_preset, tmp_path, monkeypatch):

@@ -141,3 +141,31 @@ def test_a_full_disk_behind_stdout_is_told_with_its_remedy() -> None:
     with open("/dev/full", "w") as full:
         done = subprocess.run(command, stdout=full, stderr=subprocess.PIPE, text=True)
     assert done.returncode == 4 and "standard output" in done.stderr and done.stderr.count("\n") == 1
+
+
+@pytest.mark.parametrize("columns", [10, 40, 72])
+def test_a_narrow_terminal_breaks_no_number(
+    columns: int, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("COLUMNS", str(columns))
+    row = {
+        "stage": "detail 2/2",
+        "grid": "2401x270x480",
+        "tokens": "1,587,600",
+        "FLOP": "4,264 P",
+        "VRAM\nGiB": "25.19",
+    }
+    Console().table("", [row, row | {"tokens": "5"}], asked_for=True)
+    Console().table("", [row | {"value": "native +2.1 % at 12,345,678 tokens of many"}])
+    out, err = capsys.readouterr()
+    assert all(value in out.splitlines()[-2] for value in row.values())
+    assert all(value in err.splitlines()[3] for value in row.values())
+    assert "12,345,678" in err and "12,345,678 tokens of many" not in err  # prose breaks, between words
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="no device that is always full")
+def test_a_table_for_a_full_disk_is_told_too() -> None:
+    code = "from atlasvid_cli.console import Console; Console().table('t', [{'a': 1}], asked_for=True)"
+    with open("/dev/full", "w") as full:
+        done = subprocess.run([sys.executable, "-c", code], stdout=full, stderr=subprocess.PIPE, text=True)
+    assert "ResourceError: standard output cannot take more" in done.stderr

@@ -188,6 +188,54 @@ def test_a_plan_for_another_gpu_offloads_as_little_as_fits_it(tmp_path, monkeypa
             check_resources(plan, tmp_path, costs=costs, machine=machine)
 
 
+@pytest.mark.parametrize(
+    ("preset", "size", "seconds", "gib", "fields", "remedy"),
+    [
+        ("wan2.1-14b", (7680, 4320), 600, 80, {}, "fewer --seconds"),
+        (
+            "wan2.1-14b",
+            (3840, 2160),
+            12,
+            12,
+            {"weight_dtype": "int8", "offload": "host", "chunk": 1},
+            "fewer --seconds",
+        ),
+        (
+            "wan2.1-14b",
+            (3840, 2160),
+            12,
+            40,
+            {"offload": "none"},
+            "--weight-dtype int8, --offload auto, a smaller --res or fewer --seconds",
+        ),
+        ("tiny", (7680, 4320), 600, 10, {"offload": "none"}, "--offload auto, a smaller --res or fewer --seconds"),
+        ("tiny", (3840, 2160), 12, 64, {"offload": "host", "chunk": 10**6}, "a smaller --chunk"),
+    ],
+)
+def test_the_remedy_names_what_saves_enough_and_is_not_in_use(tmp_path, preset, size, seconds, gib, fields, remedy):
+    plan, machine = make_plan(Request(preset, *size, Fraction(seconds), **fields)), machine_with_gpu(gib)
+    with pytest.raises(ResourceError) as said:
+        check_resources(plan, tmp_path, machine=machine)
+    assert str(said.value).split("; ")[1] == f"choose {remedy}"
+
+
+def test_in_memory_of_the_cpu_eight_bits_of_a_small_model_save_nothing(tmp_path, monkeypatch):
+    monkeypatch.setattr(cost, "available_ram", lambda: 8 * cost.GIB)
+    with pytest.raises(ResourceError, match=r"free; choose a smaller --res or fewer --seconds$"):
+        check_resources(make_plan(Request("tiny", 7680, 4320, Fraction(600))), tmp_path)
+
+
+def test_a_saved_proxy_is_not_made_shorter_nor_a_regions_video_smaller(tmp_path, monkeypatch):
+    monkeypatch.setattr(cost, "available_ram", lambda: 2 * cost.GIB)
+    request = Request("tiny", 7680, 4320, Fraction(60))
+    proxy = make_plan(request).proxy
+    whole = make_plan(request, proxy.grid, Fraction(4))
+    part = make_plan(dataclasses.replace(request, region=(0, 0, 640, 360)), proxy.grid, Fraction(4))
+    for plan, remedy in ((whole, "a smaller --res"), (part, "a machine with more memory")):
+        with pytest.raises(ResourceError, match=f"free; choose {remedy}$"):
+            check_resources(plan, tmp_path, costs=[row for row in rows(plan) if row["stage"] not in cost.DECODED])
+
+
 def test_frames_half_as_large_are_planned_for():
     plan = make_plan(Request("tiny", 3840, 2160, Fraction(2)))
     level = plan.levels[-1]

@@ -44,6 +44,26 @@ def test_stdin_is_read(monkeypatch: pytest.MonkeyPatch) -> None:
     assert [i.prompt for i in read_prompts("-", None, 0)] == ["a", "b"]
 
 
+def test_a_closed_stdin_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "stdin", None)
+    with pytest.raises(InputError, match="stdin is closed"):
+        read_prompts("-", None, 0)
+
+
+@pytest.mark.parametrize("encoding", ["utf-16-le", "utf-16-be", "latin1"])
+def test_the_remedy_for_another_encoding_is_a_command_that_helps(tmp_path: Path, encoding: str) -> None:
+    mark = "" if encoding == "latin1" else "\ufeff"
+    with pytest.raises(InputError, match=rf"iconv -f {encoding.removesuffix('-le').removesuffix('-be')} -t utf-8"):
+        read(tmp_path, f"{mark}a café\n".encode(encoding))
+
+
+@pytest.mark.parametrize("end", ["\n", "\r\n", "\r"])
+def test_lines_end_as_on_any_system(tmp_path: Path, end: str) -> None:
+    assert [item.prompt for item in read(tmp_path, end.join(["one", "", "# two", ""]))] == ["one", "# two"]
+    with pytest.raises(InputError, match="line 3"):
+        read(tmp_path, end.join(["one", "", "t\0o"]))
+
+
 @pytest.mark.parametrize(
     "line, words",
     [
@@ -77,7 +97,7 @@ def test_files_without_prompts(tmp_path: Path) -> None:
     with pytest.raises(InputError, match="holds no prompts"):
         read(tmp_path, " \n\n")
     with pytest.raises(InputError, match="not UTF-8"):
-        read(tmp_path, b"\xff\xfea\0")
+        read(tmp_path, b"caf\xe9")
     for name in ("absent", "."):
         with pytest.raises(InputError, match="cannot be read"):
             read_prompts(str(tmp_path / name), None, 0)

@@ -33,6 +33,27 @@ def test_standard_output_is_no_place_for_a_video():
         is_folder("-")
 
 
+def test_what_is_written_lies_behind_a_link(tmp_path: Path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "there").mkdir()
+    (tmp_path / "there" / "old.mp4").touch()
+    (tmp_path / "folder").symlink_to("there")
+    for name, at in (("a.mp4", "there/old.mp4"), ("b.mp4", "there/new.mp4"), ("there/c.mp4", "../c.mp4")):
+        (tmp_path / name).symlink_to(at)
+    found = [target_of(output, Path("c"), ".mp4") for output in ("a", "b.mp4", "there", "folder/d")]
+    assert found == [tmp_path / name for name in ("there/old.mp4", "there/new.mp4", "c.mp4", "folder/d.mp4")]
+
+
+def test_what_is_there_and_no_file_gets_no_suffix(tmp_path: Path):
+    os.mkfifo(tmp_path / "pipe")
+    (tmp_path / "link").symlink_to("pipe")
+    for name in ("pipe", "link"):
+        with pytest.raises(UsageError, match=rf"{name} is no regular file; choose another --output"):
+            target_of(str(tmp_path / name), Path("a"), ".mp4")
+    (tmp_path / "file").touch()
+    assert target_of(str(tmp_path / "file"), Path("a"), ".mp4") == tmp_path / "file.mp4"
+
+
 def test_a_pipe_is_no_place_for_a_video(tmp_path: Path):
     os.mkfifo(tmp_path / "a.mp4")
     with pytest.raises(UsageError, match="no regular file"):
