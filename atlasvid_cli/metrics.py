@@ -8,6 +8,7 @@ the component best, a ground the pattern that how dark the rest is goes with bes
 import itertools
 import math
 from collections import Counter
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cache
 from typing import NamedTuple
@@ -65,8 +66,8 @@ class Thing(NamedTuple):
     number: int
 
 
-def detect(frames: list[np.ndarray], seconds: float) -> Detection:
-    """Attributes of a clip given as uint8 (H, W, 3) frames that are evenly spread over `seconds`."""
+def detect(frames: list[np.ndarray], times: Sequence[float]) -> Detection:
+    """Attributes of a clip given as uint8 (H, W, 3) frames at `times`, which rise, in seconds."""
     found = [_objects(_shrink(f, DETECTION_HEIGHT)) for f in frames]
     grounds = Counter(g for _, g in found if g)
     ground_colour = grounds.most_common(1)[0][0] if grounds else None
@@ -77,31 +78,30 @@ def detect(frames: list[np.ndarray], seconds: float) -> Detection:
     colour = votes.most_common(1)[0][0]
     count = Counter(sum(thing.number for thing in things) for things, _ in found).most_common(1)[0][0]
     firsts = [next((thing for thing in things if thing.colour == colour), None) for things, _ in found]
-    seen = [(i, thing) for i, thing in enumerate(firsts) if thing is not None]
+    seen = [(t, thing) for t, thing in zip(times, firsts, strict=True) if thing is not None]
     shape: str | None = max(world.SHAPES, key=lambda s: sum(thing.likeness[s] for _, thing in seen))
     if shape and sum(thing.likeness[shape] for _, thing in seen) < ALIKE * len(seen):
         shape = None
     direction = speed = unsteady = None
     if len(seen) >= 2:
-        (i, a), (j, b) = seen[0], seen[-1]
+        (start, a), (end, b) = seen[0], seen[-1]
         dx, dy = b.x - a.x, b.y - a.y
-        elapsed = max((j - i) * seconds / max(1, len(frames) - 1), 1e-6)
         if max(abs(dx), abs(dy)) > 0.01:
             horizontal = abs(dx) > abs(dy)
             direction = ("right" if dx > 0 else "left") if horizontal else ("down" if dy > 0 else "up")
             height, width, _ = frames[0].shape
-            speed = abs(dx) / (width / height) / elapsed if horizontal else abs(dy) / elapsed
-            unsteady = _unsteady([(i, thing.x if horizontal else thing.y) for i, thing in seen])
+            speed = (abs(dx) / (width / height) if horizontal else abs(dy)) / (end - start)
+            unsteady = _unsteady([(t, thing.x if horizontal else thing.y) for t, thing in seen])
     return Detection(colour, shape, direction, count, ground_colour, ground, speed, unsteady)
 
 
-def _unsteady(places: list[tuple[int, float]]) -> float | None:
-    """How far the speed between quarters of the (frame, place) is from the whole's; None where there are too few."""
+def _unsteady(places: list[tuple[float, float]]) -> float | None:
+    """How far the speed in each quarter of the (time, place) is from the whole's; None where there are too few."""
     if len(places) < 5:
         return None
     ends = [places[round(k * (len(places) - 1) / 4)] for k in range(5)]
 
-    def speed(a: tuple[int, float], b: tuple[int, float]) -> float:
+    def speed(a: tuple[float, float], b: tuple[float, float]) -> float:
         return (b[1] - a[1]) / (b[0] - a[0])
 
     return max(abs(speed(a, b) / speed(ends[0], ends[-1]) - 1) for a, b in itertools.pairwise(ends))

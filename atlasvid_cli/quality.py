@@ -136,9 +136,9 @@ def run(request: Request, count: int, folder: Path, console: Console) -> dict[st
 
 
 def looked_at(plan: Plan) -> list[int]:
-    """The numbers of the frames to look at: evenly spread, at times that the proxy shows too."""
+    """The numbers of the frames to look at: about evenly spread, at times that the proxy shows too."""
     sparse = range(0, plan.frames, plan.proxy.time_ratio)
-    return [sparse[round(k * (len(sparse) - 1) / (FRAMES - 1))] for k in range(FRAMES)]
+    return sorted({sparse[round(k * (len(sparse) - 1) / (FRAMES - 1))] for k in range(FRAMES)})
 
 
 def proxy_frames(plan: Plan, preview: Path) -> list[np.ndarray]:
@@ -148,7 +148,7 @@ def proxy_frames(plan: Plan, preview: Path) -> list[np.ndarray]:
 
 def assess(plan: Plan, frames: list[np.ndarray], proxy: list[np.ndarray], attributes: world.Attributes) -> Assessment:
     """Looks at the uint8 (H, W, 3) `frames` of a video and those of its proxy at the same times."""
-    found = detect(frames, looked_at(plan)[-1] / plan.fps)
+    found = detect(frames, [n / plan.fps for n in looked_at(plan)])
     lines, pitch = window_borders(plan), plan.preset.geometry.token_pixels // plan.scale
     widths = [w for f in frames if (w := edge_width(f)) is not None]
     return Assessment(

@@ -102,7 +102,7 @@ def test_what_an_interrupted_run_left_is_made_anew(tmp_path):
 def test_a_proxy_is_timed_with_its_models_loaded_and_its_prompt_encoded(request_of, tmp_path, monkeypatch):
     arm = next(ablation_arms.arms(request_of, QUIET))
     monkeypatch.setattr(arm.session, "_cache_folder", tmp_path / "cache")
-    plan, loaded, timed = make_plan(request_of), [], []
+    loaded, timed = [], []
     make = ablation.pipeline.make_proxy
     for name in ("load_transformer", "load_vae", "load_text"):
         load = getattr(session, name)
@@ -116,7 +116,8 @@ def test_a_proxy_is_timed_with_its_models_loaded_and_its_prompt_encoded(request_
 
     monkeypatch.setattr(ablation.pipeline, "make_proxy", make_proxy)
     [(prompt, attributes)] = quality.held_out_prompts(1)
-    ablation.look(arm, plan, prompt, attributes, tmp_path, QUIET)
+    plan = make_plan(dataclasses.replace(request_of, prompt=prompt))
+    ablation.look(arm, plan, attributes, tmp_path, QUIET)
     assert timed == [[]] and sorted(set(loaded)) == ["load_text", "load_transformer", "load_vae"]
 
 

@@ -13,6 +13,10 @@ def frames_of(scene, seconds=4.0, count=5):
     return [((f + 1) * 127.5).round().byte().permute(1, 2, 0).numpy() for f in pixels.unbind(1)]
 
 
+def seen(frames, seconds=4.0):
+    return detect(frames, np.linspace(0, seconds, len(frames)).tolist())
+
+
 @pytest.fixture(scope="module")
 def scenes():
     rng = random.Random(11)
@@ -20,20 +24,19 @@ def scenes():
 
 
 def test_true_renders_score_nearly_all(scenes):
-    scores = [adherence(detect(frames_of(s), 4.0), s.attributes) for s in scenes]
+    scores = [adherence(seen(frames_of(s)), s.attributes) for s in scenes]
     for name in scores[0]:
         assert np.mean([s[name] for s in scores]) >= 0.97, name
 
 
 def test_corrupted_renders_fail(scenes):
     scenes = scenes[:20]
-    backwards = [adherence(detect(frames_of(s)[::-1], 4.0), s.attributes)["direction"] for s in scenes]
-    frozen = [adherence(detect(frames_of(s)[:1] * 5, 4.0), s.attributes)["direction"] for s in scenes]
+    backwards = [adherence(seen(frames_of(s)[::-1]), s.attributes)["direction"] for s in scenes]
+    frozen = [adherence(seen(frames_of(s)[:1] * 5), s.attributes)["direction"] for s in scenes]
     doubled = [
-        adherence(detect([np.concatenate((f, f), axis=1) for f in frames_of(s)], 4.0), s.attributes)["count"]
-        for s in scenes
+        adherence(seen([np.concatenate((f, f), axis=1) for f in frames_of(s)]), s.attributes)["count"] for s in scenes
     ]
-    swapped = [adherence(detect([f[..., ::-1] for f in frames_of(s)], 4.0), s.attributes)["colour"] for s in scenes]
+    swapped = [adherence(seen([f[..., ::-1] for f in frames_of(s)]), s.attributes)["colour"] for s in scenes]
     assert not any(backwards) and not any(frozen)
     assert np.mean(doubled) < 0.05
     assert np.mean(swapped) < 0.6  # white, black, green and purple survive a swap of red and blue
@@ -49,7 +52,7 @@ def test_objects_that_a_bar_joins_are_two(scenes):
             both[y - 2 : y + 3, x : x + frame.shape[1]] = colour
             yield both
 
-    found = [detect(list(joined(s)), 4.0) for s in scenes[:20]]
+    found = [seen(list(joined(s))) for s in scenes[:20]]
     assert np.mean([d.count == 2 for d in found]) >= 0.95
 
 
@@ -62,8 +65,8 @@ def test_shapes_that_are_not_what_was_asked_for_fail(scenes):
         return frame[moved[0], moved[1].T]
 
     upside_down = [f for s in scenes if s.shape == "triangle" for f in [[g[::-1] for g in frames_of(s)]]]
-    assert upside_down and not any(detect(f, 4.0).shape == "triangle" for f in upside_down)
-    blobs = [adherence(detect([smeared(f) for f in frames_of(s, count=2)], 4.0), s.attributes)["shape"] for s in scenes]
+    assert upside_down and not any(seen(f).shape == "triangle" for f in upside_down)
+    blobs = [adherence(seen([smeared(f) for f in frames_of(s, count=2)]), s.attributes)["shape"] for s in scenes]
     assert np.mean(blobs) < 0.2
 
 
@@ -74,29 +77,37 @@ def test_a_ground_is_known_by_a_part_of_it(scenes, shown):
     for scene in scenes:
         pixels = world.render(scene, torch.tensor([0.0, 2.0]), 160, 256, (0.0, 0.0, shown))
         frames = [((f + 1) * 127.5).round().byte().permute(1, 2, 0).numpy() for f in pixels.unbind(1)]
-        found.append(detect(frames, 2.0).ground == scene.ground)
+        found.append(seen(frames, 2.0).ground == scene.ground)
     assert np.mean(found) >= 0.97
 
 
 def test_a_gradient_turned_by_a_quarter_is_none(scenes):
     gradients = [scene for scene in scenes if scene.ground == "gradient"][:5]
     turned = ([np.ascontiguousarray(np.rot90(f, -1)) for f in frames_of(scene)] for scene in gradients)
-    assert gradients and all(detect(frames, 4.0).ground != "gradient" for frames in turned)
+    assert gradients and all(seen(frames).ground != "gradient" for frames in turned)
 
 
 def test_speed_is_measured(scenes):
     for scene in scenes[:10]:
-        found = detect(frames_of(scene), 4.0)
+        found = seen(frames_of(scene))
         extent = scene.aspect if world.DIRECTIONS[scene.direction][0] else 1.0
         assert found.speed == pytest.approx(scene.speed / extent, rel=0.05)
 
 
 def test_a_steady_speed_is_and_a_changing_one_is_not(scenes):
     for scene in scenes[:10]:
-        assert detect(frames_of(scene, count=9), 4.0).unsteady < 0.1
+        assert seen(frames_of(scene, count=9)).unsteady < 0.1
         pixels = world.render(scene, 4 * torch.linspace(0, 1, 9) ** 1.5, 160, 256)
         faster = [((f + 1) * 127.5).round().byte().permute(1, 2, 0).numpy() for f in pixels.unbind(1)]
-        assert detect(faster, 4.0).unsteady > 0.15
+        assert seen(faster).unsteady > 0.15
+
+
+def test_places_count_at_their_own_times(scenes):
+    times = [0.0, 0.5, 0.75, 1.5, 2.0, 2.25, 3.0, 3.75, 4.0]
+    for scene in scenes[:10]:
+        pixels = world.render(scene, torch.tensor(times), 160, 256)
+        frames = [((f + 1) * 127.5).round().byte().permute(1, 2, 0).numpy() for f in pixels.unbind(1)]
+        assert detect(frames, times).unsteady < 0.1
 
 
 def test_components_of_a_ring_and_a_dot():

@@ -9,7 +9,6 @@ import torch
 from atlasvid_cli import captions, pipeline, quality, world
 from atlasvid_cli.console import Console
 from atlasvid_cli.errors import UsageError
-from atlasvid_cli.metrics import adherence, detect
 from atlasvid_cli.plan import Request, make_plan
 from tests.test_captions import EVERY_FORM
 
@@ -35,14 +34,39 @@ def test_a_run_counts_its_videos_and_is_kept(random_preset, tmp_path, monkeypatc
     assert quality.run(request, 2, tmp_path, Console(interactive=False)) == found
 
 
-def test_true_renders_pass_and_have_no_seams():
+def rendered(plan, attributes):
+    """The frames to look at of a true render."""
+    times = torch.tensor(quality.looked_at(plan)) / plan.fps
+    pixels = world.render(quality.true_scene(plan, attributes), times, plan.request.height, plan.request.width)
+    return [((x + 1) * 127.5).byte().permute(1, 2, 0).numpy() for x in pixels.unbind(1)]
+
+
+def shrunk(frames, plan):
+    """Frames in the size of the plan's proxy."""
+    size = plan.request.width, plan.request.height
+    x, y = (np.arange(b) * a // b for a, b in zip(size, plan.proxy_size, strict=True))
+    return [frame[y][:, x] for frame in frames]
+
+
+@pytest.mark.parametrize("seconds", [2, 4, 12])
+def test_true_renders_pass_and_are_steady(seconds):
+    plan = make_plan(Request("tiny", 960, 540, Fraction(seconds)))
+    for _, attributes in quality.held_out_prompts(6):
+        frames = rendered(plan, attributes)
+        seen = quality.assess(plan, frames, shrunk(frames, plan), attributes)
+        assert all(seen.right.values()) and seen.unsteady <= quality.STEADY
+
+
+def test_a_video_of_few_frames_is_looked_at_once_each():
+    plan = make_plan(Request("tiny", 480, 272, Fraction(1, 2)))
+    assert quality.looked_at(plan) == [0, 4]
+
+
+def test_true_renders_have_no_seams():
     plan = make_plan(Request("tiny", 480, 272, Fraction(4)))
     (_, attributes), *_ = quality.held_out_prompts(1)
-    scene, times = quality.true_scene(plan, attributes), torch.linspace(0, 4, quality.FRAMES)
-    frames = [((x + 1) * 127.5).byte().permute(1, 2, 0).numpy() for x in world.render(scene, times, 272, 480).unbind(1)]
-    assert all(adherence(detect(frames, 4.0), attributes).values())
-    x, y = (np.arange(b) * a // b for a, b in zip((480, 272), plan.proxy_size, strict=True))
-    proxy = [frame[y][:, x] for frame in frames]
+    frames = rendered(plan, attributes)
+    proxy = shrunk(frames, plan)
     true, chance = quality.seams([quality.assess(plan, frames, proxy, attributes)])
     assert abs(true - 1) < 3 * chance
     _, columns = quality.window_borders(plan)
