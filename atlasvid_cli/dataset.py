@@ -44,6 +44,7 @@ def folder_of(work: Path, vae_hash: str) -> Path:
         "grids": [FRAME_GRIDS, PROXY_GRIDS],
         "frames": [CLIP_FRAMES, PROXY_FRAMES],
         "draws": [HASTE, CLOSE_UPS, world.SHAPE_SHARES, world.GROUND_SHARES],
+        "world": [world.HELD_OUT_FRACTION, world.SPEED, world.LONGEST, world.COLOURS],
         "told": ["near", captions.ORDERS, captions.OBJECTS, captions.MOTIONS, captions.GROUNDS, captions.NAMED_GROUNDS],
         "shard": SHARD,
         "crops": [DETAIL_TOKENS, DETAIL_RATIOS],

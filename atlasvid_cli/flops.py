@@ -7,7 +7,7 @@ import dataclasses
 import math
 from fractions import Fraction
 
-from .presets import Detail, Transformer
+from .presets import Detail, Layout, Transformer, window_cycle
 from .shapes import Grid, Shape
 
 PROMPT_KEYS = 24  # of an ordinary prompt, once its padding is one key
@@ -42,14 +42,12 @@ def detail_flops(
     text: int = PROMPT_KEYS,
 ) -> int:
     """Of one forward of the first `layers` blocks on the detail, each window with its aligned proxy of `below`."""
-    from .windows import aligned_span, cut
+    from .windows import aligned_span
 
-    sizes = dataclasses.astuple(grid)
     layers = size.layers if layers is None else layers
     pairs = layers * grid.tokens * text
     for block in range(layers):
-        shape, shifted = detail.layouts[block % len(detail.layouts)]
-        lengths = [[n for _, n in cut(s, w, shifted)] for s, w in zip(sizes, shape, strict=True)]
+        lengths = _lengths(grid, detail.layouts[block % len(detail.layouts)])
         pairs += math.prod(sum(n * n for n in axis) for axis in lengths)
         if not detail.proxy_attention:
             continue
@@ -64,11 +62,16 @@ def detail_flops(
 
 def context_flops(size: Transformer, patch: int, window: Shape, grid: Grid, text: int = PROMPT_KEYS) -> int:
     """Of the proxy stream: `grid` once through all blocks, in windows of one shape."""
+    pairs, layouts = size.layers * grid.tokens * text, window_cycle([window])
+    for block in range(size.layers):
+        lengths = _lengths(grid, layouts[block % len(layouts)])
+        pairs += math.prod(sum(n * n for n in axis) for axis in lengths)
+    return grid.tokens * linear_flops(size, patch) + attention_flops(size, pairs)
+
+
+def _lengths(grid: Grid, layout: Layout) -> list[list[int]]:
+    """Tokens of the windows along t, h and w."""
     from .windows import cut
 
-    pairs = size.layers * grid.tokens * text
-    for block in range(size.layers):
-        sides = zip(dataclasses.astuple(grid), window, strict=True)
-        shifted = block % 2 == 1
-        pairs += math.prod(sum(n * n for _, n in cut(s, w, shifted)) for s, w in sides)
-    return grid.tokens * linear_flops(size, patch) + attention_flops(size, pairs)
+    (shape, shifted), sizes = layout, dataclasses.astuple(grid)
+    return [[n for _, n in cut(size, window, shifted)] for size, window in zip(sizes, shape, strict=True)]

@@ -154,6 +154,8 @@ def native_sample(
 
     linear = linear_flops(size, patch, 1) + 4 * size.dim * text
     part = crop(grid, min(budget / linear, WIDEST_BYTES / (4 * size.ffn)))
+    if part.tokens == text:  # attention to itself is known by its length
+        part = crop(part, text - 1)
     run = native_forward(model, patch, text, part)
     with _without_self_attention():
         with _first_blocks(model, 0):

@@ -311,9 +311,10 @@ def _parse(kind: Any, value: Any, where: str) -> Any:
         if value not in arguments:
             raise UsageError(f"{where} is {value!r}; choose one of {', '.join(arguments)}")
         return value
-    if kind is float and isinstance(value, int):
+    is_flag = isinstance(value, bool)  # which Python takes for a number
+    if kind is float and isinstance(value, int) and not is_flag:
         value = float(value)
-    if not isinstance(value, kind) or (kind is int and isinstance(value, bool)):
+    if not isinstance(value, kind) or is_flag != (kind is bool):
         raise UsageError(f"{where} must be of type {kind.__name__}, not {value!r}")
     if kind in (int, float) and not (value >= 0 if where.endswith(MAY_BE_ZERO) else value > 0):
         raise UsageError(f"{where} must be {'0 or ' if where.endswith(MAY_BE_ZERO) else ''}above 0, not {value!r}")

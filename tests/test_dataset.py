@@ -1,10 +1,12 @@
 """Shards of latents: one shape each, kept when they are there."""
 
 import random
+from dataclasses import replace
 from fractions import Fraction
 
 import pytest
 import torch
+import torch.nn.functional as F
 
 from atlasvid_cli import dataset, train_vae, world
 from tests.test_train_vae import CONFIG
@@ -88,8 +90,18 @@ def test_a_latent_frame_is_near_where_any_of_its_frames_is():
 
 
 @pytest.mark.parametrize("kind", ["proxy", "clip", "first", "upper"])
-def test_a_sample_tells_where_its_object_is(kind):
+def test_a_sample_tells_where_its_object_is(kind, monkeypatch):
+    """By the pixels that are others when the object has another colour."""
+    shown, seen = [], dataset._seen
+    monkeypatch.setattr(dataset, "_seen", lambda *a: shown.append(a) or seen(*a))
     for seed in range(4):
+        shown.clear()
         pixels, near, _ = dataset.sample(kind, random.Random(seed), (5, 8), Fraction(3))
-        _, frames, height, width = pixels["latents"].shape
-        assert near.shape == (1, frames // 4 + 1, height // 32, width // 32) and near.dtype == torch.bool
+        scene, *where = shown[0]
+        assert torch.equal(seen(scene, *where), pixels["latents"])
+        red, blue = (seen(replace(scene, colour=colour), *where) for colour in ("red", "blue"))
+        touched = F.max_pool2d((red - blue).abs().amax(0), 32) > 0
+        touched = torch.cat((touched[:1], touched[1:].unflatten(0, (-1, 4)).any(1)))[None]
+        assert near.shape == touched.shape and near.dtype == torch.bool and not (touched & ~near).any()
+        if kind != "upper":  # of a close-up the gaps of a star or ring are many tokens
+            assert not (near[0] & ~F.max_pool2d(touched[0].float(), 5, 1, 2).bool()).any(), "nor what is far from it"

@@ -53,6 +53,14 @@ def test_a_native_sample_scales_by_rows_heads_layers_and_tokens(native, grid):
     assert found.seconds == pytest.approx(whole) and 0 < found.fraction < 1
 
 
+def test_a_native_sample_never_takes_as_many_tokens_as_text(native, monkeypatch):
+    """Its attention to itself could not be told from that to the text."""
+    (model, size, _), taken, forward = native, [], measure.native_forward
+    monkeypatch.setattr(measure, "native_forward", lambda *a: taken.append(a[-1].tokens) or forward(*a))
+    measure.native_sample(model, size, 2, Grid(1, 16, 32), 1, 1e12, 1.0, 1)
+    assert taken == [496]
+
+
 @pytest.mark.parametrize("threads", [2, 64])
 @pytest.mark.parametrize("grid", [Grid(9, 68, 120), Grid(2, 20, 30), Grid(1, 8, 8)])
 def test_a_native_sample_keeps_every_thread_busy_where_all_of_attention_would(native, monkeypatch, threads, grid):

@@ -65,6 +65,7 @@ def test_an_interval_of_guidance_may_begin_at_zero(changed):
         ("[detail.first] ", "[training]\nema = 1.5\n[detail.first]\n#", "ema must be 1 or less"),
         ("[detail.first] ", "[detail.first]\nguidance_interval = [0.9, 0.2]\n#", "lower end to its upper"),
         ("autoguidance = 0.5", "autoguidance = -1", "autoguidance must be 0 or above 0"),
+        ("autoguidance = 0.5", "autoguidance = true", "autoguidance must be of type float, not True"),
         ('lora = "proxy_lora.safetensors"', "", "proxy: autoguidance needs a lora"),
         (
             "[proxy]\n",
