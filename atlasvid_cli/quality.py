@@ -102,19 +102,20 @@ def run(request: Request, count: int, folder: Path, console: Console) -> dict[st
     how many its speed is steady; the seam statistic and what chance does to it; the mean coherence in dB; the median
     edge width (DESIGN §9).
     """
-    check_resources(check(request), folder.absolute(), videos=count)
+    plan = check(request)
+    check_resources(plan, folder.absolute(), videos=count)
     session = Session(request.preset, request.model_path)
     seen = []
     with store.results(folder):
         for i, (prompt, attributes) in enumerate(held_out_prompts(count)):
-            plan = make_plan(dataclasses.replace(request, prompt=prompt, seed=i))
+            job = make_plan(dataclasses.replace(request, prompt=prompt, seed=i))
             video = folder / f"{i:03}.mp4"
-            run_dir = folder / f"{i:03}-{run_hash(session, plan)}"
-            done = pipeline.finished_video(session, plan, run_dir, video)
+            run_dir = folder / f"{i:03}-{run_hash(session, job)}"
+            done = pipeline.finished_video(session, job, run_dir, video)
             if not (done and (run_dir / "proxy.mp4").exists()):
                 console.note(f"{i + 1} of {count}: {prompt}")
                 video.unlink(missing_ok=True)  # another job's
-                pipeline.render(session, plan, run_dir, video, console)
+                pipeline.render(session, job, run_dir, video, console)
             frames = frames_at(video, looked_at(plan))
             seen.append(assess(plan, frames, proxy_frames(plan, run_dir / "proxy.mp4"), attributes))
     right = {name: sum(s.right[name] for s in seen) for name in seen[0].right}
