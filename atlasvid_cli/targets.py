@@ -62,6 +62,13 @@ def is_made(target: Path) -> bool:
         return target.exists()
 
 
+def may_write(folder: Path) -> bool:
+    """Whether by its permissions things can be made in `folder`, or where that is to be: nothing is tried."""
+    with usable(folder):
+        place = next(p for p in (folder, *folder.parents) if p.exists())
+        return place.is_dir() and os.access(place, os.W_OK | os.X_OK)
+
+
 def check_writable(target: Path, option: str = "--output") -> None:
     """Raises ResourceError for a file that cannot be written and UsageError for what is none, a pipe say, before hours
     of work; `option` says where it goes."""

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from atlasvid_cli.errors import UsageError
-from atlasvid_cli.targets import check_writable, is_folder, target_of
+from atlasvid_cli.targets import check_writable, is_folder, may_write, target_of
 
 
 @pytest.mark.parametrize(
@@ -24,6 +24,13 @@ def test_an_output_has_the_suffix_it_needs_and_may_be_a_folder(tmp_path: Path, m
     monkeypatch.chdir(tmp_path)
     (tmp_path / "folder").mkdir()
     assert target_of(output, Path("wan2.1-64x64"), ".mp4") == tmp_path / found
+
+
+def test_a_place_is_looked_at_without_trying_it(tmp_path: Path, monkeypatch):
+    (tmp_path / "file").touch()
+    assert may_write(tmp_path / "new" / "deeper") and not may_write(tmp_path / "file" / "below")
+    monkeypatch.setattr(os, "access", lambda path, mode: path != tmp_path)
+    assert not may_write(tmp_path / "new" / "deeper") and not (tmp_path / "new").exists()
 
 
 def test_standard_output_is_no_place_for_a_video():
