@@ -63,7 +63,7 @@ def train_part(
         for folder in (work, output):
             check_writable(folder.absolute() / "log.jsonl", "--work" if folder is work else "--output")
         with lock(work):
-            train_tiny.make(work, output)
+            train_tiny.make(work, output, console)
         return output
     if given.get("expert", "low") not in ("high", "low"):
         raise UsageError(f"--expert {given['expert']!r} is none; give high or low")

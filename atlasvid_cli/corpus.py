@@ -22,6 +22,7 @@ from diffusers import AutoencoderKLWan
 from . import shapes, store, tensor_file
 from .console import Console
 from .dataset import split
+from .digests import file_digest
 from .encode import encode_clips, encode_stream
 from .errors import InputError
 from .footage import Clip, Crop, open_clip, read_clip
@@ -93,8 +94,8 @@ def _entry(line: str, index: Path, number: int) -> Captioned:
 def load_samples(session: Session, stage: str, data: Path, work: Path, console: Console) -> list[list[dict]]:
     """The samples of stage `proxy` or `detail` of every usable entry of `data`, one list an entry.
 
-    Latents are cached in `work` by the clip's content, the VAE and the figures of the preset that they depend on.
-    `InputError` where no clip can be used.
+    Latents are cached in `work` by the clip's content, the VAE and the figures of the preset that they depend on; a
+    clip that is there is not opened. `InputError` where no clip can be used.
     """
     entries = []
     for entry in read_index(data, console):
@@ -111,17 +112,19 @@ def load_samples(session: Session, stage: str, data: Path, work: Path, console: 
     with console.stage("clips", len(entries)) as advance:
         for entry in entries:
             try:
-                clip = open_clip(entry.path)
-                path = cache / f"{clip.sha256[:32]}.safetensors"
-                if (made := _cached(path)) is None:
+                content = _content(entry.path)
+                path = cache / f"{content[:32]}.safetensors"
+                if (kept := _cached(path)) is None:
+                    clip = open_clip(entry.path)
                     vae = vae or load_vae(session.folder).to(session.device)
                     encoded = (encode_for_proxy if stage == "proxy" else encode_for_detail)(vae, preset, clip)
-                    _save(path, encoded)
-                    made = _cached(path)
-                assert made is not None
-                if clip.is_hdr:
+                    _save(path, encoded, clip.is_hdr)
+                    kept = _cached(path)
+                assert kept is not None
+                samples, is_hdr = kept
+                if is_hdr:
                     console.warn(f"{entry.path} is HDR and is taken as it is, pale: convert it to SDR, or leave it out")
-                groups.append([{**sample, "caption": entry.caption, "clip": clip.sha256} for sample in made])
+                groups.append([{**sample, "caption": entry.caption, "clip": content} for sample in samples])
             except InputError as error:
                 skipped += 1
                 console.warn(f"skipped: {error}")
@@ -160,19 +163,32 @@ def figures(session: Session, stage: str) -> dict[str, Any]:
     }
 
 
-def _cached(path: Path) -> list[dict] | None:
+def _content(path: Path) -> str:
+    """sha256 of a clip in hex. `InputError` where it is no file that can be read."""
+    try:
+        if path.is_file():
+            return file_digest(path)
+        reason = "it does not exist or is not a file"
+    except OSError as error:
+        reason = str(error.strerror)
+    raise InputError(f"{path} cannot be read ({reason}): give the path of a video")
+
+
+def _cached(path: Path) -> tuple[list[dict], bool] | None:
+    """The samples of a clip, and whether it is HDR; None where they are to be made."""
     if not path.exists():
         return None
     try:
         tensors, metadata = tensor_file.open_tensors(path)
-        return split(tensors, json.loads(metadata["samples"]))
+        return split(tensors, json.loads(metadata["samples"])), json.loads(metadata["is_hdr"])
     except (InputError, KeyError, ValueError):
-        return None  # damaged: made anew
+        return None  # damaged, or of an older version: made anew
 
 
-def _save(path: Path, encoded: Encoded) -> None:
+def _save(path: Path, encoded: Encoded, is_hdr: bool) -> None:
     tensors = {f"{i}.{name}": x.half() for i, (own, _) in enumerate(encoded) for name, x in own.items()}
-    tensor_file.save_tensors(path, tensors, {"samples": json.dumps([info for _, info in encoded])})
+    infos = json.dumps([info for _, info in encoded])
+    tensor_file.save_tensors(path, tensors, {"samples": infos, "is_hdr": json.dumps(is_hdr)})
 
 
 def proxy_latents(preset: Preset) -> int:

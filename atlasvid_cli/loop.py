@@ -11,6 +11,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
+from dataclasses import dataclass, field
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -32,7 +33,29 @@ from .tensor_file import read_header
 CHECKPOINT_SECONDS = 600
 CHECKPOINT_STEPS, SAMPLE_STEPS, VALIDATION_STEPS, LOG_STEPS = 200, 500, 100, 25
 
-MUON = Training()
+HEADS = ("patch_embedding", "condition_embedder", "proj_out", "scale_shift_table")  # matrices that Muon leaves
+
+HeldOutLoss = Callable[[dict, random.Random, torch.Generator], torch.Tensor]
+
+
+@dataclass(frozen=True)
+class Run:
+    """Where a training lies, how long it is, and who watches.
+
+    Checkpoint, log and events are in `folder`. `lr` is the peak of the rate over all `steps`, each of `accumulate`
+    draws from `seed`. `held_out` samples are validated with. `on_step` gets the steps newly known to be done, with
+    `before=True` those of an earlier run; `show(step)` is called now and then, to sample.
+    """
+
+    folder: Path
+    steps: int
+    lr: float
+    seed: int = 0
+    accumulate: int = 1
+    training: Training = field(default_factory=Training)
+    held_out: Sequence[dict] = ()
+    on_step: Callable[..., None] = lambda done, before=False: None
+    show: Callable[[int], None] = lambda step: None
 
 
 def all_processes() -> PartialState:
@@ -45,34 +68,30 @@ def all_processes() -> PartialState:
 
 def run(
     model: WanTransformer3DModel,
-    folder: Path,
-    steps: int,
-    lr: float,
-    seed: int,
+    told: Run,
     loss_at: Callable[[int, random.Random, torch.Generator], torch.Tensor],
-    accumulate: int = 1,
-    validate: Callable[[], float | None] = lambda: None,
-    on_step: Callable[..., None] = lambda done, before=False: None,
-    training: Training = MUON,
-    show: Callable[[int], None] = lambda step: None,
+    held_out_loss: HeldOutLoss,
 ) -> None:
-    """The loop: `loss_at(step, rng, generator)` over `accumulate` draws a step; logs and checkpoints to `folder`, and
-    losses for TensorBoard where it is installed.
+    """The loop: the mean of `loss_at(step, rng, generator)` over the draws of a step; logs and checkpoints, and losses
+    for TensorBoard where it is installed. `RenderError` where a loss is not finite.
 
     On a CPU the draws of a step run side by side, a thread each: small models keep more cores busy so than by splitting
     every product over all of them. Several processes share the draws, which are as many more as leave none idle, and
-    the first one logs, validates and saves. `validate()` is the loss on held-out samples, None without any; `on_step`
-    gets the steps newly known to be done; `show(step)` is called now and then, to sample. Where `training` asks for an
-    average of the weights, that is validated, shown, and what the model ends with.
+    the first one logs, validates and saves. Where `told.training` asks for an average of the weights, that is
+    validated, shown, and what the model ends with.
     """
-    processes = all_processes()
-    draws = -(-accumulate // processes.num_processes) * processes.num_processes
+    processes, folder, steps = all_processes(), told.folder, told.steps
+    draws = -(-told.accumulate // processes.num_processes) * processes.num_processes
     mine = range(processes.process_index, draws, processes.num_processes)
     named = [(n, p) for n, p in model.named_parameters() if p.requires_grad]
     trained = [p for _, p in named]
     threads = torch.get_num_threads()
     on_cpu = trained[0].device.type == "cpu"
     workers = min(len(mine), threads) if on_cpu else 1
+    validate = validation(told.held_out, held_out_loss)
+    optimizer = Optimizer(named, told.lr, HEADS, told.training.optimizer)
+    average = EMAModel(trained, decay=told.training.ema) if told.training.ema else None
+    step, recent = load_checkpoint(folder, model, optimizer, average)
 
     def gradients(draw: str) -> tuple[float, tuple[torch.Tensor | None, ...]]:
         rng = random.Random(draw)
@@ -80,8 +99,6 @@ def run(
         with cpu_autocast(on_cpu):
             loss = loss_at(step, rng, generator) / draws
         return loss.item(), torch.autograd.grad(loss, trained, allow_unused=True)
-
-    heads = ("patch_embedding", "condition_embedder", "proj_out", "scale_shift_table")
 
     @contextmanager
     def averaged() -> Iterator[None]:
@@ -96,19 +113,16 @@ def run(
             if average:
                 average.restore(trained)
 
-    optimizer = Optimizer(named, lr, heads, training.optimizer)
-    average = EMAModel(trained, decay=training.ema) if training.ema else None
-    step, recent = load_checkpoint(folder, model, optimizer, average)
     processes.wait_for_everyone()  # who is ahead must not save what another has yet to read
     if processes.is_main_process:
         cut_log(folder / "log.jsonl", step)
     board = _board(folder, step) if processes.is_main_process else None
-    on_step(step, before=True)
+    told.on_step(step, before=True)
     started = saved = time.monotonic()
     with ThreadPoolExecutor(workers, initializer=torch.set_num_threads, initargs=(threads // workers,)) as pool:
         while step < steps:
             total = 0.0
-            for loss, grads in pool.map(gradients, [f"{seed}/{step}/{part}" for part in mine]):
+            for loss, grads in pool.map(gradients, [f"{told.seed}/{step}/{part}" for part in mine]):
                 total += loss
                 for p, grad in zip(trained, grads, strict=True):
                     if grad is not None:
@@ -121,11 +135,11 @@ def run(
                     f"the loss or its gradient is not finite at step {step + 1}; {_saved(folder)}: give a smaller --lr,"
                     " with which training starts anew"
                 )
-            optimizer.step(learning_rate(step, steps, lr))
+            optimizer.step(learning_rate(step, steps, told.lr))
             if average:
                 average.step(trained)
             step += 1
-            on_step(1)
+            told.on_step(1)
             recent.append(total)
             if not processes.is_main_process:
                 continue
@@ -148,7 +162,7 @@ def run(
                 saved = time.monotonic()
             if shown:
                 with averaged():
-                    show(step)
+                    told.show(step)
     if board:
         board.close()
     if average:
@@ -169,7 +183,8 @@ def _board(folder: Path, step: int) -> Any:
         from torch.utils.tensorboard import SummaryWriter
     except ImportError:
         return None
-    return SummaryWriter(str(folder), purge_step=step)
+    # TensorBoard hides the points from this step on: those that will be written again, not the last that is kept
+    return SummaryWriter(str(folder), purge_step=step + 1 if step else 0)
 
 
 def _summed(trained: list[torch.nn.Parameter], loss: float) -> float:
@@ -193,10 +208,8 @@ def cut_log(path: Path, step: int) -> None:
             file.writelines(f"{line}\n".encode() for line in kept)
 
 
-def validation(
-    held_out: Sequence[dict], loss_of: Callable[[dict, random.Random, torch.Generator], torch.Tensor]
-) -> Callable[[], float | None]:
-    """The mean loss of held-out samples, each at noise and a sigma that are its own and never change."""
+def validation(held_out: Sequence[dict], loss_of: HeldOutLoss) -> Callable[[], float | None]:
+    """The mean loss of held-out samples, each at noise and a sigma that are its own and never change; None of none."""
 
     @torch.no_grad()
     def validate() -> float | None:

@@ -15,9 +15,9 @@ import torch
 from diffusers import WanTransformer3DModel
 from peft import LoraConfig, get_peft_model_state_dict
 
-from .loop import MUON, run, validation
+from .loop import Run, run
 from .model import Alignment, clip_forward, detail_forward, patchify, proxy_context, text_context
-from .presets import Detail, Training
+from .presets import Detail
 from .schedule import shift_sigma, unshift_sigma, upsample
 from .shapes import Grid
 from .tensor_file import save_tensors
@@ -216,34 +216,26 @@ def pick_prompt(sample: dict, embed: Embed, rng: random.Random) -> torch.Tensor:
 
 def train_clips(
     model: WanTransformer3DModel,
-    folder: Path,
+    told: Run,
     images: list[dict],
     clips: list[dict],
     embed: Embed,
-    steps: int,
-    lr: float,
     *,
     time_ratio: int,
     tokens: int,
     stills: tuple[float, float] = (0.0, 0.0),
     shift_of: Callable[[int], float] = lambda latents: 3.0,
     within: tuple[float, float] = (0.0, 1.0),
-    accumulate: int = 1,
-    seed: int = 0,
-    held_out: Sequence[dict] = (),
-    on_step: Callable[..., None] = lambda done, before=False: None,
-    training: Training = MUON,
-    show: Callable[[int], None] = lambda step: None,
 ) -> None:
     """Stage 1 training on clips, and on single `images` at a share of draws going from `stills[0]` to `stills[1]`.
 
-    A step sees `accumulate` batches of about `tokens` tokens; `shift_of` gives a clip's shift by its latent frames, and
-    sigmas lie `within` two.
+    A draw is a batch of about `tokens` tokens; `shift_of` gives a clip's shift by its latent frames, and sigmas lie
+    `within` two.
     """
     stills_by_shape, clips_by_shape = by_shape(images), by_shape(clips)
 
     def loss_at(step: int, rng: random.Random, generator: torch.Generator) -> torch.Tensor:
-        still = rng.random() < stills[0] + (stills[1] - stills[0]) * step / steps
+        still = rng.random() < stills[0] + (stills[1] - stills[0]) * step / told.steps
         picked, latents = draw_batch(stills_by_shape if still else clips_by_shape, rng, tokens)
         prompts = [pick_prompt(s, embed, rng) for s in picked]
         length = latents[0].shape[1]
@@ -257,28 +249,19 @@ def train_clips(
         figures = time_ratio, shift_of(length), _near([sample], length), within
         return clip_loss(model, [latents], prompts, generator, *figures)
 
-    validate = validation(held_out, held_out_loss)
-    run(model, folder, steps, lr, seed, loss_at, accumulate, validate, on_step, training, show)
+    run(model, told, loss_at, held_out_loss)
 
 
 def train_detail(
     model: WanTransformer3DModel,
     proxy_model: WanTransformer3DModel,
-    folder: Path,
+    told: Run,
     data: list[dict],
     embed: Embed,
-    steps: int,
-    lr: float,
     detail: Detail,
     *,
     time_ratio: int = 4,
     highest: float = 1.0,
-    accumulate: int = 3,
-    seed: int = 0,
-    held_out: Sequence[dict] = (),
-    on_step: Callable[..., None] = lambda done, before=False: None,
-    training: Training = MUON,
-    show: Callable[[int], None] = lambda step: None,
 ) -> None:
     """Stage 2 training of `proxy_model`, which is `model` itself where the adapter acts on both streams, at sigmas of
     `highest` at most."""
@@ -293,8 +276,7 @@ def train_detail(
         prompts = [embed(sample["caption"])]
         return detail_loss(model, proxy_model, [sample], prompts, rng, generator, detail, time_ratio, highest)
 
-    validate = validation(held_out, held_out_loss)
-    run(proxy_model, folder, steps, lr, seed, loss_at, accumulate, validate, on_step, training, show)
+    run(proxy_model, told, loss_at, held_out_loss)
 
 
 def adapter_metadata(

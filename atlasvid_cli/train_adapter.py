@@ -4,25 +4,25 @@ The same command continues an interrupted training from its checkpoint; other da
 """
 
 import contextlib
-import dataclasses
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
+from dataclasses import astuple, replace
 from fractions import Fraction
 from functools import lru_cache
 from pathlib import Path
 
 import torch
-from diffusers import WanTransformer3DModel
+from diffusers import AutoencoderKLWan, WanTransformer3DModel
 
 from . import corpus, dataset, store, train, wear
 from .console import Console
 from .embeddings import EmbeddingCache
 from .errors import UsageError
-from .loop import all_processes
+from .loop import Run, all_processes
 from .presets import Preset
 from .session import Session
 from .train_job import Job, Learner, check, check_output
 from .train_samples import Sampler
-from .wear import add_enlarged, add_worn
+from .wear import Stage1
 from .weights import check_adapter, load_transformer, load_vae, model_hash
 
 WORLD = "world"
@@ -40,7 +40,7 @@ def make(session: Session, job: Job, console: Console) -> Path:
     preset, learner = session.preset, check(session.preset, job)
     processes = all_processes()
     base = model_hash(session.folder, learner.part)
-    stage1 = model_hash(session.folder, learner.part, learner.lora) if job.stage == "detail" else None
+    below = model_hash(session.folder, learner.part, learner.lora) if job.stage == "detail" else None
     if job.stage == "detail" and learner.lora:
         figures = {"time_ratio": str(preset.proxy.time_ratio)}  # as a render will ask
         check_adapter(session.folder, learner.lora, "proxy", learner.part, figures)
@@ -55,7 +55,7 @@ def make(session: Session, job: Job, console: Console) -> Path:
     data = [[group[0].get("clip"), group[0]["caption"]] for group in groups]
     key = store.artefact_hash(
         {
-            "weights": [model_hash(session.folder, learner.part, "text_encoder", "vae"), stage1],
+            "weights": [model_hash(session.folder, learner.part, "text_encoder", "vae"), below],
             "preset": [
                 preset.proxy.time_ratio,
                 preset.proxy.flow_shift,
@@ -71,7 +71,7 @@ def make(session: Session, job: Job, console: Console) -> Path:
             "windows": [preset.detail.layouts, preset.detail.margin, preset.detail.proxy_window],
             "centre": preset.detail.proxy_centre,
             "job": [job.stage, job.steps, lr, job.rank, job.seed],
-            "training": [dataclasses.astuple(preset.training), train.OBJECT_WEIGHT],
+            "training": [astuple(preset.training), train.OBJECT_WEIGHT],
             "samples": corpus.figures(session, job.stage),
             "data": data,
             **({"sigmas": learner.sigmas} if preset.experts else {}),
@@ -95,10 +95,12 @@ def make(session: Session, job: Job, console: Console) -> Path:
         if job.stage == "detail":
             with processes.main_process_first():
                 samples = [*trained, *held_out]
-                for time_ratio, adapter in {1: None, preset.proxy.time_ratio: learner.lora}.items():
-                    _add_proxies(session, learner, time_ratio, adapter, samples, data, embed, job.work, console)
+                for stage1 in _makers(preset, learner):
+                    proxies = _proxies_folder(session, learner.part, stage1, data, job.work)
+                    _add_proxies(session, learner.part, stage1, samples, embed, proxies, console)
         metadata |= {"run": key}
-        model = _trained(session, job, learner, folder, trained, held_out, embed, lr, metadata, console)
+        told = Run(folder, job.steps, lr, job.seed, training=preset.training, held_out=held_out)
+        model = _trained(session, job, learner, told, trained, embed, metadata, console)
         if processes.is_main_process:
             train.save_adapter(model, job.output, metadata)
     processes.wait_for_everyone()
@@ -109,15 +111,14 @@ def _trained(
     session: Session,
     job: Job,
     learner: Learner,
-    folder: Path,
-    trained: list[dict],
-    held_out: list[dict],
+    told: Run,
+    samples: list[dict],
     embed: train.Embed,
-    lr: float,
     metadata: dict[str, str],
     console: Console,
 ) -> WanTransformer3DModel:
-    """The base with the adapter, trained on samples; checkpoint, log and the adapters of some steps are in `folder`."""
+    """The base with the adapter, trained on samples; the adapters of some steps, which say `metadata`, and pictures of
+    what they make lie beside the checkpoint."""
     preset = session.preset
     model = _trainable(session, learner.part)
     bare = _trainable(session, learner.part) if job.stage == "detail" and preset.detail.streams == "proxy" else model
@@ -127,104 +128,107 @@ def _trained(
         if parameter.requires_grad:
             parameter.data = parameter.data.float()  # bfloat16 would lose updates as small as theirs
     shown = learner.guidance_scale, learner.sigmas
-    sampler = Sampler(session, job.stage, bare, model, held_out, embed, folder / "samples", *shown)
+    sampler = Sampler(session, job.stage, bare, model, told.held_out, embed, told.folder / "samples", *shown)
 
     def show(step: int) -> None:
-        train.save_adapter(model, folder / f"step-{step:06d}.safetensors", metadata)
+        train.save_adapter(model, told.folder / f"step-{step:06d}.safetensors", metadata)
         try:
             sampler.show(step)
         except torch.OutOfMemoryError:  # sampling may take more than training: no reason to end that
             console.warn(f"memory ran out for the pictures of step {step}: training goes on without them")
 
     with console.stage(f"train {job.stage}", job.steps) as advance:
+        told = replace(told, on_step=advance, show=show)
         if job.stage == "proxy":
             train.train_clips(
                 model,
-                folder,
+                replace(told, accumulate=preset.training.accumulate),
                 [],
-                trained,
+                samples,
                 embed,
-                job.steps,
-                lr,
                 time_ratio=preset.proxy.time_ratio,
                 tokens=preset.training.batch * preset.proxy.base_tokens * corpus.proxy_latents(preset),
                 shift_of=lambda latents: preset.proxy.flow_shift,
                 within=learner.sigmas,
-                accumulate=preset.training.accumulate,
-                seed=job.seed,
-                held_out=held_out,
-                on_step=advance,
-                training=preset.training,
-                show=show,
             )
         else:
             train.train_detail(
                 bare,
                 model,
-                folder,
-                trained,
+                replace(told, accumulate=preset.training.detail_accumulate),
+                samples,
                 embed,
-                job.steps,
-                lr,
                 preset.detail,
                 time_ratio=preset.proxy.time_ratio,
                 highest=learner.sigmas[1],
-                accumulate=preset.training.detail_accumulate,
-                seed=job.seed,
-                held_out=held_out,
-                on_step=advance,
-                training=preset.training,
-                show=show,
             )
     return model
 
 
-def _add_proxies(
-    session: Session,
-    learner: Learner,
-    time_ratio: int,
-    adapter: str | None,
-    samples: list[dict],
-    data: list[list[str]],
-    embed: train.Embed,
-    work: Path,
-    console: Console,
-) -> None:
-    """Gives the samples, which `data` names, their worn proxies of a time ratio, by the base with an `adapter` or
-    without, and what a level starts from in pixels. They are kept in `work` by what they depend on alone, so that
-    trainings at other rates, ranks or seeds share them."""
-    preset, proxy, detail = session.preset, session.preset.proxy, session.preset.detail
-    guidance = 1.0 if adapter is None else learner.guidance_scale, preset.negative_prompt
-    largest = learner.sigmas[1]
+def _makers(preset: Preset, learner: Learner) -> list[Stage1]:
+    """How the proxies that stage 2 meets are made: those of upper levels stand for what the bare base makes."""
+    adapters = {1: None, preset.proxy.time_ratio: learner.lora}
+    return [
+        Stage1(
+            time_ratio,
+            lambda latents: preset.proxy.flow_shift,
+            adapter,
+            1.0 if adapter is None else learner.guidance_scale,
+            preset.negative_prompt,
+            learner.sigmas[1],
+        )
+        for time_ratio, adapter in adapters.items()
+    ]
+
+
+def _proxies_folder(session: Session, part: str, stage1: Stage1, data: list[list[str]], work: Path) -> Path:
+    """Where the proxies of the samples that `data` names are kept: by what they depend on alone, so that trainings at
+    other rates, ranks or seeds share them."""
+    guidance = stage1.guidance_scale, stage1.negative
     key = {
-        "weights": model_hash(session.folder, learner.part, "text_encoder", "vae", adapter),
-        "stage 1": [time_ratio, guidance, proxy.flow_shift, largest],
-        "wear": [wear.STEPS, wear.UNSHIFTED, wear.BATCH_TOKENS, train.WORN],
+        "weights": model_hash(session.folder, part, "text_encoder", "vae", stage1.adapter),
+        "stage 1": [stage1.time_ratio, guidance, session.preset.proxy.flow_shift, stage1.largest],
+        "wear": wear.recipe(),
         "samples": corpus.figures(session, "detail"),
         "data": [corpus.HELD_OUT, corpus.VALIDATED, data],
     }
-    folder = store.run_directory(work, f"proxies-{store.artefact_hash(key)}")
+    return work / f"proxies-{store.artefact_hash(key)}"
 
-    def wear_them(on_done: Callable[[int], None]) -> None:
-        model = load_transformer(session.folder, adapter, "proxy", session.dtype, learner.part).to(session.device)
-        figures = time_ratio, (lambda latents: proxy.flow_shift), on_done, *guidance
-        add_worn(model, samples, embed, *figures, largest=largest)
 
-    def enlarge_them(on_done: Callable[[int], None]) -> None:
-        add_enlarged(load_vae(session.folder).to(session.device), samples, time_ratio, on_done)
+def _add_proxies(
+    session: Session,
+    part: str,
+    stage1: Stage1,
+    samples: list[dict],
+    embed: train.Embed,
+    folder: Path,
+    console: Console,
+) -> None:
+    """Gives the samples their worn proxies of a time ratio, and what a level starts from in pixels where one does so;
+    kept in `folder`."""
 
-    wear.complete(folder / "worn.safetensors", samples, "worn", time_ratio, wear_them, console)
-    levels = ((detail.upper, 1), (detail.first, proxy.time_ratio))
-    if any(level.upsample == "pixels" and r == time_ratio for level, r in levels):
-        wear.settle_worn(samples, time_ratio)
-        wear.complete(folder / "enlarged.safetensors", samples, "enlarged", time_ratio, enlarge_them, console)
+    def model() -> WanTransformer3DModel:
+        loaded = load_transformer(session.folder, stage1.adapter, "proxy", session.dtype, part)
+        return loaded.to(session.device)
+
+    def vae() -> AutoencoderKLWan:
+        return load_vae(session.folder).to(session.device)
+
+    detail = session.preset.detail
+    levels = ((detail.upper, 1), (detail.first, session.preset.proxy.time_ratio))
+    pixels = any(level.upsample == "pixels" and r == stage1.time_ratio for level, r in levels)
+    wear.complete_proxies(folder, samples, embed, stage1, model, vae if pixels else None, console)
 
 
 def _trainable(session: Session, part: str) -> WanTransformer3DModel:
-    """The base on the compute device in its dtype; on a GPU blocks are computed again backwards, to save its memory."""
+    """The base on the compute device in its dtype. On a GPU blocks are computed again backwards, to save its memory,
+    and fp32 is multiplied as TF32."""
     model = load_transformer(session.folder, dtype=session.dtype, part=part).to(session.device)
     if session.device.type == "cuda":
         model.enable_gradient_checkpointing()
+        # peft casts what comes in to the factors' fp32: their products would bypass the tensor cores, for digits that
+        # bfloat16 inputs do not have. The factors themselves stay fp32
+        torch.set_float32_matmul_precision("high")
     return model
 
 

@@ -1,10 +1,9 @@
 """Trains encoders to give what the embedded VAE's gives: one that looks at one frame near the pixels, and a first level
 for frames half as large."""
 
-import json
 import math
 import random
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from fractions import Fraction
 from pathlib import Path
 
@@ -12,13 +11,10 @@ import torch
 import torch.nn.functional as F
 from diffusers import AutoencoderKLWan
 
-from .checkpoint import load_checkpoint, save_checkpoint
 from .enlarge import resized
 from .half import HalfEncoder
-from .loop import cut_log
 from .machine import cpu_autocast
-from .optim import learning_rate
-from .train_vae import batch, crop, let_learn, optimizer_of
+from .train_vae import batch, crop, fit, let_learn
 from .vae_clips import clip_moments, clip_pixels
 from .vae_cost import space_factor
 
@@ -88,18 +84,18 @@ def distil_encoder(
     seed: int = 0,
     shapes: Sequence[tuple[int, int, int]] = ((3, 96, 9),),
 ) -> AutoencoderKLWan:
-    """Trains the encoder of `vae` to give the latents that `teacher`'s gives, resuming and logging as
-    `train_vae.train` does. The decoder stays as it is."""
-    z = vae.config.z_dim
+    """Trains the encoder of `vae` to give the latents that `teacher`'s gives (`train_vae.fit`). The decoder stays as it
+    is."""
 
-    def pair(step: int) -> tuple[torch.Tensor, torch.Tensor]:
+    def loss_at(step: int) -> tuple[torch.Tensor, dict[str, float]]:
         x = disturbed(batch(seed, step, *shapes[step % len(shapes)]), random.Random(f"{seed}/{step}/disturbed"))
         with torch.no_grad(), cpu_autocast():
             target = clip_moments(teacher, x)
         with cpu_autocast():
-            return clip_moments(vae, x), target
+            made = clip_moments(vae, x)
+        return _error(made, target, vae.config.z_dim)
 
-    _distil(let_learn(vae, "encoder.", "quant_conv."), folder, steps, lr, z, pair)
+    fit(let_learn(vae, "encoder.", "quant_conv."), folder, steps, lr, loss_at)
     return vae
 
 
@@ -112,46 +108,28 @@ def distil_entry(
     shapes: Sequence[tuple[int, int, int]] = ((4, 96, 9),),
 ) -> HalfEncoder:
     """An encoder for frames half as large (`half`), trained to give of them the latents that the encoder of `vae`
-    gives of whole ones; resumes and logs as above."""
+    gives of whole ones (`train_vae.fit`)."""
     torch.manual_seed(seed)
     encoder = HalfEncoder(vae.requires_grad_(False).encoder)
     for parameter in encoder.own().values():
         parameter.requires_grad_(True)
 
-    def pair(step: int) -> tuple[torch.Tensor, torch.Tensor]:
+    def loss_at(step: int) -> tuple[torch.Tensor, dict[str, float]]:
         large, small = enlarged(vae, random.Random(f"{seed}/{step}/enlarged"), *shapes[step % len(shapes)])
         with torch.no_grad(), cpu_autocast():
             target = clip_moments(vae, large)
         with cpu_autocast():
-            return clip_moments(vae, small, encoder), target
+            made = clip_moments(vae, small, encoder)
+        return _error(made, target, vae.config.z_dim)
 
-    _distil(encoder, folder, steps, lr, vae.config.z_dim, pair)
+    fit(encoder, folder, steps, lr, loss_at)
     return encoder
 
 
-def _distil(
-    model: torch.nn.Module,
-    folder: Path,
-    steps: int,
-    lr: float,
-    channels: int,
-    pair: Callable[[int], tuple[torch.Tensor, torch.Tensor]],
-) -> None:
-    """Trains what may learn of `model` until the moments that `pair` gives at a step, of means in so many `channels`,
-    are alike. "error" is the RMS error of means over their RMS spread."""
-    named, optimizer = optimizer_of(model, lr)
-    step, _ = load_checkpoint(folder, model, optimizer)
-    cut_log(folder / "log.jsonl", step)
-    while step < steps:
-        made, target = (moments.float() for moments in pair(step))
-        wrong = (made - target).square()
-        error = wrong[:, :channels].mean() / target[:, :channels].var(dim=(0, 2, 3, 4)).mean()
-        (error + 0.01 * wrong[:, channels:].mean()).backward()
-        torch.nn.utils.clip_grad_norm_([p for _, p in named], 1.0)
-        optimizer.step(learning_rate(step, steps, lr))
-        step += 1
-        if step % 25 == 0 or step == steps:
-            with (folder / "log.jsonl").open("a") as log:
-                log.write(json.dumps({"step": step, "error": round(math.sqrt(error.item()), 4)}) + "\n")
-        if step % 500 == 0 or step == steps:
-            save_checkpoint(folder, model, optimizer, step)
+def _error(made: torch.Tensor, target: torch.Tensor, channels: int) -> tuple[torch.Tensor, dict[str, float]]:
+    """The loss of moments (n, C, T, h, w) whose means are the first `channels`, and "error": the RMS error of the means
+    over their RMS spread."""
+    made, target = made.float(), target.float()
+    wrong = (made - target).square()
+    error = wrong[:, :channels].mean() / target[:, :channels].var(dim=(0, 2, 3, 4)).mean()
+    return error + 0.01 * wrong[:, channels:].mean(), {"error": round(math.sqrt(error.item()), 4)}

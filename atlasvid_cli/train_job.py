@@ -88,10 +88,11 @@ def check_output(output: Path, key: str | None = None) -> None:
     is known any training, did not make."""
     if output.suffix != ".safetensors":
         raise UsageError(f"{output} would hold an adapter; let --output end in .safetensors")
+    if not output.exists():
+        return
     try:
-        run = tensor_file.read_header(output)[0].get("run") if output.exists() else key
-        same = not output.exists() or (run is not None and key in (None, run))
-    except InputError:
-        same = False
-    if not same:
+        made_by = tensor_file.read_header(output)[0].get("run")
+    except InputError:  # no adapter
+        made_by = None
+    if made_by is None or key not in (None, made_by):
         raise UsageError(f"{output} exists and was made from something else; choose another --output")

@@ -1,5 +1,6 @@
 """Pictures of what an adapter in training makes of held-out clips, for those who watch it learn."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from fractions import Fraction
 from pathlib import Path
@@ -40,7 +41,7 @@ class Sampler:
     stage: str
     bare: WanTransformer3DModel
     model: WanTransformer3DModel
-    held_out: list[dict]
+    held_out: Sequence[dict]
     embed: Embed
     folder: Path
     guidance_scale: float

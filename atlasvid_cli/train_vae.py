@@ -8,8 +8,9 @@ import json
 import math
 import random
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -25,8 +26,9 @@ from .machine import cpu_autocast
 from .optim import Optimizer, learning_rate
 from .vae_clips import clip_moments, clip_pixels
 
-KL_WEIGHT, DRIFT_WEIGHT = 1e-6, 0.2
+KL_WEIGHT, DRIFT_WEIGHT = 1e-4, 0.2
 HELD_FRAMES = 24  # a multiple of the temporal stride
+SAVE_STEPS, LOG_STEPS = 500, 25
 
 
 def build(config: dict, seed: int = 0) -> AutoencoderKLWan:
@@ -127,7 +129,7 @@ def evaluate(vae: AutoencoderKLWan, clips: int = 4, size: int = 160, frames: int
     for zoom in (1.0, 2.0, 4.0, 8.0, 13.5):
         rng = random.Random(f"held-out/{zoom}")
         x = torch.stack([crop(rng, size, frames, zoom) for _ in range(clips)])
-        y = vae.decode(vae.encode(x).latent_dist.mode()).sample
+        y = clip_pixels(vae, clip_moments(vae, x)[:, : vae.config.z_dim])
         result[f"{zoom:g}"] = round(sum(psnr(a, b) for a, b in zip(y, x, strict=True)) / clips, 2)
     result["mean"] = round(sum(result.values()) / len(result), 2)
     return result
@@ -152,10 +154,38 @@ def cut_sides(latents: torch.Tensor, pixels: torch.Tensor, rng: random.Random) -
     return kept, pixels[..., top * scale : (h - bottom) * scale, left * scale : (w - right) * scale]
 
 
-def optimizer_of(model: torch.nn.Module, lr: float) -> tuple[list[tuple[str, torch.nn.Parameter]], Optimizer]:
-    """What needs a gradient, by name, and what updates it."""
+def fit(
+    model: torch.nn.Module,
+    folder: Path,
+    steps: int,
+    lr: float,
+    loss_at: Callable[[int], tuple[torch.Tensor, dict[str, float]]],
+    evaluate: Callable[[], dict[str, Any]] = dict,
+) -> None:
+    """Trains what needs a gradient of `model` for `steps` on the loss that `loss_at(step)` gives, with figures to log.
+
+    Goes on from the checkpoint in `folder` where there is one. Figures go to `folder/log.jsonl`, at checkpoints with
+    what `evaluate()` finds: before the checkpoint, since what is logged after the last one is logged again.
+    """
     named = [(n, p) for n, p in model.named_parameters() if p.requires_grad]
-    return named, Optimizer(named, lr, adamw_names=("conv_in", "conv_out", "quant_conv"))
+    optimizer = Optimizer(named, lr, adamw_names=("conv_in", "conv_out", "quant_conv"))
+    step, _ = load_checkpoint(folder, model, optimizer)
+    cut_log(folder / "log.jsonl", step)
+    started = time.monotonic()
+    while step < steps:
+        loss, figures = loss_at(step)
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_([p for _, p in named], 1.0)
+        optimizer.step(learning_rate(step, steps, lr))
+        step += 1
+        saved = step % SAVE_STEPS == 0 or step == steps
+        if step % LOG_STEPS == 0 or saved:
+            row = {"step": step, **figures, "seconds": round(time.monotonic() - started, 1)}
+            row |= evaluate() if saved else {}
+            with (folder / "log.jsonl").open("a") as log:
+                log.write(json.dumps(row) + "\n")
+        if saved:
+            save_checkpoint(folder, model, optimizer, step)
 
 
 def train(
@@ -170,7 +200,7 @@ def train(
     slopes: float = 0.0,
     cut: bool = False,
 ) -> AutoencoderKLWan:
-    """Trains `vae` for `steps`, resuming from `folder` where it holds a checkpoint; logs to `folder/log.jsonl`.
+    """Trains `vae` (`fit`); logs PSNR (dB) of reconstructions in training, and held-out (`evaluate`).
 
     Steps take the `shapes` (clips, pixels a side, frames) in turn.
 
@@ -184,11 +214,8 @@ def train(
     what was encoded: the encoder pads clips with zeros, to the right and below more than elsewhere, and latents that a
     diffusion model makes at the border of a larger grid do not show it. What needs no gradient stays as it is.
     """
-    named, optimizer = optimizer_of(vae, lr)
-    step, _ = load_checkpoint(folder, vae, optimizer)
-    cut_log(folder / "log.jsonl", step)
-    started = time.monotonic()
-    while step < steps:
+
+    def loss_at(step: int) -> tuple[torch.Tensor, dict[str, float]]:
         count, size, frames = shapes[step % len(shapes)]
         x = batch(seed, step, count, size, frames)
         with cpu_autocast():
@@ -212,22 +239,13 @@ def train(
         if teacher:
             target = settled(teacher, x)
             drift = F.mse_loss(posterior.mean, target) / target.var(dim=(0, 2, 3, 4)).mean()
-        (loss + KL_WEIGHT * 100 * kl + DRIFT_WEIGHT * drift).backward()
-        torch.nn.utils.clip_grad_norm_([p for _, p in named], 1.0)
-        optimizer.step(learning_rate(step, steps, lr))
-        step += 1
-        if step % 25 == 0 or step == steps:
-            row = {
-                "step": step,
-                "loss": round(loss.item(), 5),
-                "psnr": round(10 * math.log10(4 / error.square().mean().item()), 2),
-                "kl": round(kl.item(), 3),
-                "drift": round(drift.item(), 4),
-                "seconds": round(time.monotonic() - started, 1),
-            }
-            if step % 500 == 0 or step == steps:
-                row["held_out"] = evaluate(vae)
-                save_checkpoint(folder, vae, optimizer, step)
-            with (folder / "log.jsonl").open("a") as log:
-                log.write(json.dumps(row) + "\n")
+        figures = {
+            "loss": round(loss.item(), 5),
+            "psnr": round(10 * math.log10(4 / error.square().mean().item()), 2),
+            "kl": round(kl.item(), 3),
+            "drift": round(drift.item(), 4),
+        }
+        return loss + KL_WEIGHT * kl + DRIFT_WEIGHT * drift, figures
+
+    fit(vae, folder, steps, lr, loss_at, lambda: {"held_out": evaluate(vae)})
     return vae

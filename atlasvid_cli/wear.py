@@ -9,9 +9,11 @@ proxy; the base, at the video's frame rate, stands in for what that gets wrong.
 import random
 import time
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from fractions import Fraction
 from itertools import pairwise
 from pathlib import Path
+from typing import Any
 
 import torch
 from diffusers import AutoencoderKLWan, WanTransformer3DModel
@@ -24,6 +26,7 @@ from .loop import CHECKPOINT_SECONDS
 from .machine import cpu_autocast
 from .model import clip_forward, text_context, unpatchify
 from .schedule import shift_sigma, sigmas
+from .store import run_directory
 from .tensor_file import open_tensors, save_tensors
 from .train import PATCH, TEXT_LENGTH, WORN, Embed, by_shape, grid_of, patchified
 from .vae_cost import space_factor, time_factor
@@ -32,6 +35,54 @@ STEPS = 4
 # noised to a sigma in between, before the shift: below, little changes; above, objects go elsewhere
 UNSHIFTED = (0.25, 0.55)
 BATCH_TOKENS = 2000
+
+
+@dataclass(frozen=True)
+class Stage1:
+    """How stage 1 makes the proxies of a time ratio, and so wears them: by the base with an `adapter` or without, at
+    the flow shift that `shift_of` gives a clip by its latent frames, guided away from `negative` where the scale is
+    above 1, from sigmas of `largest` at most."""
+
+    time_ratio: int
+    shift_of: Callable[[int], float]
+    adapter: str | None = None
+    guidance_scale: float = 1.0
+    negative: str = ""
+    largest: float = 1.0
+
+
+def recipe() -> list[Any]:
+    """What decides worn proxies beside weights, samples and how stage 1 makes them."""
+    return [STEPS, UNSHIFTED, BATCH_TOKENS, WORN]
+
+
+def complete_proxies(
+    folder: Path,
+    data: list[dict],
+    embed: Embed,
+    stage1: Stage1,
+    model: Callable[[], WanTransformer3DModel],
+    vae: Callable[[], AutoencoderKLWan] | None,
+    console: Console,
+) -> None:
+    """Gives samples of stage 2 the worn proxies of a time ratio, by stage 1's `model`, and with a `vae` what a level
+    starts from in pixels, which leaves them one proxy (`settle_worn`). Both are kept in `folder` as they are made, and
+    what makes them is loaded where some are missing."""
+    time_ratio = stage1.time_ratio
+    run_directory(folder.parent, folder.name)
+
+    def wear_them(on_done: Callable[[int], None]) -> None:
+        add_worn(model(), data, embed, stage1, on_done)
+
+    complete(folder / "worn.safetensors", data, "worn", time_ratio, wear_them, console)
+    if vae is None:
+        return
+
+    def enlarge_them(on_done: Callable[[int], None]) -> None:
+        add_enlarged(vae(), data, time_ratio, on_done)
+
+    settle_worn(data, time_ratio)
+    complete(folder / "enlarged.safetensors", data, "enlarged", time_ratio, enlarge_them, console)
 
 
 def complete(
@@ -91,10 +142,9 @@ def add_enlarged(
     on_done: Callable[[int], None] = lambda samples: None,
 ) -> None:
     """Gives every sample of stage 2 that has a proxy of that time ratio what a level starts from in pixels (`enlarge`),
-    latents `enlarged_<time_ratio>` fp16, where it lacks that, made from its worn proxy or its true one; it keeps that
-    one alone. By the VAE's own encoder, which an `entry` imitates."""
+    latents `enlarged_<time_ratio>` fp16, where it lacks that, made from the proxy that it was left with
+    (`settle_worn`). By the VAE's own encoder, which an `entry` imitates."""
     proxy, enlarged = f"proxy_{time_ratio}", f"enlarged_{time_ratio}"
-    settle_worn(data, time_ratio)
     for sample in data:
         if proxy not in sample or enlarged in sample:
             continue
@@ -140,15 +190,12 @@ def add_worn(
     model: WanTransformer3DModel,
     data: list[dict],
     embed: Embed,
-    time_ratio: int,
-    shift_of: Callable[[int], float],
+    stage1: Stage1,
     on_done: Callable[[int], None] = lambda samples: None,
-    guidance_scale: float = 1.0,
-    negative: str = "",
-    largest: float = 1.0,
 ) -> None:
     """Gives every sample of stage 2 that has a proxy of that time ratio a worn copy of it, `worn_<time_ratio>` fp16,
-    where it lacks one: always the same one for the same samples, noised to sigmas of `largest` at most."""
+    where it lacks one: always the same one for the same samples. `on_done` gets how many are newly made."""
+    time_ratio = stage1.time_ratio
     proxy, worn, whole = (f"{name}_{time_ratio}" for name in ("proxy", "worn", "whole"))
     views = [s | {"latents": s[whole if whole in s else proxy], "sample": s} for s in data if proxy in s]
     for group in by_shape(views):
@@ -162,10 +209,11 @@ def add_worn(
             generator = torch.Generator().manual_seed(rng.getrandbits(60))
             latents = torch.stack([s["latents"].float() for s in batch])
             prompts = [embed(s["caption"]) for s in batch]
-            shift = shift_of(t)
-            strengths = [min(largest, shift_sigma(rng.uniform(*UNSHIFTED), shift)) for _ in batch]
+            shift = stage1.shift_of(t)
+            strengths = [min(stage1.largest, shift_sigma(rng.uniform(*UNSHIFTED), shift)) for _ in batch]
             schedules = [sigmas(STEPS, strength, shift) for strength in strengths]
-            made = wear(model, latents, prompts, time_ratio, schedules, generator, guidance_scale, embed(negative))
+            guidance = stage1.guidance_scale, embed(stage1.negative)
+            made = wear(model, latents, prompts, time_ratio, schedules, generator, *guidance)
             for sample, each in zip((view["sample"] for view in batch), made, strict=True):
                 sample[worn] = (own_part(sample, each) if whole in sample else each).half()
             on_done(len(batch))

@@ -120,8 +120,10 @@ def test_an_hdr_clip_is_named(session, tmp_path, console, capsys, monkeypatch):
     pairs(tmp_path, a=2.1)
     opened = footage.open_clip
     monkeypatch.setattr(corpus, "open_clip", lambda path: replace(opened(path), is_hdr=True))
-    corpus.load_samples(session, "proxy", tmp_path, tmp_path / "work", console)
-    assert "a.mp4 is HDR" in capsys.readouterr().err
+    for _ in range(2):  # the second time from the cache
+        corpus.load_samples(session, "proxy", tmp_path, tmp_path / "work", console)
+        assert "a.mp4 is HDR" in capsys.readouterr().err
+        monkeypatch.setattr(corpus, "open_clip", lambda path: pytest.fail("opened again"))
 
 
 def test_a_crop_is_never_enlarged_and_its_proxy_shows_the_same(session, tmp_path, monkeypatch):
@@ -143,11 +145,14 @@ def test_what_cannot_be_used_is_named_and_passed_over(session, tmp_path, console
     pairs(tmp_path, good=2.5, short=0.9)
     (tmp_path / "broken.mp4").write_bytes(b"no video")
     (tmp_path / "broken.txt").write_text("broken")
-    for stage, named in (("proxy", ["broken", "short"]), ("detail", ["broken", "short"])):
+    (tmp_path / "folder.mp4").mkdir()
+    (tmp_path / "folder.txt").write_text("a folder")
+    for stage in ("proxy", "detail"):
         groups = corpus.load_samples(session, stage, tmp_path, tmp_path / "work", console)
         assert [g[0]["caption"] for g in groups] == ["clip good"]
         warned = capsys.readouterr().err
-        assert all(f"{name}.mp4" in warned for name in named) and "2 of 3 clips were skipped" in warned
+        assert all(f"{name}.mp4" in warned for name in ("broken", "short", "folder"))
+        assert "3 of 4 clips were skipped" in warned
     clip(tmp_path / "good.mp4", 2.5, size=(96, 64))
     with pytest.raises(InputError, match="no clip that can be used"):
         corpus.load_samples(session, "detail", tmp_path, tmp_path / "work", console)
@@ -158,7 +163,8 @@ def test_latents_are_made_once_a_content_and_caption_apart(session, tmp_path, co
     pairs(tmp_path, a=1.5, b=1.5)
     work = tmp_path / "work"
     first = corpus.load_samples(session, "proxy", tmp_path, work, console)
-    monkeypatch.setattr(corpus, "load_vae", lambda folder: pytest.fail("loaded again"))
+    for name in ("load_vae", "open_clip"):
+        monkeypatch.setattr(corpus, name, lambda _: pytest.fail("loaded or opened again"))
     (tmp_path / "a.mp4").rename(tmp_path / "c.mp4")
     (tmp_path / "c.txt").write_text("told anew")
     again = corpus.load_samples(session, "proxy", tmp_path, work, console)

@@ -14,6 +14,7 @@ from torch import nn
 
 from atlasvid_cli import loop
 from atlasvid_cli.errors import RenderError
+from atlasvid_cli.loop import Run
 from atlasvid_cli.optim import learning_rate
 from atlasvid_cli.presets import Training
 
@@ -39,10 +40,14 @@ def loss_of(model):
     return loss_at
 
 
-def fit(folder, training, steps=40, validate=None):
+def held_out_loss(sample, rng, generator):
+    return torch.tensor(0.5)
+
+
+def fit(folder, training, steps=40, held_out=()):
     model = network()
-    lr = KINDS[training.optimizer]
-    loop.run(model, folder, steps, lr, 0, loss_of(model), validate=validate or (lambda: None), training=training)
+    told = Run(folder, steps, KINDS[training.optimizer], training=training, held_out=held_out)
+    loop.run(model, told, loss_of(model), held_out_loss)
     rows = [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
     return model.state_dict(), rows
 
@@ -53,7 +58,9 @@ def test_each_lowers_the_loss(tmp_path, kind):
     assert rows[-1]["loss"] < 0.6 * rows[0]["loss"]
 
 
-def test_tensorboard_gets_the_losses_where_it_is_installed(tmp_path, monkeypatch):
+@pytest.fixture
+def board(monkeypatch):
+    """What TensorBoard is told."""
     told = []
 
     class Writer:
@@ -67,9 +74,22 @@ def test_tensorboard_gets_the_losses_where_it_is_installed(tmp_path, monkeypatch
             told.append("closed")
 
     monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", types.SimpleNamespace(SummaryWriter=Writer))
-    _, rows = fit(tmp_path, Training("adamw"), steps=20, validate=lambda: 0.5)
+    return told
+
+
+def test_tensorboard_gets_the_losses_where_it_is_installed(tmp_path, board):
+    _, rows = fit(tmp_path, Training("adamw"), steps=20, held_out=[{}])
     losses = [(name, row[name], row["step"]) for row in rows for name in ("loss", "validation_loss")]
-    assert told[0] == (str(tmp_path), 0) and told[-1] == "closed" and sorted(told[1:-1]) == sorted(losses)
+    assert board[0] == (str(tmp_path), 0) and board[-1] == "closed" and sorted(board[1:-1]) == sorted(losses)
+
+
+def test_tensorboard_keeps_the_point_at_which_a_training_goes_on(tmp_path, board):
+    """It hides those from the step that it is given on."""
+    fit(tmp_path, Training("adamw"), steps=20)
+    board.clear()
+    _, rows = fit(tmp_path, Training("adamw"), steps=40)
+    assert board[0] == (str(tmp_path), 21)
+    assert board[1:-1] == [("loss", row["loss"], row["step"]) for row in rows if row["step"] > 20]
 
 
 @pytest.mark.parametrize("ema", [0.0, 0.9])
@@ -101,11 +121,12 @@ def test_the_average_of_the_weights_is_validated_and_kept(tmp_path):
     seen = []
     model = network()
 
-    def validate():
+    def validate(sample, rng, generator):
         seen.append(model[0].weight.detach().clone())
-        return 1.0
+        return torch.tensor(1.0)
 
-    loop.run(model, tmp_path / "a", 40, 0.02, 0, loss_of(model), validate=validate, training=Training("adamw", 0.9))
+    told = Run(tmp_path / "a", 40, 0.02, training=Training("adamw", 0.9), held_out=[{}])
+    loop.run(model, told, loss_of(model), validate)
     plain, _ = fit(tmp_path / "b", Training("adamw"))
     assert not torch.equal(seen[-1], plain["0.weight"])
     assert torch.equal(model[0].weight, seen[-1])
@@ -123,7 +144,7 @@ def test_a_loss_that_is_not_finite_ends_it_with_what_was_good(tmp_path, bad, sav
         return good(step, rng, generator) * (float("nan") if step == bad else 1)
 
     with pytest.raises(RenderError, match=rf"step {bad + 1}; {saved}.*smaller --lr, with which training starts anew"):
-        loop.run(model, tmp_path, 40, 0.02, 0, loss_at)
+        loop.run(model, Run(tmp_path, 40, 0.02), loss_at, held_out_loss)
     if bad < loop.CHECKPOINT_STEPS:
         return
     kept = load_file(tmp_path / "checkpoint.safetensors")
@@ -140,9 +161,9 @@ def test_an_error_in_showing_is_gone_on_from_after_it(tmp_path, monkeypatch):
 
     model, shown = network(), []
     with pytest.raises(RuntimeError, match="at 15"):
-        loop.run(model, tmp_path, 40, 0.02, 0, loss_of(model), show=fails)
+        loop.run(model, Run(tmp_path, 40, 0.02, show=fails), loss_of(model), held_out_loss)
     model = network()
-    loop.run(model, tmp_path, 40, 0.02, 0, loss_of(model), show=shown.append)
+    loop.run(model, Run(tmp_path, 40, 0.02, show=shown.append), loss_of(model), held_out_loss)
     assert shown == [30, 40]
     for name, value in whole.items():
         torch.testing.assert_close(model.state_dict()[name], value, atol=1e-6, rtol=0)
@@ -181,9 +202,9 @@ def test_processes_share_the_draws_of_a_step_and_end_with_the_same_weights(tmp_p
     script = tmp_path / "fit.py"
     script.write_text(
         "import sys\nfrom pathlib import Path\nfrom atlasvid_cli import loop\n"
-        "from tests.test_loop import loss_of, network\n"
+        "from tests.test_loop import held_out_loss, loss_of, network\n"
         "model = network()\n"
-        "loop.run(model, Path(sys.argv[1]), 25, 0.02, 0, loss_of(model), accumulate=4)\n"
+        "loop.run(model, loop.Run(Path(sys.argv[1]), 25, 0.02, accumulate=4), loss_of(model), held_out_loss)\n"
     )
     launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node"]
     environment = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path), "OMP_NUM_THREADS": "1"}

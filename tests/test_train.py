@@ -11,6 +11,7 @@ from diffusers import WanTransformer3DModel
 
 from atlasvid_cli import loop, train
 from atlasvid_cli.errors import InputError
+from atlasvid_cli.loop import Run
 from atlasvid_cli.presets import Detail, Level
 from atlasvid_cli.schedule import upsample
 from atlasvid_cli.weights import load_transformer
@@ -57,7 +58,7 @@ def losses(folder):
 
 
 def test_training_learns(tmp_path):
-    train.train_clips(model(), tmp_path, [], clips(), embed, 150, 5e-3, time_ratio=1, tokens=18)
+    train.train_clips(model(), Run(tmp_path, 150, 5e-3), [], clips(), embed, time_ratio=1, tokens=18)
     values = losses(tmp_path)
     assert values[-1] < 0.75 * values[0]
 
@@ -180,14 +181,12 @@ def test_a_resumed_training_ends_with_the_same_weights(tmp_path, monkeypatch, ki
 
     def run(folder):
         torch.manual_seed(0)
-        fresh = model()
+        fresh, told = model(), Run(folder, 25, 5e-3)
         if kind == "clips":
-            train.train_clips(
-                fresh, folder, clips(1), clips(), embed, 25, 5e-3, time_ratio=4, tokens=18, stills=(0.9, 0.4)
-            )
+            train.train_clips(fresh, told, clips(1), clips(), embed, time_ratio=4, tokens=18, stills=(0.9, 0.4))
         else:
             fresh.add_adapter(train.lora_config(2))
-            train.train_detail(fresh, fresh, folder, details(), embed, 25, 5e-3, DETAIL, accumulate=1)
+            train.train_detail(fresh, fresh, told, details(), embed, DETAIL)
         return fresh.state_dict()
 
     whole = run(tmp_path / "whole")

@@ -6,6 +6,7 @@ import shutil
 from dataclasses import replace
 from fractions import Fraction
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -13,7 +14,7 @@ import torch
 from diffusers import WanPipeline
 from PIL import Image
 
-from atlasvid_cli import dataset, loop, tensor_file, train, train_adapter, weights
+from atlasvid_cli import dataset, loop, tensor_file, train, train_adapter, wear, weights
 from atlasvid_cli.console import Console
 from atlasvid_cli.corpus import load_samples
 from atlasvid_cli.errors import InputError, UsageError
@@ -192,6 +193,16 @@ def test_a_base_in_bfloat16_is_trained_through_factors_in_fp32(session, job, mon
     assert any(t.abs().max() > 0 for n, t in tensor_file.open_tensors(job.output)[0].items() if "lora_B" in n)
 
 
+@pytest.mark.parametrize(("device", "told"), [("cuda", ["high"]), ("cpu", [])])
+def test_on_a_gpu_the_factors_are_multiplied_as_tf32(monkeypatch, device, told):
+    """Elsewhere in full fp32."""
+    base, asked = SimpleNamespace(to=lambda device: base, enable_gradient_checkpointing=lambda: None), []
+    monkeypatch.setattr(train_adapter, "load_transformer", lambda *a, **k: base)
+    monkeypatch.setattr(torch, "set_float32_matmul_precision", asked.append)
+    session = SimpleNamespace(folder=Path(), dtype=torch.bfloat16, device=torch.device(device))
+    assert train_adapter._trainable(session, "transformer") is base and asked == told
+
+
 def checkpointing(model):
     model.enable_gradient_checkpointing()
     return model
@@ -217,13 +228,13 @@ def test_where_the_adapter_is_for_the_proxy_stream_only_that_one_learns(session,
 
 @pytest.mark.parametrize("job", ["detail"], indirect=True)
 def test_stage_2_learns_from_proxies_as_the_preset_makes_them(session, job, monkeypatch):
-    seen, real = {}, train_adapter.add_worn
+    seen, real = {}, wear.add_worn
 
-    def recorded(model, data, embed, time_ratio, *rest, **named):
-        seen[time_ratio] = model
-        real(model, data, embed, time_ratio, *rest, **named)
+    def recorded(model, data, embed, stage1, on_done):
+        seen[stage1.time_ratio] = model
+        real(model, data, embed, stage1, on_done)
 
-    monkeypatch.setattr(train_adapter, "add_worn", recorded)
+    monkeypatch.setattr(wear, "add_worn", recorded)
     make(session, replace(job, steps=1), quiet())
     for time_ratio, adapter in ((1, None), (4, session.preset.proxy.lora)):
         expected = weights.load_transformer(session.folder, adapter, "proxy", session.dtype)
@@ -242,12 +253,12 @@ def test_an_adapter_is_for_one_of_two_experts(experts_preset, clips, tmp_path, m
         train, "PROXY_DROP", 0.5
     )  # without a proxy the way begins at noise, where the second does not work
     drawn, loaded, noised = [], set(), []
-    draw, load, wears = train.draw_sigma, train_adapter.load_transformer, train_adapter.add_worn
+    draw, load, wears = train.draw_sigma, train_adapter.load_transformer, wear.add_worn
     monkeypatch.setattr(train, "draw_sigma", lambda *a, **k: drawn.append(draw(*a, **k)) or drawn[-1])
     monkeypatch.setattr(
         train_adapter, "load_transformer", lambda *a, **k: loaded.add((*a, *k.values())[-1]) or load(*a, **k)
     )
-    monkeypatch.setattr(train_adapter, "add_worn", lambda *a, **k: noised.append(k["largest"]) or wears(*a, **k))
+    monkeypatch.setattr(wear, "add_worn", lambda *a: noised.append(a[3].largest) or wears(*a))
     job = Job(stage, clips, tmp_path / "stock" / "own.safetensors", tmp_path / "work", 3, 0.03, 4, expert=expert)
     make(Session(str(path)), job, quiet())
     assert ("time_ratio = 1, so that" in capsys.readouterr().err) == (stage == "proxy")
@@ -285,10 +296,10 @@ def test_what_cannot_be_used_is_said_before_clips_are_encoded(session, job, tmp_
 def test_proxies_are_made_once_for_all_trainings_that_depend_on_the_same(session_of_pixels, job, monkeypatch):
     """Pixels are what levels start from, as the preset has it; rate, rank, seed and margin change none of them."""
     preset, seen, made = session_of_pixels.preset, [], []
-    real, worn, enlarged = train.train_detail, train_adapter.add_worn, train_adapter.add_enlarged
+    real, worn, enlarged = train.train_detail, wear.add_worn, wear.add_enlarged
     monkeypatch.setattr(train, "train_detail", lambda *a, **k: seen.append(a[3]) or real(*a, **k))
-    monkeypatch.setattr(train_adapter, "add_worn", lambda *a, **k: made.append(("worn", a[3])) or worn(*a, **k))
-    monkeypatch.setattr(train_adapter, "add_enlarged", lambda *a: made.append(("enlarged", a[2])) or enlarged(*a))
+    monkeypatch.setattr(wear, "add_worn", lambda *a: made.append(("worn", a[3].time_ratio)) or worn(*a))
+    monkeypatch.setattr(wear, "add_enlarged", lambda *a: made.append(("enlarged", a[2])) or enlarged(*a))
     monkeypatch.setattr(train_adapter.Sampler, "show", lambda *_: None)
 
     def train_once(name, **changes):

@@ -55,6 +55,48 @@ def test_a_resumed_training_ends_with_the_same_weights(tmp_path, monkeypatch):
         torch.testing.assert_close(resumed[name], value, atol=1e-6, rtol=0)
 
 
+def test_held_out_clips_are_evaluated_as_diffusers_codes_them(monkeypatch):
+    """By the way that training runs, which is some times as fast."""
+    vae = train_vae.build(CONFIG)
+    zooms = (1.0, 2.0, 4.0, 8.0, 13.5)
+    expected = {}
+    with torch.no_grad():
+        for zoom in zooms:
+            rng = random.Random(f"held-out/{zoom}")
+            x = torch.stack([train_vae.crop(rng, 32, 5, zoom) for _ in range(2)])
+            made = vae.decode(vae.encode(x).latent_dist.mode()).sample
+            expected[f"{zoom:g}"] = sum(map(train_vae.psnr, made, x)) / 2
+    for name in ("encode", "decode"):
+        monkeypatch.setattr(vae, name, lambda *_: pytest.fail("diffusers' own way"))
+    found = train_vae.evaluate(vae, clips=2, size=32, frames=5)
+    assert found.pop("mean") == pytest.approx(sum(expected.values()) / 5, abs=0.01)
+    assert found == pytest.approx(expected, abs=0.01)
+
+
+def test_a_checkpoint_has_its_line_in_the_log(tmp_path, monkeypatch):
+    """Also where a training dies right after it: what follows is logged as if it had not."""
+
+    def run(folder):
+        train_vae.train(train_vae.build(CONFIG), folder, 4, lr=1e-3, shapes=((1, 32, 1),))
+        rows = [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
+        return [(row["step"], row["loss"], row["held_out"]) for row in rows]
+
+    def dies(*arguments):
+        save(*arguments)
+        raise KeyboardInterrupt
+
+    save = train_vae.save_checkpoint
+    monkeypatch.setattr(train_vae, "SAVE_STEPS", 2)
+    monkeypatch.setattr(train_vae, "evaluate", lambda vae: {})
+    whole = run(tmp_path / "whole")
+    assert [step for step, *_ in whole] == [2, 4]
+    monkeypatch.setattr(train_vae, "save_checkpoint", dies)
+    with pytest.raises(KeyboardInterrupt):
+        run(tmp_path / "killed")
+    monkeypatch.setattr(train_vae, "save_checkpoint", save)
+    assert run(tmp_path / "killed") == whole
+
+
 def test_settled_latents_of_a_still_clip_are_nearly_still():
     still = train_vae.batch(0, 0, 8, 32, 1).expand(-1, -1, 9, -1, -1)
     vae = train_vae.build(CONFIG)

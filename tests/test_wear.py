@@ -10,7 +10,12 @@ import torch
 from atlasvid_cli import train, wear
 from atlasvid_cli.schedule import sigmas
 from atlasvid_cli.train import PATCH, patchify
+from atlasvid_cli.wear import Stage1
 from tests.test_train import DETAIL, clips, details, embed, model
+
+
+def stage1(time_ratio):
+    return Stage1(time_ratio, lambda latents: 3.0)
 
 
 def test_a_model_that_knows_the_truth_wears_nothing(monkeypatch):
@@ -48,7 +53,7 @@ def test_every_sample_gets_its_own_worn_proxies_of_both_time_ratios():
         data = details() + details()
         data[1] |= {"caption": "other", "proxy_4": data[1]["proxy_4"][:, :1]}
         for time_ratio in (1, 4):
-            wear.add_worn(model(), data, embed, time_ratio, lambda latents: 3.0)
+            wear.add_worn(model(), data, embed, stage1(time_ratio))
         for sample in data:
             for time_ratio in (1, 4):
                 worn, true = sample[f"worn_{time_ratio}"], sample[f"proxy_{time_ratio}"]
@@ -93,7 +98,7 @@ def interrupted(tmp_path, monkeypatch, console):
 
 def test_wearing_that_is_interrupted_goes_on_to_the_same(interrupted):
     def add(data, on_done):
-        wear.add_worn(model(), data, embed, 4, lambda latents: 3.0, on_done)
+        wear.add_worn(model(), data, embed, stage1(4), on_done)
 
     whole, second = many(), many()
     assert interrupted("worn", add, many(), second) == [1] * 4
@@ -107,19 +112,39 @@ def test_enlarging_that_is_interrupted_goes_on_to_the_same(interrupted, monkeypa
     vae = SimpleNamespace(config={"dim_mult": [1], "temperal_downsample": [True]})
 
     def worn():
-        return [s | {"worn_4": torch.full_like(s["proxy_4"], 7.0)} for s in many()]
+        data = [s | {"worn_4": torch.full_like(s["proxy_4"], 7.0)} for s in many()]
+        wear.settle_worn(data, 4)
+        return data
 
     def add(data, on_done):
         wear.add_enlarged(vae, data, 4, on_done)
 
     whole, second = worn(), worn()
-    wear.settle_worn(second, 4)
     assert interrupted("enlarged", add, worn(), second) == [1] * 4
     add(whole, lambda n: None)
     for one, other in zip(whole, second, strict=True):
         assert one.keys() == other.keys() and "worn_4" not in one
         assert torch.equal(one["proxy_4"], other["proxy_4"]) and torch.equal(one["enlarged_4"], other["enlarged_4"])
     assert len({(s["proxy_4"] == 7.0).all().item() for s in whole}) == 2
+
+
+def test_proxies_are_kept_and_nothing_is_loaded_for_them_again(tmp_path, monkeypatch, console):
+    """Worn ones, and what is made in pixels of the one that each sample is left with."""
+    monkeypatch.setattr(wear, "enlarge", lambda vae, low, *figures: low * 2)
+    vae = SimpleNamespace(config={"dim_mult": [1], "temperal_downsample": [True]})
+    passes = []
+    for load_model, load_vae in ((model, lambda: vae), (pytest.fail, pytest.fail)):
+        data = many()
+        wear.complete_proxies(tmp_path / "kept", data, embed, stage1(1), load_model, None, console)
+        wear.complete_proxies(tmp_path / "kept", data, embed, stage1(4), load_model, load_vae, console)
+        passes.append(data)
+    for one, other, true in zip(*passes, many(), strict=True):
+        assert one.keys() == other.keys() == true.keys() | {"worn_1", "enlarged_4"}
+        assert torch.equal(one["enlarged_4"], one["proxy_4"].float().half() * 2)
+        assert all(torch.equal(one[n], other[n]) for n in ("worn_1", "proxy_4", "enlarged_4"))
+        assert torch.equal(one["proxy_1"], true["proxy_1"])
+    changed = [not torch.equal(one["proxy_4"], true["proxy_4"]) for one, true in zip(passes[0], many(), strict=True)]
+    assert set(changed) == {False, True}
 
 
 def test_a_crop_of_a_whole_frame_gets_its_part_of_the_frame_as_worn():
@@ -132,8 +157,8 @@ def test_a_crop_of_a_whole_frame_gets_its_part_of_the_frame_as_worn():
     for sample in data:
         sample["proxy_4"] = wear.own_part(sample, whole)
     for only in data:  # each as the first of its batch, so under the same noise
-        wear.add_worn(model(), [only], embed, 4, lambda latents: 3.0)
-    wear.add_worn(model(), data, embed, 1, lambda latents: 3.0)
+        wear.add_worn(model(), [only], embed, stage1(4))
+    wear.add_worn(model(), data, embed, stage1(1))
     first, second = (s["worn_4"] for s in data)
     assert first.shape == data[0]["proxy_4"].shape and "worn_1" not in data[0]
     assert torch.equal(first[..., 2:, 2:], second[..., :-2, :-2])
