@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from .errors import AtlasError, UsageError, explain, stop_signals, traced
 from .prompts import Item, slug
 from .show import show_plan
-from .targets import check_writable, is_folder, is_made, may_write, target_of, usable
+from .targets import check_writable, is_folder, is_made, target_of, usable
 
 if TYPE_CHECKING:
     from .console import Console
@@ -41,8 +41,6 @@ def run_batch(
     missing = sum(not is_made(target) for target in targets)
     if dry_run:
         session_of(request)
-        if not may_write(folder):
-            console.warn(f"{folder} cannot be written; choose another --output")
         return show_plan(resolved, console, folder, run_dir, max(1, missing))
     if missing:  # what is finished needs no room
         check_resources(resolved, folder, run_dir, missing)

@@ -273,7 +273,9 @@ def _smaller(plan: Plan) -> Iterator[tuple[str, Plan]]:
     for option, fields in options.items():
         with suppress(UsageError):  # too small to be made
             changed, fps = dataclasses.replace(request, **fields), plan.proxy_fps if given else None
-            yield option, make_plan(changed, plan.proxy.grid if given else None, fps, plan.preset)
+            smaller = make_plan(changed, plan.proxy.grid if given else None, fps, plan.preset)
+            if smaller.target.h >= smaller.proxy.grid.h and smaller.target.w >= smaller.proxy.grid.w:
+                yield option, smaller
 
 
 def _encode_row(plan: Plan, rate: float, machine: Machine) -> dict[str, Any]:

@@ -267,13 +267,17 @@ class Session:
     @cached_property
     def _cache(self) -> EmbeddingCache:
         """Read for the first prompt: its name takes the text encoder's hash, of gigabytes that `decode` never needs."""
-        encoder = model_hash(self.folder, "text_encoder")
-        read = self.preset.transformer.text_length
-        return EmbeddingCache(self._cache_folder / f"text-{encoder}-{self._text_device.type}-{read}")
+        return EmbeddingCache(self._cache_folder / self.text_name)
+
+    @property
+    def text_name(self) -> str:
+        """Names a cache of embeddings by all that decides their values: the encoder, its dtype and how far it reads."""
+        encoder, read = model_hash(self.folder, "text_encoder"), self.preset.transformer.text_length
+        return f"text-{encoder}-{self._text_device.type}-{read}"
 
     @cached_property
     def _text_device(self) -> torch.device:
-        """Where prompts are encoded: a GPU without room leaves it to the CPU."""
+        """Where prompts are encoded, decided once: a GPU without room leaves it to the CPU, in fp32."""
         size = self.preset.text.parameters * self.dtype.itemsize
         on_gpu = self.device.type == "cuda" and fits_gpu(size, available_vram())
         return self.device if on_gpu else torch.device("cpu")

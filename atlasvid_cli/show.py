@@ -4,6 +4,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from .errors import ResourceError
+from .targets import may_write
 
 if TYPE_CHECKING:
     from .console import Console
@@ -29,7 +30,7 @@ def show_plan(
     machine: "Machine | None" = None,
 ) -> None:
     """Prints the plan of so many `videos` in `folder`, a table or with --json an object, and warns where they do not
-    fit the `machine`, by default this one."""
+    fit the `machine`, by default this one, or cannot be written there."""
     from .console import duration
     from .cost import check_resources, offload_of
     from .cost import rows as costs_of
@@ -41,6 +42,9 @@ def show_plan(
     except ResourceError as error:
         misfit = str(error)
         console.warn(misfit)
+    for place, option in ((folder, "--output"), (run_dir, "--run-dir")):
+        if place and not may_write(place):
+            console.warn(f"{place.absolute()} cannot be written; choose another {option}")
     is_timed = all(r["seconds"] is not None for r in rows)
     total = sum(r["seconds"] for r in rows) if is_timed else None
     on_gpu = any(r["vram_bytes"] for r in rows)

@@ -56,7 +56,7 @@ class Stage:
         return self.passes == 2 and low <= sigma <= high
 
     def forwards(self, steps: int | None = None) -> int:
-        """Forwards of the first `steps` steps, by default of all."""
+        """Forwards of the first `steps` steps, by default of all; both experts count as guided where one is."""
         from .schedule import sigmas
 
         steps = self.steps if steps is None else steps

@@ -65,7 +65,7 @@ def is_made(target: Path) -> bool:
 def may_write(folder: Path) -> bool:
     """Whether by its permissions things can be made in `folder`, or where that is to be: nothing is tried."""
     with usable(folder):
-        place = next(p for p in (folder, *folder.parents) if p.exists())
+        place = next(p for p in (folder.absolute(), *folder.absolute().parents) if p.exists())
         return place.is_dir() and os.access(place, os.W_OK | os.X_OK)
 
 

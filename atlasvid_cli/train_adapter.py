@@ -257,7 +257,7 @@ def _samples(session: Session, job: Job, console: Console) -> list[list[dict]]:
 
 def embedder(session: Session, prompts: list[str], work: Path, console: Console) -> train.Embed:
     """Prompt -> embedding (tokens, text_dim) fp32, of `prompts` and the empty one, encoded once and kept in `work`."""
-    cache = EmbeddingCache(work / f"text-{model_hash(session.folder, 'text_encoder')}")
+    cache = EmbeddingCache(work / session.text_name)
     missing = [p for p in dict.fromkeys(("", *prompts)) if cache.read(p) is None]
     made = session.encode(missing, console) if missing else []
     session.tell_ignored(made, console)

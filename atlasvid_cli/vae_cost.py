@@ -1,7 +1,6 @@
 """What decoding takes, from the VAE's config alone: memory, disk and FLOPs, and the tile that fits; and encoding.
 
-A config is diffusers', with what a preset says of the weights (`Vae.still` and `idle`, 0 where left
-out).
+A config is diffusers', with what a preset says of the weights (`Vae.still`, `Vae.idle`: 0 where left out).
 """
 
 import itertools

@@ -244,6 +244,14 @@ def test_a_plan_for_another_gpu_has_its_memory_and_no_times(run):
         assert code == 2 and "--vram-gib" in err
 
 
+def test_a_dry_run_warns_of_a_place_that_cannot_be_written(run, random_preset, tmp_path, monkeypatch):
+    assert run("proxy", "a red ball", *RENDER, "--preset", random_preset, "-o", "p.safetensors")[0] == 0
+    monkeypatch.setattr(os, "access", lambda path, mode: False)
+    for command in (["render", "a red ball"], ["refine", "p.safetensors"]):
+        code, _, err = run(*command, *RENDER[:2], "--preset", random_preset, "--dry-run", "-o", "new/a.mp4")
+        assert code == 0 and f"{tmp_path / 'new'} cannot be written; choose another --output" in err
+
+
 def test_a_dry_run_of_a_batch_plans_all_of_it_and_looks_at_its_names(run, tmp_path):
     (tmp_path / "p.txt").write_text("a red ball\na blue star\n")
     code, out, _ = run("render", "--prompt-file", "p.txt", *RENDER, "--dry-run", "--json")

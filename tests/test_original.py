@@ -180,7 +180,7 @@ def test_the_dtype_is_the_asked_one_but_for_what_wan_keeps_in_fp32(checkpoint):
 
 def test_it_renders(checkpoint, preset, tmp_path):
     session = Session(str(preset), str(checkpoint))
-    plan = make_plan(Request(str(preset), 240, 128, Fraction(1), seed=3))
+    plan = make_plan(Request(str(preset), 240, 128, Fraction(1), "a red ball", seed=3))
     pipeline.render(session, plan, tmp_path / "run", tmp_path / "a.mp4", Console(interactive=False))
     assert probe(tmp_path / "a.mp4")["frames"] == 16
 

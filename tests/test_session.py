@@ -90,7 +90,7 @@ def test_int8_without_torchao_is_refused_before_anything_loads(monkeypatch):
 
 def test_stock_weights_render_training_free_and_say_what_it_costs(stock_preset, console, tmp_path, capsys):
     ours = Session(str(stock_preset))
-    plan = make_plan(Request(str(stock_preset), 240, 128, Fraction(1), seed=3))
+    plan = make_plan(Request(str(stock_preset), 240, 128, Fraction(1), "a red ball", seed=3))
     assert [s.time_ratio for s in (plan.proxy, *plan.levels)] == [1] * (1 + len(plan.levels))
     pipeline.render(ours, plan, tmp_path / "run", tmp_path / "a.mp4", console)
     found = probe(tmp_path / "a.mp4")
@@ -111,13 +111,28 @@ def test_both_models_of_one_stream_are_loaded_once_a_batch(random_preset, consol
 STAGES = ["proxy", "proxy", "detail"]  # as adapted, and for autoguidance without
 
 
+def test_a_gpu_without_room_leaves_prompts_to_the_cpu(random_preset, console, tmp_path, monkeypatch):
+    """In fp32, and kept apart from what a GPU makes of them in another dtype."""
+    names, dtypes, load = {}, [], session.load_text
+    monkeypatch.setattr(session, "load_text", lambda folder, dtype: dtypes.append(dtype) or load(folder, dtype))
+    for free in (0, 1 << 40):
+        ours = Session(str(random_preset), cache=tmp_path)
+        monkeypatch.setattr(session, "available_vram", lambda free=free: free)
+        monkeypatch.setattr(ours, "device", torch.device("cuda"))
+        names[free] = ours.text_name
+        if not free:
+            ours.embeddings(("a red ball",), console)
+    assert dtypes == [torch.float32] and [p.name for p in tmp_path.iterdir()] == [names[0]]
+    assert "-cpu-" in names[0] and "-cuda-" in names[1 << 40]
+
+
 @pytest.mark.parametrize(("small", "loads"), [(1 << 30, STAGES), (0, STAGES * 2)])
 def test_a_batch_keeps_small_models_and_lets_large_ones_go(random_preset, console, tmp_path, monkeypatch, small, loads):
     monkeypatch.setattr(session, "SMALL", small)
     ours, seen, load = Session(str(random_preset)), [], session.load_transformer
     monkeypatch.setattr(session, "load_transformer", lambda *a: seen.append(a[2]) or load(*a))
     for seed in (1, 2):
-        plan = make_plan(Request(str(random_preset), 256, 192, Fraction(1, 2), seed=seed))
+        plan = make_plan(Request(str(random_preset), 256, 192, Fraction(1, 2), "a red ball", seed=seed))
         run = tmp_path / str(seed)
         pipeline.render(ours, plan, run, run / "a.mp4", console)
     assert seen == loads
@@ -128,10 +143,10 @@ def test_training_free_detail_starts_from_the_proxy(stock_preset, console, tmp_p
     ours = Session(str(stock_preset))
     results = []
     for seed in (3, 4):
-        plan = make_plan(Request(str(stock_preset), 240, 128, Fraction(1), seed=seed))
+        plan = make_plan(Request(str(stock_preset), 240, 128, Fraction(1), "a red ball", seed=seed))
         run = tmp_path / str(seed)
         proxy = pipeline.make_proxy(ours, plan, run, console)
-        same_noise = make_plan(Request(str(stock_preset), 240, 128, Fraction(1), seed=9))
+        same_noise = make_plan(Request(str(stock_preset), 240, 128, Fraction(1), "a red ball", seed=9))
         made = pipeline.refine(ours, same_noise, proxy, run, console)
         results.append(tensor_file.open_tensors(made)[0]["latents"])
     assert (results[0] - results[1]).abs().max() > 1e-3
@@ -268,7 +283,7 @@ def test_what_a_later_stage_would_refuse_is_said_before_the_first(stock_preset, 
 def test_the_detail_of_two_experts_needs_the_second_alone(experts_preset, console, tmp_path, monkeypatch):
     ours, loaded, load = Session(str(experts_preset)), [], session.load_transformer
     monkeypatch.setattr(session, "load_transformer", lambda *a: loaded.append(a[-1]) or load(*a))
-    plan = make_plan(Request(str(experts_preset), 240, 128, Fraction(1), seed=3))
+    plan = make_plan(Request(str(experts_preset), 240, 128, Fraction(1), "a red ball", seed=3))
     proxy = pipeline.make_proxy(ours, plan, tmp_path, console)
     assert loaded == ["transformer", "transformer_2"]
     pipeline.refine(Session(str(experts_preset)), plan, proxy, tmp_path, console)

@@ -35,7 +35,7 @@ def test_the_recipe_ends_in_a_model_that_renders_and_resumes_as_finished(tmp_pat
     work, out = tmp_path / "work", tmp_path / "tiny"
     work.mkdir()
     train_tiny.make(work, out, console)
-    plan = make_plan(Request("tiny", 320, 192, Fraction(1, 4), steps=2))
+    plan = make_plan(Request("tiny", 320, 192, Fraction(1, 4), "a red ball", steps=2))
     video = tmp_path / "a.mp4"
     pipeline.render(Session("tiny", str(out)), plan, tmp_path / "run", video, console)
     assert probe(video)["frames"] == 4
