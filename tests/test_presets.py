@@ -73,7 +73,7 @@ def test_an_interval_of_guidance_may_begin_at_zero(changed):
             "autoguidance needs .* one transformer",
         ),
         ("still = 2 ", "still = 4 #", "still must be at most its levels"),
-        ("still = 2 ", "idle = 2 #", "idle must be at most num_res_blocks"),
+        ("idle = 1 ", "idle = 2 #", "idle must be at most num_res_blocks"),
         ('upsample = "pixels"\n', 'upsample = "latents"\n', "upper: entry needs .*upsample = 'pixels'"),
         ("strength = 0.45", "strength = 1", "first: entry needs .*strength < 1"),
         ("is_residual = true", "is_residual = false", "still must be .* 0 where is_residual is false"),
