@@ -14,6 +14,7 @@ from diffusers.models.transformers.transformer_wan import WanTransformerBlock
 from torch.utils.checkpoint import checkpoint
 
 from .attention import attend, rotate
+from .layers import affine, feed_forward, linear, modulated, root_mean_square
 
 KeyValue = tuple[torch.Tensor, torch.Tensor]
 
@@ -66,45 +67,25 @@ def block_forward(
     shift, scale, gate, ffn_shift, ffn_scale, ffn_gate = (block.scale_shift_table + modulations.float()).chunk(6, dim=1)
 
     attn = block.attn1
-    normed = _modulated(x, block.norm1, scale, shift)
-    q = rotate(norm_of(attn.norm_q, attn.to_q(normed)).unflatten(-1, (attn.heads, -1)), rotation)
-    k = norm_of(attn.norm_k, attn.to_k(normed)).unflatten(-1, (attn.heads, -1))
-    v = attn.to_v(normed).unflatten(-1, (attn.heads, -1))
+    normed = modulated(block.norm1, x, scale, shift)
+    q = rotate(root_mean_square(attn.norm_q, linear(attn.to_q, normed)).unflatten(-1, (attn.heads, -1)), rotation)
+    k = root_mean_square(attn.norm_k, linear(attn.to_k, normed)).unflatten(-1, (attn.heads, -1))
+    v = linear(attn.to_v, normed).unflatten(-1, (attn.heads, -1))
     keys, values = rotate(k, rotation), v
     if proxy is not None:
         keys = torch.cat((keys, proxy[0].type_as(keys)), dim=1)
         values = torch.cat((values, proxy[1].type_as(values)), dim=1)
-    attended = attn.to_out[0](attend(q, keys, values).flatten(2))
+    attended = linear(attn.to_out[0], attend(q, keys, values).flatten(2))
     x = torch.addcmul(x, attended.type_as(x), gate.type_as(x))
 
     attn = block.attn2
-    q = norm_of(attn.norm_q, attn.to_q(_affine(x, block.norm2))).unflatten(-1, (attn.heads, -1))
+    q = linear(attn.to_q, affine(block.norm2, x))
+    q = root_mean_square(attn.norm_q, q).unflatten(-1, (attn.heads, -1))
     if len(text[0]) == 1:  # one prompt for all windows: one long row of queries
         attended = attend(q.flatten(0, 1)[None], *text, text_bias).view_as(q)
     else:
         attended = attend(q, *text, text_bias)
-    x = x + attn.to_out[0](attended.flatten(2))
+    x = x + linear(attn.to_out[0], attended.flatten(2))
 
-    out = block.ffn(_modulated(x, block.norm3, ffn_scale, ffn_shift))
+    out = feed_forward(block.ffn, modulated(block.norm3, x, ffn_scale, ffn_shift))
     return torch.addcmul(x, out.type_as(x), ffn_gate.type_as(x)), k, v
-
-
-def _modulated(x: torch.Tensor, norm: torch.nn.LayerNorm, scale: torch.Tensor, shift: torch.Tensor) -> torch.Tensor:
-    """`norm` of x (n, L, D) times 1 + `scale` plus `shift` (n or 1, 1, D), in one kernel where all of x shares them."""
-    if len(scale) > 1:
-        return torch.addcmul(shift, norm(x.float()), 1 + scale).type_as(x)
-    weight, bias = (1 + scale).flatten().type_as(x), shift.flatten().type_as(x)
-    return torch.nn.functional.layer_norm(x, norm.normalized_shape, weight, bias, norm.eps)
-
-
-def _affine(x: torch.Tensor, norm: torch.nn.Module) -> torch.Tensor:
-    """`norm` of x in x's dtype, in which alone it is one kernel; it is none where the model has no such norm."""
-    if not isinstance(norm, torch.nn.LayerNorm):
-        return norm(x)
-    weight, bias = norm.weight.type_as(x), norm.bias.type_as(x)
-    return torch.nn.functional.layer_norm(x, norm.normalized_shape, weight, bias, norm.eps)
-
-
-def norm_of(norm: torch.nn.RMSNorm, x: torch.Tensor) -> torch.Tensor:
-    """`norm` of x in x's dtype, in which alone it is one kernel: under autocast the weight's is another."""
-    return torch.nn.functional.rms_norm(x, norm.normalized_shape, norm.weight.type_as(x), norm.eps)

@@ -16,7 +16,8 @@ import torch
 from diffusers import WanTransformer3DModel
 
 from .attention import rope, rotate
-from .block import EAGER, Kernels, KeyValue, norm_of
+from .block import EAGER, Kernels, KeyValue
+from .layers import root_mean_square
 from .offload import Transfers, compute_device, on_device
 from .presets import Detail, Layout, window_cycle
 from .shapes import Grid, Shape
@@ -120,7 +121,7 @@ def text_context(model: WanTransformer3DModel, embeddings: list[torch.Tensor], l
     hidden = model.condition_embedder.text_embedder(padded)
     keys_values = []
     for attn in on_device([block.attn2 for block in model.blocks], compute_device(model)):
-        keys = norm_of(attn.norm_k, attn.to_k(hidden)).unflatten(-1, (attn.heads, -1))
+        keys = root_mean_square(attn.norm_k, attn.to_k(hidden)).unflatten(-1, (attn.heads, -1))
         keys_values.append((keys, attn.to_v(hidden).unflatten(-1, (attn.heads, -1))))
     return TextContext(keys_values, bias.to(hidden.dtype))
 
