@@ -34,7 +34,11 @@ class Past:
         y = F.conv2d(x, own, conv.bias, padding=padding)
         if self.taken:  # stills need no more
             placed = torch.cat([older[(i - self.taken) % self.length] for i in range(self.length)], dim=1)
-            y += F.conv2d(self.frames, placed, padding=padding)
+            if padding:
+                y += F.conv2d(self.frames, placed, padding=padding)
+            else:  # a product is two to three times as fast on a CPU, and adds by itself
+                rows, past = (frame.permute(0, 2, 3, 1).flatten(0, 2) for frame in (y, self.frames))
+                y = rows.addmm_(past, placed.flatten(1).t()).view(len(y), *y.shape[2:], -1).permute(0, 3, 1, 2)
         self.frames.chunk(self.length, dim=1)[self.taken % self.length].copy_(x)
         self.taken += 1
         return y

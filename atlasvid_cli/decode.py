@@ -5,6 +5,7 @@ makes go through the rest of the decoder one after the other. That equals `vae._
 what comes out at a time, is one frame, not four.
 """
 
+import copy
 import errno
 import itertools
 import math
@@ -20,9 +21,11 @@ import torch.nn.functional as F
 
 from . import banded
 from .banded import Bands, Module, bands, empty_frame, joined
-from .causal import History, activated, causal, is_live, middle, resnets, still
+from .causal import History, activated, causal, is_live, is_still, middle, resnets
 from .errors import RenderError, ResourceError
 from .vae_cost import BLEND, receptive_radius, space_factor, spans, time_factor
+
+ROW_OF_PATCH = {2: torch.complex64, 4: torch.complex128}  # so many floats as one number, to be copied as one
 
 
 @torch.no_grad()
@@ -69,19 +72,31 @@ def _step(vae: Module, latent: torch.Tensor, history: History, first: bool) -> I
     z = (latent.float().cpu() * std + mean).to(weight.device, weight.dtype)[None]
     z = causal(vae.post_quant_conv, z.contiguous(memory_format=torch.channels_last), history)
     p = config.patch_size or 1
+    if "out" not in history:
+        history["out"] = _by_rows(vae.decoder.conv_out, p)
+    number = ROW_OF_PATCH.get(p, torch.float32)
     h, w = (side * space_factor(config) for side in latent.shape[-2:])
     x = middle(vae.decoder.mid_block, causal(vae.decoder.conv_in, z, history), history)
     for frame in _frames(vae.decoder, [x], x.shape[2], history, first):
         made, top = [torch.empty(3, h, w)], 0
         for band in frame:
             values = band.float().clamp_(-1.0, 1.0).add_(1.0).mul_(0.5)
-            bottom = top + p * band.shape[2]
-            # diffusers' unpatchify: the column within a patch is the slower channel index, the row the faster one
-            pixels = values.view(3, p, p, *band.shape[2:]).permute(0, 3, 2, 4, 1)
-            made[0][:, top:bottom].view(pixels.shape).copy_(pixels)
+            bottom, columns = top + p * band.shape[2], band.shape[3]
+            rows = values.permute(0, 2, 3, 1).contiguous().view(-1, columns, 3, p, p).view(number)
+            rows = rows.permute(2, 0, 3, 1, 4)
+            made[0][:, top:bottom].view(number).view(rows.shape).copy_(rows)
             top = bottom
-            del band, values, pixels  # while the next ones are made
+            del band, values, rows  # while the next ones are made
         yield made.pop()
+
+
+def _by_rows(conv: Module, patch: int) -> Module:
+    """`conv` with its channels by colour, row and column of a patch, where diffusers has columns before rows: a row
+    then lies together in memory, as in a frame."""
+    made = copy.deepcopy(conv)
+    for values in made.parameters():
+        values.copy_(values.unflatten(0, (-1, patch, patch)).transpose(1, 2).flatten(0, 2))
+    return made
 
 
 def _frames(
@@ -92,10 +107,10 @@ def _frames(
     block = decoder.up_blocks[level]
     if level == len(decoder.up_blocks) - 1:
         parts = resnets(block.resnets, parts, height, history)
-        if still(decoder.conv_out, history):
-            yield banded.activated(decoder.norm_out, decoder.conv_out, parts, height)
+        if is_still(history["out"]):
+            yield banded.activated(decoder.norm_out, history["out"], parts, height)
         else:
-            yield bands(activated(decoder.norm_out, decoder.conv_out, joined(parts, height), history))
+            yield bands(activated(decoder.norm_out, history["out"], joined(parts, height), history))
         return
     x = joined(parts, height)
     shortcut = getattr(block, "avg_shortcut", None)
@@ -135,15 +150,16 @@ def _upsampled(
             seen = F.pad(x[:, :, max(0, above) : below], (0, 0, max(0, -above), max(0, below - height)))
             made = F.conv2d(seen, kernel, bias, padding=(0, 1)).unflatten(1, (2, c))
             for column in range(2):
-                own = made[:, column, ..., column : column + w]
-                if shortcut is not None:
-                    added = source[:, :, top:bottom]
-                    if shortcut.in_channels != shortcut.out_channels:
-                        copy = shortcut.factor * torch.arange(shortcut.out_channels, device=x.device)
-                        added = added[:, (copy + 4 * phase + 2 * row + column) // shortcut.repeats]
-                    own += added
-                y[:, :, row::2, column::2] = own
-            del seen, made, own
+                own, place = made[:, column, ..., column : column + w], y[:, :, row::2, column::2]
+                if shortcut is None:
+                    place.copy_(own)
+                    continue
+                added = source[:, :, top:bottom]
+                if shortcut.in_channels != shortcut.out_channels:
+                    first = shortcut.factor * torch.arange(shortcut.out_channels, device=x.device)
+                    added = added[:, (first + 4 * phase + 2 * row + column) // shortcut.repeats]
+                torch.add(own, added, out=place)
+            del seen, made, own, place
         top, ready = bottom, [y]
         del y
         yield ready.pop()

@@ -22,25 +22,44 @@ def to_planes(rgb: "torch.Tensor", pixels: str) -> list[np.ndarray]:
 
     Chroma sits where H.264 and its successors expect it: on the left pixel of a pair, between the two rows.
     """
-    bands = (_band_planes(band, pixels) for band in rgb.split(BAND_ROWS, dim=1))
-    return [np.concatenate(parts) for parts in zip(*bands, strict=True)]
-
-
-def _band_planes(rgb: "torch.Tensor", pixels: str) -> list[np.ndarray]:
     import torch
-    import torch.nn.functional as F
 
-    step, dtype = (4, np.uint16) if pixels.endswith("10le") else (1, np.uint8)  # 10 bits: four codes an 8-bit one
+    step, kind = (4, torch.int16) if pixels.endswith("10le") else (1, torch.uint8)  # 10 bits: four codes an 8-bit one
     black = rgb.new_tensor([[16.0], [128.0], [128.0]], dtype=torch.float32) * step
     weights = rgb.new_tensor(YCBCR, dtype=torch.float32) * step
-    shape, height = rgb.shape, rgb.shape[1]
-    planes = torch.addmm(black, weights, rgb.float().clamp(0, 1).flatten(1)).view(shape)
-    luma, chroma = planes[0], planes[1:]
-    if "420" in pixels:
-        chroma = F.pad(chroma, (0, 0, 0, height % 2), "replicate")
-        chroma = (chroma[:, 0::2] + chroma[:, 1::2]).mul_(0.5)
-    if "444" not in pixels:
-        chroma = F.pad(chroma, (1, 1), "replicate")
-        around = chroma[..., :-2] + chroma[..., 2:]
-        chroma = around.add_(chroma[..., 1:-1], alpha=2).mul_(0.25)[..., 0::2]
-    return [plane.round().cpu().numpy().astype(dtype) for plane in (luma, *chroma)]
+    _, height, width = rgb.shape
+    down, across = 1 + ("420" in pixels), 1 + ("444" not in pixels)
+    luma = rgb.new_empty(height, width, dtype=kind)
+    chroma = rgb.new_empty(2, -(-height // down), -(-width // across), dtype=kind)
+    for top in range(0, height, BAND_ROWS):
+        band = rgb[:, top : top + BAND_ROWS].float().clamp(0, 1)
+        made = torch.addmm(black[:1], weights[:1], band.flatten(1))
+        luma[top : top + BAND_ROWS] = made.round_().view(-1, width)
+        seen = _between_rows(band) if down == 2 else band
+        made = torch.addmm(black[1:], weights[1:], seen.flatten(1)).view(2, -1, width)
+        made = _at_left_of_pairs(made) if across == 2 else made
+        chroma[:, top // down : top // down + made.shape[1]] = made.round_()
+    whole = np.uint16 if kind == torch.int16 else np.uint8
+    return [plane.cpu().numpy().view(whole) for plane in (luma, *chroma)]
+
+
+def _between_rows(x: "torch.Tensor") -> "torch.Tensor":
+    """Means of pairs of rows of x (..., h, w); a last row without another stands for both."""
+    import torch
+
+    upper, lower = x[:, 0::2], x[:, 1::2]
+    if x.shape[1] % 2:
+        lower = torch.cat((lower, upper[:, -1:]), dim=1)
+    return (upper + lower).mul_(0.5)
+
+
+def _at_left_of_pairs(x: "torch.Tensor") -> "torch.Tensor":
+    """x (..., w) at every other column from the first, weighing 1, 2, 1 with its neighbours; ends are continued."""
+    own, right = x[..., 0::2], x[..., 1::2]
+    count = right.shape[-1]
+    made = own * 0.5
+    made[..., :count].add_(right, alpha=0.25)
+    made[..., count:].add_(own[..., count:], alpha=0.25)
+    made[..., 1:].add_(right[..., : made.shape[-1] - 1], alpha=0.25)
+    made[..., :1].add_(own[..., :1], alpha=0.25)
+    return made
