@@ -34,14 +34,17 @@ class Past:
         y = F.conv2d(x, own, conv.bias, padding=padding)
         if self.taken:  # stills need no more
             placed = torch.cat([older[(i - self.taken) % self.length] for i in range(self.length)], dim=1)
-            if padding:
-                y += F.conv2d(self.frames, placed, padding=padding)
-            else:  # a product is two to three times as fast on a CPU, and adds by itself
-                rows, past = (frame.permute(0, 2, 3, 1).flatten(0, 2) for frame in (y, self.frames))
-                y = rows.addmm_(past, placed.flatten(1).t()).view(len(y), *y.shape[2:], -1).permute(0, 3, 1, 2)
+            y = y.add_(F.conv2d(self.frames, placed, padding=padding)) if padding else plus(y, self.frames, placed)
         self.frames.chunk(self.length, dim=1)[self.taken % self.length].copy_(x)
         self.taken += 1
         return y
+
+
+def plus(y: torch.Tensor, x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+    """`y` (n, C, h, w) plus the 1x1 convolution of `x`, as a product into `y`: a convolution's own result would be as
+    large again."""
+    into, rows = (frame.permute(0, 2, 3, 1).flatten(0, 2) for frame in (y, x))
+    return into.addmm_(rows, weight.flatten(1).t()).view(len(y), *y.shape[2:], -1).permute(0, 3, 1, 2)
 
 
 def middle(block: Module, x: torch.Tensor, history: History) -> torch.Tensor:

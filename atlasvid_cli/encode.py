@@ -11,7 +11,7 @@ import torch.nn.functional as F
 
 from . import banded
 from .banded import Bands, Module, bands, joined
-from .causal import History, activated, causal, middle, resnet, resnets, still
+from .causal import History, activated, causal, middle, plus, resnet, resnets, still
 
 
 @torch.no_grad()
@@ -101,7 +101,7 @@ def _smaller(downsampler: Module, parts: Bands, height: int, history: History) -
         return x
     made = F.conv2d(frames[0], merge.weight[:, :, 0], merge.bias)
     for frame, weight in zip(frames[1:], merge.weight.unbind(2)[1:], strict=True):
-        made += F.conv2d(frame, weight)
+        made = plus(made, frame, weight)
     return made
 
 
@@ -117,5 +117,7 @@ def _averaged(shortcut: Module, pooled: torch.Tensor, history: History) -> torch
         frames = [*waiting, pooled]
     if shortcut.group_size % shortcut.factor_s**2:
         return shortcut(torch.stack(frames, dim=2)).squeeze(2)
+    if len(frames) == 2 and shortcut.group_size == 2 * shortcut.factor_s**2:  # a channel of both at a time
+        return torch.add(*frames).mul_(0.5)
     values = torch.stack([frame.permute(0, 2, 3, 1) for frame in frames], dim=-1).flatten(3)
     return values.unflatten(3, (shortcut.out_channels, -1)).mean(4).permute(0, 3, 1, 2)
