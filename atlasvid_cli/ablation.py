@@ -46,6 +46,7 @@ COLUMNS = (
     "missing_percent",
     "repeated_percent",
     "seam",
+    "seam_within",
     "seam_chance",
     "coherence_db",
     "edge_width_px",
@@ -192,8 +193,9 @@ def _timed(
 
 def summary(by_seed: list[list[Seen]]) -> dict[str, Any]:
     """The columns of an arm, over all prompts and seeds: percent of the attributes that came true, with the standard
-    deviation over seeds; percent of the videos with no object and with more than one; seams over all, and what chance
-    does to them; mean coherence; the median edge width where there is an object; median seconds; the highest peak."""
+    deviation over seeds; percent of the videos with no object and with more than one; seams over all, the same within
+    windows, and what chance does to seams; mean coherence; the median edge width where there is an object; median
+    seconds; the highest peak."""
     everything = [seen for row in by_seed for seen in row]
     assessments = [seen.assessment for seen in everything]
     adherence = [100 * float(np.mean([list(s.assessment.right.values()) for s in row])) for row in by_seed]

@@ -134,7 +134,7 @@ def show_quality(request: "Request", count: int, folder: Path, console: "Console
     console.table(f"{found['size']} x {found['seconds']:g} s, held-out prompts of preset {found['preset']}", rows)
     right = found["right"]["all of these"]
     text = f"{right} of {count} prompts all right; seam {found['seam']} ± {found['seam_chance']}"
-    text += f", coherence {found['coherence_db']} dB"
+    text += f" ({found['seam_within']} within windows), coherence {found['coherence_db']} dB"
     text += f", edges {found['edge_width_px']} px wide" if found["edge_width_px"] else ""
     console.emit(found, text)
 

@@ -24,6 +24,8 @@ from .session import Session
 from .video import read_frames
 from .windows import borders
 
+Lines = tuple[list[int], list[int]]  # rows and columns
+
 FRAMES = 9  # looked at in each video, evenly spread
 STEADY = 0.15  # of its speed may an object's be off in a quarter of the video
 
@@ -31,12 +33,13 @@ STEADY = 0.15  # of its speed may an object's be off in a quarter of the video
 @dataclass(frozen=True)
 class Assessment:
     """What was seen in a video: which attributes came true, how many objects there are beyond the one asked for,
-    the energy of steps across window borders and across the lines beside them, dB of coherence, pixels of edge width,
-    and how unsteady the object's speed is."""
+    the energy of steps across window borders and across the lines beside them, and the same of tokens' borders within
+    windows, dB of coherence, pixels of edge width, and how unsteady the object's speed is."""
 
     right: dict[str, bool]
     repetition: int
     energy: np.ndarray
+    within: np.ndarray
     coherence: float
     edge_width: float | None
     unsteady: float | None = None
@@ -53,15 +56,16 @@ def held_out_prompts(count: int) -> list[tuple[str, world.Attributes]]:
     return prompts
 
 
-def window_borders(plan: Plan) -> tuple[list[int], list[int]]:
-    """Rows and columns of a video's pixels at which windows of its last level meet."""
-    token, layouts = plan.preset.geometry.token_pixels, plan.preset.detail.layouts
-    sizes = (plan.target.h, plan.target.w)
-    rows, columns = (
-        [at * token // plan.scale for at in borders(size, [(shape[axis], shifted) for shape, shifted in layouts])]
-        for axis, size in enumerate(sizes, start=1)
-    )
-    return rows, columns
+def token_borders(plan: Plan) -> tuple[Lines, Lines]:
+    """Rows and columns of a video's pixels at which windows of its last level meet, and those at which tokens do within
+    all windows."""
+    side, layouts = plan.preset.geometry.token_pixels // plan.scale, plan.preset.detail.layouts
+    meet, within = [], []
+    for axis, size in ((1, plan.target.h), (2, plan.target.w)):
+        cuts = borders(size, [(shape[axis], shifted) for shape, shifted in layouts])
+        meet.append([at * side for at in cuts])
+        within.append([at * side for at in range(1, size) if at not in cuts])
+    return (meet[0], meet[1]), (within[0], within[1])
 
 
 def true_scene(plan: Plan, attributes: world.Attributes) -> world.Scene:
@@ -99,8 +103,8 @@ def run(request: Request, count: int, folder: Path, console: Console) -> dict[st
     """Renders `count` held-out prompts into `folder` and looks at them; finished identical ones are kept.
 
     In how many each attribute came true, and all of them; in how many no object shows beside the one asked for, and in
-    how many its speed is steady; the seam statistic and what chance does to it; the mean coherence in dB; the median
-    edge width (DESIGN §9).
+    how many its speed is steady; the seam statistic, the same of tokens' borders within windows, and what chance does
+    to it; the mean coherence in dB; the median edge width (DESIGN §9).
     """
     plan = check(request)
     check_resources(plan, folder.absolute(), videos=count)
@@ -120,7 +124,7 @@ def run(request: Request, count: int, folder: Path, console: Console) -> dict[st
             seen.append(assess(plan, frames, proxy_frames(plan, run_dir / "proxy.mp4"), attributes))
     right = {name: sum(s.right[name] for s in seen) for name in seen[0].right}
     widths = [s.edge_width for s in seen if s.edge_width is not None]
-    seam, chance = seams(seen)
+    seam, within, chance = seams(seen)
     return {
         "preset": plan.preset.name,
         "size": plan.summary["size"],
@@ -130,6 +134,7 @@ def run(request: Request, count: int, folder: Path, console: Console) -> dict[st
         "not_repeated": sum(s.repetition == 0 for s in seen),
         "steady": sum(s.unsteady is not None and s.unsteady <= STEADY for s in seen),
         "seam": round(seam, 3),
+        "seam_within": round(within, 3),
         "seam_chance": round(chance, 3),
         "coherence_db": round(float(np.mean([s.coherence for s in seen])), 1),
         "edge_width_px": round(float(np.median(widths)), 1) if widths else None,
@@ -150,24 +155,28 @@ def proxy_frames(plan: Plan, preview: Path) -> list[np.ndarray]:
 def assess(plan: Plan, frames: list[np.ndarray], proxy: list[np.ndarray], attributes: world.Attributes) -> Assessment:
     """Looks at the uint8 (H, W, 3) `frames` of a video and those of its proxy at the same times."""
     found = detect(frames, [n / plan.fps for n in looked_at(plan)])
-    lines, pitch = window_borders(plan), plan.preset.geometry.token_pixels // plan.scale
+    pitch = plan.preset.geometry.token_pixels // plan.scale
+    meet, within = (np.mean([step_energy(f, *lines, pitch) for f in frames], axis=0) for lines in token_borders(plan))
     widths = [w for f in frames if (w := edge_width(f)) is not None]
     return Assessment(
         adherence(found, attributes),
         found.count - 1,
-        np.mean([step_energy(f, *lines, pitch) for f in frames], axis=0),
+        meet,
+        within,
         coherence(plan, frames, proxy),
         float(np.median(widths)) if widths else None,
         found.unsteady,
     )
 
 
-def seams(seen: list[Assessment]) -> tuple[float, float]:
-    """Energy of steps across window borders over that across the lines beside them, means over videos; and how each of
-    those lines deviates from the mean of them, which is what chance does."""
+def seams(seen: list[Assessment]) -> tuple[float, float, float]:
+    """Energy of steps across window borders over that across the lines beside them, means over videos; the same of
+    tokens' borders within windows, where what the VAE leaves on its lattice shows and windows do not; and how each of
+    the lines beside window borders deviates from the mean of them, which is what chance does."""
     border, *beside = np.mean([s.energy for s in seen], axis=0)
+    inner, *between = np.mean([s.within for s in seen], axis=0)
     mean = max(float(np.mean(beside)), 1e-12)
-    return float(border) / mean, float(np.std(beside)) / mean
+    return float(border) / mean, float(inner) / max(float(np.mean(between)), 1e-12), float(np.std(beside)) / mean
 
 
 def frames_at(path: Path, wanted: list[int]) -> list[np.ndarray]:

@@ -144,17 +144,20 @@ def test_tiles_see_no_border_beyond_their_own():
     preset = ablation_arms.SAMPLED["tiles, each alone"][0](load_preset("tiny"))
     assert not preset.detail.proxy_attention
     plan = make_plan(Request("tiny", 960, 540, Fraction(4)), preset=preset)
-    assert quality.window_borders(plan) == ([160, 352], [224, 480, 704])
+    assert quality.token_borders(plan)[0] == ([160, 352], [224, 480, 704])
 
 
 def test_columns_are_means_over_prompts_and_spread_over_seeds():
     def seen(right, repetition=0, seconds=1.0):
         flags = {"colour": right, "shape": right}
-        return ablation.Seen(quality.Assessment(flags, repetition, np.array([2.0, 1.0]), 30.0, None), seconds, 2**30)
+        return ablation.Seen(
+            quality.Assessment(flags, repetition, *np.array([[2.0, 1.0], [3.0, 2.0]]), 30.0, None), seconds, 2**30
+        )
 
     row = ablation.summary([[seen(True), seen(True)], [seen(False, 2), seen(True, -1, 9.0)]])
     assert (row["adherence_percent"], row["spread"]) == (75.0, 35.4)
     assert (row["missing_percent"], row["repeated_percent"], row["seam"], row["edge_width_px"]) == (25, 25, 2.0, None)
+    assert row["seam_within"] == 1.5
     assert (row["seconds"], row["peak_gib"]) == (1.0, 1.0)
 
 

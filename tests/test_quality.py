@@ -67,23 +67,31 @@ def test_true_renders_have_no_seams():
     (_, attributes), *_ = quality.held_out_prompts(1)
     frames = rendered(plan, attributes)
     proxy = shrunk(frames, plan)
-    true, chance = quality.seams([quality.assess(plan, frames, proxy, attributes)])
-    assert abs(true - 1) < 3 * chance
-    _, columns = quality.window_borders(plan)
-    cut = [frame.copy() for frame in frames]
-    for frame in cut:
-        frame[:, columns] = 255 - frame[:, columns]
-    seam, _ = quality.seams([quality.assess(plan, cut, proxy, attributes)])
-    assert seam > 1 + 10 * chance
+    true, inner, chance = quality.seams([quality.assess(plan, frames, proxy, attributes)])
+    assert abs(true - 1) < 3 * chance and abs(inner - 1) < 3 * chance
+    for place, (_, columns) in enumerate(quality.token_borders(plan)):
+        cut = [frame.copy() for frame in frames]
+        for frame in cut:
+            frame[:, columns] = 255 - frame[:, columns]
+        *seen, _ = quality.seams([quality.assess(plan, cut, proxy, attributes)])
+        assert seen[place] > 1 + 10 * chance and seen[1 - place] < 1 + 3 * chance
+
+
+def test_tokens_meet_at_windows_borders_or_within_windows():
+    plan = make_plan(Request("tiny", 960, 540, Fraction(4)))
+    meet, within = quality.token_borders(plan)
+    for axis, size in enumerate((plan.target.h, plan.target.w)):
+        assert meet[axis] and within[axis]
+        assert sorted(meet[axis] + within[axis]) == [32 // plan.scale * at for at in range(1, size)]
 
 
 def test_what_chance_does_to_seams_is_how_the_lines_beside_borders_differ():
     def seen(energy):
-        return quality.Assessment({}, 0, np.array(energy), 30.0, None)
+        return quality.Assessment({}, 0, np.array(energy), np.array([3.0, 2.0, 2.0]), 30.0, None)
 
-    assert quality.seams([seen([3.0, 1.0, 1.0]), seen([1.0, 1.0, 1.0])]) == pytest.approx((2.0, 0.0))
-    assert quality.seams([seen([2.0, 1.0, 3.0])]) == pytest.approx((1.0, 0.5))
-    assert quality.seams([seen([0.0, 0.0])]) == (0.0, 0.0)
+    assert quality.seams([seen([3.0, 1.0, 1.0]), seen([1.0, 1.0, 1.0])]) == pytest.approx((2.0, 1.5, 0.0))
+    assert quality.seams([seen([2.0, 1.0, 3.0])]) == pytest.approx((1.0, 1.5, 0.5))
+    assert quality.seams([seen([0.0, 0.0, 0.0])])[::2] == (0.0, 0.0)
 
 
 def test_coherence_is_the_likeness_to_the_proxy():
