@@ -205,7 +205,7 @@ def summary(by_seed: list[list[Seen]]) -> dict[str, Any]:
         round(float(np.std(adherence, ddof=1)), 1) if len(adherence) > 1 else None,
         round(100 * float(np.mean([a.repetition < 0 for a in assessments]))),
         round(100 * float(np.mean([a.repetition > 0 for a in assessments]))),
-        *(round(v, 2) for v in seams(assessments)),
+        *(v and round(v, 2) for v in seams(assessments)),
         round(float(np.mean([a.coherence for a in assessments])), 1),
         round(float(np.median(widths)), 1) if widths else None,
         round(float(np.median([s.seconds for s in everything])), 1),

@@ -10,8 +10,8 @@ from . import pipeline
 from .artefacts import (
     check_base,
     check_latents,
+    check_replaceable,
     describe,
-    keep_foreign,
     latents_shape,
     level_path,
     result_metadata,
@@ -65,7 +65,7 @@ def _alike(aspect: float, other: float) -> bool:
     return abs(math.log(aspect / other)) <= ASPECT_TOLERANCE
 
 
-def refine_run(session: Session, plan: Plan, latents: Path, runs: Path) -> Path:
+def run_folder(session: Session, plan: Plan, latents: Path, runs: Path) -> Path:
     """The run directory, in `runs`, of what is made above saved latents: named by all that decides the result.
 
     A region's is that of its video, which the same options made: with this seed, or with the latents' own; where
@@ -92,9 +92,8 @@ def refine_saved(latents: Path, plan: Plan, target: Path, run_dir: Path | None, 
     check_resources(plan, target.parent, run_dir)
     check_writable(target)
     session = Session.of(plan.request)
-    session.check_adapters()
     known = check_latents(latents, session)
-    folder = run_dir or refine_run(session, plan, latents, target.parent / "runs")
+    folder = run_dir or run_folder(session, plan, latents, target.parent / "runs")
     if plan.is_region:
         check_base(plan, folder)
         (x, y, w, h), (first, end) = plan.region_shown
@@ -104,9 +103,9 @@ def refine_saved(latents: Path, plan: Plan, target: Path, run_dir: Path | None, 
         )
         if str(plan.request.seed) == describe(level_path(plan, folder, len(plan.levels)))["seed"]:
             console.warn("with the seed of the video the part comes out much as it was; give another --seed")
-        keep_foreign(target, result_of_region(session, plan, known, folder))
+        check_replaceable(target, result_of_region(session, plan, known, folder))
     else:
-        keep_foreign(target, result_metadata(session, plan, known))
+        check_replaceable(target, result_metadata(session, plan, known))
     with lock(run_directory(folder.parent, folder.name)):
         result = pipeline.refine(session, plan, latents, folder, console)
         pipeline.finish(session, result, target, plan.request, console, folder)

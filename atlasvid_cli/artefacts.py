@@ -14,10 +14,9 @@ import torch
 
 from . import __version__, store, tensor_file
 from .errors import AtlasError, InputError, UsageError
-from .parse import MAX_FPS, MAX_SECONDS, MAX_SIDE_PX
+from .parse import MAX_FPS, MAX_SECONDS, MAX_SEED, MAX_SIDE_PX
 from .plan import Plan
 from .presets import load_preset, preset_names
-from .prompts import MAX_SEED
 from .refine import Region
 from .session import Session
 from .stages import Stage
@@ -85,8 +84,9 @@ def weights_of(session: Session, plan: Plan) -> dict[str, Any]:
 def proxy_metadata(session: Session, plan: Plan) -> dict[str, str]:
     """What the proxy of a plan will say of itself, sampled or encoded from the request's clip."""
     request, clip = plan.request, plan.request.clip
-    vae = session.vae_hash if clip else ""
-    metadata = stage_metadata(session, plan, plan.proxy, "proxy", request.prompt, request.negative_prompt, vae)
+    encoder = session.vae_hash if clip else ""
+    prompts = request.prompt, request.negative_prompt
+    metadata = stage_metadata(session, plan, plan.proxy, "proxy", *prompts, encoder=encoder)
     return metadata | ({"clip": clip.path.name} if clip else {})
 
 
@@ -185,12 +185,20 @@ def request_defaults(path: Path) -> dict[str, Any]:
 
 
 def stage_metadata(
-    session: Session, plan: Plan, stage: Stage, kind: str, prompt: str, negative: str, below: str = ""
+    session: Session,
+    plan: Plan,
+    stage: Stage,
+    kind: str,
+    prompt: str,
+    negative: str,
+    below: str = "",
+    encoder: str = "",
 ) -> dict[str, str]:
-    """Metadata of a stage's latents. `key` is the hash of all that decides them; size and fps are the latents' own, a
-    proxy's size that of what the video shows of it, in even numbers, so that its preview plays everywhere."""
+    """Metadata of a stage's latents. `key` is the hash of all that decides them: of a clip's, which have none `below`,
+    the `encoder` too. Size and fps are the latents' own, a proxy's size that of what the video shows of it, in even
+    numbers, so that its preview plays everywhere."""
     weights = session.hash(kind)
-    fields = {**plan.key(stage), "prompt": prompt, "negative": negative, "model": weights, "below": below}
+    fields = {**plan.key(stage), "prompt": prompt, "negative": negative, "model": weights, "below": below or encoder}
     fields |= session.arithmetic | ({"start": session.start_hash(stage.entry)} if stage.in_pixels else {})
     geometry, grid, last = session.preset.geometry, stage.grid, stage is plan.levels[-1]
     pixels = geometry.token_pixels
@@ -238,27 +246,26 @@ def is_current(path: Path, metadata: dict[str, str]) -> bool:
         return False  # damaged or foreign: made anew
 
 
-def keep_others(path: Path) -> None:
-    """UsageError where latents that are not `is_current` are of another job, hours of work that no run takes over, or
-    something that no run has made."""
+def check_ours(path: Path, metadata: dict[str, str]) -> None:
+    """UsageError where a file is not of the latents with this metadata: of another job, hours of work that no run takes
+    over, or something that no run has made."""
     with suppress(InputError):  # missing, or damaged: made anew
-        metadata, _ = tensor_file.read_header(path)
-        if metadata.get("format") != FORMAT:
+        found, _ = tensor_file.read_header(path)
+        if found.get("format") != FORMAT:
             raise UsageError(f"{path} is not of a run; give another --run-dir, or move it away")
-        describe(path)
-        raise UsageError(f"{path} is of another job; give another --run-dir, or move it away")
+        if describe(path)["key"] != metadata["key"]:
+            raise UsageError(f"{path} is of another job; give another --run-dir, or move it away")
 
 
-def keep_other_levels(session: Session, plan: Plan, proxy: dict[str, str], run_dir: Path) -> None:
-    """`keep_others` for every level above a proxy with this metadata, before the first is sampled."""
+def check_levels_ours(session: Session, plan: Plan, proxy: dict[str, str], run_dir: Path) -> None:
+    """`check_ours` for every level above a proxy with this metadata, before the first is sampled."""
     metadata = proxy
     for number, stage in enumerate(plan.levels, start=1):
         metadata = level_metadata(session, plan, stage, metadata)
-        if not is_current(path := level_path(plan, run_dir, number), metadata):
-            keep_others(path)
+        check_ours(level_path(plan, run_dir, number), metadata)
 
 
-def keep_videos(path: Path) -> None:
+def check_preview_ours(path: Path) -> None:
     """UsageError where there is a file that is no video of ours: in a folder of the user's, a preview takes no name."""
     with suppress(AtlasError):  # missing, or no video: its own sentence would name no remedy
         if "key" in tags(path):
@@ -267,7 +274,7 @@ def keep_videos(path: Path) -> None:
         raise UsageError(f"{path} is not of a run; give another --run-dir, or move it away")
 
 
-def keep_foreign(target: Path, metadata: dict[str, str]) -> None:
+def check_replaceable(target: Path, metadata: dict[str, str]) -> None:
     """UsageError where `target` is a file that was not made from the latents with this metadata."""
     if not target.exists():
         return

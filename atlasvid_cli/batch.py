@@ -2,8 +2,9 @@
 
 import dataclasses
 import traceback
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
 from .errors import AtlasError, UsageError, explain, stop_signals, traced
 from .prompts import Item, slug
@@ -13,7 +14,18 @@ from .targets import check_writable, is_folder, is_made, target_of, usable
 if TYPE_CHECKING:
     from .console import Console
     from .plan import Plan, Request
+    from .presets import Preset
     from .session import Session
+
+
+@dataclass(frozen=True)
+class _Job:
+    """An item as the preset takes it, and where its result goes."""
+
+    item: Item
+    prompt: str
+    negative_prompt: str
+    target: Path
 
 
 def run_batch(
@@ -24,82 +36,93 @@ def run_batch(
     console: "Console",
     many: bool,
     dry_run: bool,
-    kind: Literal["video", "proxy"],
 ) -> None:
     """One or many items through one session: failures are reported and passed over, finished ones skipped."""
     from .cost import check_resources
     from .plan import make_plan
-    from .session import Session, session_of
+    from .session import Session, check_session
     from .video import warn_of_player
 
-    resolved = make_plan(request)
+    plan = make_plan(request)
     if not items:
         return console.note("no prompt falls to this shard: there are fewer than shards")
-    folder, targets = _targets(items, request, output, many, kind)
-    if kind == "video":
+    folder, targets = _targets(items, request, output, many)
+    if not request.proxy_only:
         warn_of_player(console, request.codec, request.width, request.height)
     missing = sum(not is_made(target) for target in targets)
     if dry_run:
-        session_of(request)
-        return show_plan(resolved, console, folder, run_dir, max(1, missing))
+        check_session(request)
+        return show_plan(plan, console, folder, run_dir, max(1, missing))
     if missing:  # what is finished needs no room
-        check_resources(resolved, folder, run_dir, missing)
+        check_resources(plan, folder, run_dir, missing)
     if len({target.parent for target in targets}) == 1:  # else each item finds out for itself
         check_writable(targets[0])
-    from .artefacts import run_hash
-
-    make = render_one if kind == "video" else proxy_one
     session = Session.of(request)
-    session.check_adapters()
-    asked = [item.prompt for item in items]
-    if session.preset.extend_prompts and not request.clip:
-        items = [_extended(item, console) for item in items]
-    standard = session.preset.negative_prompt
-    negatives = [standard if item.negative_prompt is None else item.negative_prompt for item in items]
-    guided = any(stage.passes > 1 for _, stage in resolved.own_stages())
-    session.expect([*(item.prompt for item in items), *(negatives if guided else ())])
-    to_change: list[bool] = []  # of each failure, whether it asks for other options: an error would keep its models
-    for number, (item, prompt, negative, target) in enumerate(
-        zip(items, asked, negatives, targets, strict=True), start=1
-    ):
+    jobs = [_job(item, target, session.preset, request, console) for item, target in zip(items, targets, strict=True)]
+    guided = any(stage.passes > 1 for _, stage in plan.own_stages())
+    session.expect([*(job.prompt for job in jobs), *(job.negative_prompt for job in jobs if guided)])
+    failures: list[type[Exception]] = []
+    for number, job in enumerate(jobs, start=1):
         if many:
-            console.note(f"{number} of {len(items)}: {item.prompt or item.id}")
-        own = dataclasses.replace(request, prompt=item.prompt, negative_prompt=negative, seed=item.seed)
-        plan = make_plan(own)
-        own_run = f"{slug(target.stem)}-{run_hash(session, plan)}"
-        run = run_dir or target.parent / "runs" / own_run
-        event = {"id": item.id, "prompt": prompt, "seed": item.seed}
-        event |= {"taken_as": item.prompt} if item.prompt != prompt else {}
-        try:
-            check_writable(target)
-            event |= {"status": "ok", **make(session, plan, run, target, console)}
-        except Exception as error:  # whatever one item does, the others get their turn
-            if not many or stop_signals:
-                raise
-            to_change.append(isinstance(error, UsageError))
-            error_text, _ = explain(error)
-            if traced:
-                traceback.print_exc()
-            event |= {"status": "failed", kind: None, "error": error_text}
-            console.error(f"{item.id}: {error_text}")
+            console.note(f"{number} of {len(jobs)}: {job.prompt or job.item.id}")
+        event, failure = _attempt(job, session, request, run_dir, console, many)
+        if failure:
+            failures.append(failure)
+            console.error(f"{job.item.id}: {event['error']}")
             if not console.json_lines:
                 continue
-        made = str(event[kind])
-        if event.get("skipped"):
-            console.note(f"{made} was finished before")
-        console.emit(event, made)
-    if to_change:
-        remedy = "each says above what to change" if all(to_change) else "the same command tries them again"
-        raise BatchFailed(f"{len(to_change)} of {len(items)} prompts failed; {remedy}")
+        if event["status"] == "skipped":
+            console.note(f"{job.target} was finished before")
+        console.emit(event, str(job.target))
+    if failures:
+        to_change = all(issubclass(failure, UsageError) for failure in failures)
+        remedy = "each says above what to change" if to_change else "the same command tries them again"
+        raise BatchFailed(f"{len(failures)} of {len(jobs)} prompts failed; {remedy}")
 
 
-def _targets(
-    items: list[Item], request: "Request", output: str | None, many: bool, kind: Literal["video", "proxy"]
-) -> tuple[Path, list[Path]]:
+def _job(item: Item, target: Path, preset: "Preset", request: "Request", console: "Console") -> _Job:
+    """An item with the preset's negative prompt where it has none, and a prompt that says all parts of a scene where
+    the preset needs one, with a word where the item's did not."""
+    from .extend import extended
+
+    prompt = extended(item.prompt, item.seed) if preset.extend_prompts and not request.clip else item.prompt
+    if prompt != item.prompt:
+        console.note(f"{item.prompt!r} leaves parts of the scene out and is taken as {prompt!r}")
+    negative = preset.negative_prompt if item.negative_prompt is None else item.negative_prompt
+    return _Job(item, prompt, negative, target)
+
+
+def _attempt(
+    job: _Job, session: "Session", request: "Request", run_dir: Path | None, console: "Console", many: bool
+) -> tuple[dict[str, Any], type[Exception] | None]:
+    """The event of a job, and of its failure the class: the exception's traceback would keep its models in memory."""
+    from .artefacts import run_hash
+    from .plan import make_plan
+
+    item, target = job.item, job.target
+    own = dataclasses.replace(request, prompt=job.prompt, negative_prompt=job.negative_prompt, seed=item.seed)
+    plan = make_plan(own)
+    run = run_dir or target.parent / "runs" / f"{slug(target.stem)}-{run_hash(session, plan)}"
+    event = {"id": item.id, "prompt": item.prompt, "seed": item.seed}
+    event |= {"taken_as": job.prompt} if job.prompt != item.prompt else {}
+    kind, make = ("proxy", proxy_one) if request.proxy_only else ("video", render_one)
+    try:
+        check_writable(target)
+        return event | {"status": "ok", **make(session, plan, run, target, console)}, None
+    except Exception as error:  # whatever one item does, the others get their turn
+        if not many or stop_signals:
+            raise
+        if traced:
+            traceback.print_exc()
+        error_text, _ = explain(error)
+        return event | {"status": "failed", kind: None, "error": error_text}, type(error)
+
+
+def _targets(items: list[Item], request: "Request", output: str | None, many: bool) -> tuple[Path, list[Path]]:
     """The folder that results go to, and the file of each; UsageError where one cannot be, or two would be one."""
     from .video import CODECS, check_target, suffix_for
 
-    suffix = suffix_for(request.codec) if kind == "video" else ".safetensors"
+    suffix = ".safetensors" if request.proxy_only else suffix_for(request.codec)
     base, into = Path(output or "").absolute(), is_folder(output or "")
     with usable(base):
         is_there = base.exists()
@@ -113,21 +136,11 @@ def _targets(
     for item, target in zip(items, targets, strict=True):
         if (first := taken.setdefault(target, item)) is not item:
             raise UsageError(f"{first.id} and {item.id} would both be {target}; give them other outputs")
-        if kind == "video":
+        if not request.proxy_only:
             check_target(target, request.codec, request.width, request.height)
         elif target.suffix != suffix:
             raise UsageError(f"{target} would hold latents; let --output end in {suffix}")
     return (folder if many or into else targets[0].parent), targets  # a link leads elsewhere
-
-
-def _extended(item: Item, console: "Console") -> Item:
-    """An item whose prompt says all parts of a scene, with a word where it did not."""
-    from .extend import extended
-
-    prompt = extended(item.prompt, item.seed)
-    if prompt != item.prompt:
-        console.note(f"{item.prompt!r} leaves parts of the scene out and is taken as {prompt!r}")
-    return dataclasses.replace(item, prompt=prompt)
 
 
 def _target(item: Item, folder: Path, output: str | None, many: bool, suffix: str) -> Path:
@@ -150,7 +163,7 @@ def render_one(session: "Session", plan: "Plan", run: Path, target: Path, consol
     if target.exists():  # but its run is gone, and all is made again
         check_resources(plan, target.parent, run)
     proxy = artefacts.proxy_metadata(session, plan)
-    artefacts.keep_foreign(target, artefacts.result_metadata(session, plan, proxy))
+    artefacts.check_replaceable(target, artefacts.result_metadata(session, plan, proxy))
     with store.lock(store.run_directory(run.parent, run.name)):
         return pipeline.render(session, plan, run, target, console)
 
@@ -172,4 +185,4 @@ def proxy_one(session: "Session", plan: "Plan", run: Path, target: Path, console
         elif not artefacts.is_current(target, wanted):  # another process was quicker
             raise UsageError(f"{target} was made meanwhile from something else; choose another --output")
     event = {"proxy": str(target), "preview": str(run / "proxy.mp4"), "run_dir": str(run)}
-    return event | ({"status": "skipped", "skipped": True} if skipped else {})
+    return event | ({"status": "skipped"} if skipped else {})

@@ -20,7 +20,7 @@ from .arms import (
     PROMPT,
     Bench,
     Check,
-    Stages,
+    StageTimes,
     detail_error,
     equal_arm,
     expected_seconds,
@@ -148,10 +148,10 @@ def _load(plan: Plan, has_weights: bool, folder: Path, seconds: float, repeats: 
 
 
 def _check_memory(plan: Plan) -> None:
-    worst, free = max(rows(plan), key=lambda row: row["ram_bytes"]), available_ram()
-    if worst["ram_bytes"] > free:
+    worst, free = max(rows(plan), key=lambda row: row.needed.ram), available_ram()
+    if worst.needed.ram > free:
         raise ResourceError(
-            f"the {worst['stage']} stage needs {worst['ram_bytes'] / GIB:.1f} GiB of memory and {free / GIB:.1f} GiB"
+            f"the {worst.stage} stage needs {worst.needed.ram / GIB:.1f} GiB of memory and {free / GIB:.1f} GiB"
             " are free; choose a smaller --res, fewer --seconds, or a smaller --budget-seconds, which samples the stage"
         )
 
@@ -180,21 +180,21 @@ def smaller_plans(plan: Plan) -> list[Plan]:
 # --- from times to the report --------------------------------------------------------------------------------------
 
 
-def is_projected(stages: Stages) -> bool:
+def is_projected(stages: StageTimes) -> bool:
     return total(stages).projected
 
 
-def total(stages: Stages, *names: str) -> Timing:
+def total(stages: StageTimes, *names: str) -> Timing:
     """The stages whose names begin with one of `names`, by default all."""
     return together(t for name, t in stages.items() if name.startswith(names or ("",)))
 
 
-def denoise(stages: Stages) -> Timing:
+def denoise(stages: StageTimes) -> Timing:
     """Denoising: native's, or that of the proxy and the detail levels."""
     return total(stages, "denoise", "proxy", "detail")
 
 
-def _speedups(native: Stages, ours: Stages) -> dict[str, Any]:
+def _speedups(native: StageTimes, ours: StageTimes) -> dict[str, Any]:
     """How many times as fast ours is; a range is from the worst pair of native's and our times to the best."""
     found: dict[str, Any] = {}
     for name, part in (("speedup", total), ("speedup_denoise", denoise)):
@@ -213,7 +213,9 @@ def growth_exponent(points: list[tuple[float, float]]) -> float | None:
     return sum((x - mean_x) * (y - mean_y) for x, y in logs) / sum((x - mean_x) ** 2 for x, _ in logs)
 
 
-def _point(plan: Plan, ours: Stages, native: Stages, peak: int | None, native_peak: int | None) -> dict[str, Any]:
+def _point(
+    plan: Plan, ours: StageTimes, native: StageTimes, peak: int | None, native_peak: int | None
+) -> dict[str, Any]:
     """One size of the growth fit: seconds of denoising and decoding, start-up, text and files left out; peak memory."""
     on_gpu = compute_device().kind == "cuda"
     return {
@@ -227,14 +229,14 @@ def _point(plan: Plan, ours: Stages, native: Stages, peak: int | None, native_pe
         "native_projected": is_projected(native),
         "atlasvid_peak_bytes": peak,
         "native_peak_bytes": native_peak,
-        "planned_peak_bytes": max(row[f"{'v' * on_gpu}ram_bytes"] for row in rows(plan)),
+        "planned_peak_bytes": max(row.needed.vram if on_gpu else row.needed.ram for row in rows(plan)),
     }
 
 
 def result(
     plan: Plan,
     steps: int,
-    arms: dict[str, Stages],
+    arms: dict[str, StageTimes],
     errors: dict[str, Check],
     points: list[dict[str, Any]],
     rates: Rates,
@@ -304,13 +306,13 @@ def result(
     }
 
 
-def _roofline(plan: Plan, arms: dict[str, Stages], steps: int, rates: Rates) -> dict[str, Any]:
+def _roofline(plan: Plan, arms: dict[str, StageTimes], steps: int, rates: Rates) -> dict[str, Any]:
     """FLOP/s that denoising reaches against its FLOPs a byte of the least traffic.
 
     A block reads and writes the hidden state, and reads its weights and the keys and values of what guides it.
     """
     size, level = plan.preset.transformer, plan.levels[-1]
-    weights = 8 * size.dim**2 + 2 * size.dim * size.ffn
+    weights = size.block_parameters
 
     def least_bytes(tokens: int, guide: int) -> int:
         return compute_device().bytes_per_value * size.layers * (2 * size.dim * (tokens + guide) + weights)
@@ -336,4 +338,4 @@ def _roofline(plan: Plan, arms: dict[str, Stages], steps: int, rates: Rates) -> 
 
 
 def _plain(timing: Timing) -> dict[str, Any]:
-    return {**timing.__dict__, "projected": timing.projected}
+    return {name: getattr(timing, name) for name in ("seconds", "low", "high", "runs", "fraction", "projected")}

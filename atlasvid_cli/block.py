@@ -6,7 +6,6 @@ Shapes: n windows (or clips), L tokens a window, D channels.
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache, partial
-from typing import Any
 
 import torch
 from diffusers import WanTransformer3DModel
@@ -17,6 +16,7 @@ from .attention import attend, rotate
 from .layers import affine, feed_forward, linear, modulated, root_mean_square
 
 KeyValue = tuple[torch.Tensor, torch.Tensor]
+Made = tuple[torch.Tensor, torch.Tensor, torch.Tensor]  # a block's output, its own keys and its values
 
 
 @dataclass(frozen=True)
@@ -27,9 +27,20 @@ class Kernels:
     attention: str | None = None
     compiled: bool = False
 
-    def run(self, model: WanTransformer3DModel, *arguments: Any) -> tuple[torch.Tensor, ...]:
+    def run(
+        self,
+        model: WanTransformer3DModel,
+        block: WanTransformerBlock,
+        x: torch.Tensor,
+        modulations: torch.Tensor,
+        rotation: torch.Tensor,
+        text: KeyValue,
+        text_bias: torch.Tensor,
+        proxy: KeyValue | None,
+    ) -> Made:
         """`block_forward`; in training with diffusers' `enable_gradient_checkpointing` it is computed again
         backwards."""
+        arguments = block, x, modulations, rotation, text, text_bias, proxy
         if self.compiled:
             forward = _compiled_block(self.attention)
         else:
@@ -43,7 +54,7 @@ EAGER = Kernels()
 
 
 @cache
-def _compiled_block(backend: str | None) -> Callable[..., tuple[torch.Tensor, ...]]:
+def _compiled_block(backend: str | None) -> Callable[..., Made]:
     # attention stays as it is: its kernels are those of many packages, chosen by size
     attention = torch.compiler.disable(partial(attend, backend=backend))
     return partial(torch.compile(block_forward, dynamic=True), attend=attention)
@@ -58,7 +69,7 @@ def block_forward(
     text_bias: torch.Tensor,
     proxy: KeyValue | None,
     attend: Callable[..., torch.Tensor],
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+) -> Made:
     """A Wan block on x (n, L, D): each window attends to itself and, in the same softmax, to `proxy` (n, K, heads, d).
 
     `modulations` (n or 1, 6, D), `rotation` (n or 1, L, 1, d/2, 2), `text` (n or 1, tokens, heads, d). Returns the

@@ -5,17 +5,13 @@ in the channels of one tensor, so that a 3x3x3 convolution is the sum of two 2D 
 PyTorch's conv3d at batch 1 is slow on CPU; its channels-last conv2d is not.
 """
 
-from typing import Any
+from dataclasses import dataclass, field
 
 import torch
 import torch.nn.functional as F
 
 from . import banded
 from .banded import Bands, Module, bands, joined
-
-# What the next output needs of a module's last inputs: a `Past` of a convolution's, frames that wait to be merged; and
-# what was found out of a module
-History = dict[Any, Any]
 
 
 class Past:
@@ -40,6 +36,16 @@ class Past:
         return y
 
 
+@dataclass
+class History:
+    """What modules keep of a video for its next frames, and what was found out of their weights."""
+
+    pasts: dict[Module, Past] = field(default_factory=dict)  # of convolutions that are not still
+    waiting: dict[Module, list[torch.Tensor]] = field(default_factory=dict)  # frames to be merged with the next one
+    still: dict[Module, bool] = field(default_factory=dict)
+    working: dict[Module, list[Module]] = field(default_factory=dict)  # those of a level's blocks that are not idle
+
+
 def plus(y: torch.Tensor, x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
     """`y` (n, C, h, w) plus the 1x1 convolution of `x`, as a product into `y`: a convolution's own result would be as
     large again."""
@@ -59,9 +65,9 @@ def middle(block: Module, x: torch.Tensor, history: History) -> torch.Tensor:
 
 def resnets(blocks: Module, parts: Bands, height: int, history: History) -> Bands:
     """diffusers' WanResidualBlocks, one after the other, on one frame in bands: whole where they are not all still."""
-    if ("working", blocks) not in history:
-        history["working", blocks] = [block for block in blocks if not is_idle(block)]
-    working = history["working", blocks]
+    if blocks not in history.working:
+        history.working[blocks] = [block for block in blocks if not is_idle(block)]
+    working = history.working[blocks]
     if still(blocks, history):
         for block in working:
             parts = banded.resnet(block, parts, height)
@@ -89,12 +95,11 @@ def activated(norm: Module, conv: Module, x: torch.Tensor, history: History) -> 
 
 def causal(conv: Module, x: torch.Tensor, history: History) -> torch.Tensor:
     """WanCausalConv3d at frame `x` (n, C, h, w), after the frames in `history`, which it joins. Stride 1."""
-    if conv not in history:
-        history[conv] = None if is_still(conv) else Past(conv, x)
-    past = history[conv]
-    if past is None:
+    if still(conv, history):
         return F.conv2d(x, conv.weight[:, :, -1], conv.bias, padding=conv.kernel_size[1] // 2)
-    return past.convolved(conv, x)
+    if conv not in history.pasts:
+        history.pasts[conv] = Past(conv, x)
+    return history.pasts[conv].convolved(conv, x)
 
 
 def is_still(conv: Module) -> bool:
@@ -104,10 +109,10 @@ def is_still(conv: Module) -> bool:
 
 def still(part: Module, history: History) -> bool:
     """Whether all convolutions over time in `part` see one frame alone, found out once a video."""
-    if ("still", part) not in history:
+    if part not in history.still:
         convs = (module for module in part.modules() if isinstance(module, torch.nn.Conv3d))
-        history["still", part] = all(map(is_still, convs))
-    return history["still", part]
+        history.still[part] = all(map(is_still, convs))
+    return history.still[part]
 
 
 def near_pixels(vae: Module, levels: int) -> list[Module]:

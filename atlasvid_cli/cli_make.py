@@ -74,7 +74,7 @@ def render(
     items = items_of(prompt, prompt_file, shard, negative_prompt, seed, from_video)
     if prompt_file and run_dir:
         raise UsageError("--run-dir names one run: leave it out with --prompt-file")
-    run_batch(items, request, output, run_dir, console, bool(prompt_file), dry_run, "video")
+    run_batch(items, request, output, run_dir, console, bool(prompt_file), dry_run)
 
 
 def proxy(
@@ -129,7 +129,7 @@ def proxy(
     console = Console(as_json)
     request = with_clip(request, from_video, seconds, prompt_file, console)
     items = items_of(prompt, prompt_file, shard, negative_prompt, seed, from_video)
-    run_batch(items, request, output, None, console, bool(prompt_file), dry_run, "proxy")
+    run_batch(items, request, output, None, console, bool(prompt_file), dry_run)
 
 
 def refine(
@@ -189,7 +189,7 @@ def refine(
     console = Console(as_json)
     from . import above, artefacts
     from .plan import make_plan
-    from .session import session_of
+    from .session import check_session
     from .video import check_target, suffix_for, warn_of_player
 
     artefacts.check_preset(latents, preset)
@@ -207,7 +207,7 @@ def refine(
     if span and span[1] > plan.frames:
         raise UsageError(f"--frames {frames} ends after the video's {plan.frames} frames; end it there")
     if dry_run:
-        if session := session_of(request):
+        if session := check_session(request):
             artefacts.check_latents(latents, session)
         return show_plan(plan, console, target.parent, run_dir)
     console.emit(above.refine_saved(latents, plan, target, run_dir, console), str(target))
@@ -240,7 +240,7 @@ def decode(
     target = target_of(output, latents.with_suffix(""), suffix)
     check_target(target, codec, width, height)
     check_writable(target)
-    artefacts.keep_foreign(target, known)
+    artefacts.check_replaceable(target, known)
     loaded = load_preset(preset or known["preset"])
     check_decode(loaded, artefacts.latents_shape(latents), size, int(known["frames"]), codec, target.parent)
     session = Session(loaded, model_path)

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 def train(
     what: Annotated[str, typer.Argument(help="tiny: the embedded model, from nothing; proxy or detail: an adapter.")],
     data: opt.Data = None,
-    preset: opt.PresetName = "tiny",
+    preset: opt.TrainedPreset = None,
     model_path: opt.ModelPath = None,
     work: Annotated[Path, typer.Option("--work", help="Checkpoints, latents, logs; resumed from.")] = Path("training"),
     output: opt.Trained = None,
@@ -37,14 +37,12 @@ def train(
 
     check_finite("--lr", lr, 0)
     given = {"data": data, "steps": steps, "lr": lr, "rank": rank, "seed": seed, "expert": expert}
-    given |= {"model-path": model_path}
+    given |= {"preset": preset, "model-path": model_path}
     console = Console(quiet=os.environ.get("RANK", "0") != "0")  # as accelerate and torchrun number processes
-    console.emit({}, str(train_part(what, preset, work, output, given, console)))
+    console.emit({}, str(train_part(what, work, output, given, console)))
 
 
-def train_part(
-    what: str, preset: str, work: Path, output: Path | None, given: dict[str, Any], console: "Console"
-) -> Path:
+def train_part(what: str, work: Path, output: Path | None, given: dict[str, Any], console: "Console") -> Path:
     """Trains `tiny`, or the adapter of stage `proxy` or `detail` with what is `given` of its options; where it lies."""
     if what not in ("tiny", "proxy", "detail"):
         raise UsageError(
@@ -73,7 +71,7 @@ def train_part(
     from .presets import load_preset
     from .train_job import Job, check
 
-    model_path = given.pop("model-path", None)
+    preset, model_path = given.pop("preset", "tiny"), given.pop("model-path", None)
     of_expert = f"_{given['expert']}" if "expert" in given else ""
     target = (output or Path(f"{what}{of_expert}_lora.safetensors")).absolute()
     job = Job(what, output=target, work=work, **given)

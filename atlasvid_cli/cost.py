@@ -4,6 +4,7 @@ import dataclasses
 import math
 from collections.abc import Iterator
 from contextlib import suppress
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
@@ -13,17 +14,15 @@ from .machine import Machine, available_ram, conv_rate, decode_dtype, disk_of, g
 from .memory import (
     GIB,
     OFFLOADS,
-    PROGRAM_BYTES,
-    PROGRAM_VRAM,
     Memory,
     Offload,
     detail_memory,
+    latents_bytes,
     model_bytes,
     proxy_memory,
     text_memory,
 )
 from .plan import Plan, make_plan
-from .shapes import Grid
 from .stages import Stage
 
 # parts that denoising reaches of a big GEMM's rate, and decoding beside the encoder of a convolution's, on two cores
@@ -36,6 +35,43 @@ LAUNCH = 0.01
 WORTH = 0.25  # part of what is missing that an option has to save to be named
 
 DECODED = ("preview", "decode")  # stages that make frames of latents
+
+
+@dataclass(frozen=True)
+class Row:
+    """What a stage takes: FLOPs, memory `needed` beside the program, projected `seconds` (NaN on a machine that is not
+    this one), and bytes of files: the `latents` that it leaves, the `spool` of decoded tiles, the `video`."""
+
+    stage: str
+    flops: int
+    needed: Memory
+    seconds: float
+    grid: str = ""
+    tokens: int = 0
+    windows: int = 0
+    steps: int = 1
+    latents: int = 0
+    spool: int = 0
+    video: int = 0
+
+    @property
+    def disk(self) -> int:
+        """The most bytes on disk: while a stage runs its state is as large as the latents that it leaves."""
+        return 2 * self.latents + self.spool + self.video
+
+    def to_json(self) -> dict[str, Any]:
+        return {
+            "stage": self.stage,
+            "grid": self.grid,
+            "tokens": self.tokens,
+            "windows": self.windows,
+            "steps": self.steps,
+            "flops": self.flops,
+            "ram_bytes": self.needed.ram,
+            "vram_bytes": self.needed.vram,
+            "disk_bytes": self.disk,
+            "seconds": None if math.isnan(self.seconds) else self.seconds,
+        }
 
 
 def memory(plan: Plan, stage: Stage, offload: Offload, machine: Machine) -> Memory:
@@ -70,15 +106,14 @@ def offload_of(plan: Plan, machine: Machine | None = None) -> Offload:
         return plan.request.offload
     machine = machine or this_machine()
     for offload in OFFLOADS[:-1]:
-        needed = max((memory(plan, stage, offload, machine).device for _, stage in plan.own_stages()), default=0)
-        if machine.device.kind == "cpu" or needed + PROGRAM_VRAM <= machine.vram:
+        needed = max((memory(plan, stage, offload, machine).vram for _, stage in plan.own_stages()), default=0)
+        if machine.device.kind == "cpu" or needed <= machine.vram:
             return offload
     return OFFLOADS[-1]
 
 
-def rows(plan: Plan, machine: Machine | None = None) -> list[dict[str, Any]]:
-    """One row a stage: tokens, windows, flops, bytes, seconds (a projection from a GEMM timed just now; None for a
-    machine that is not this one)."""
+def rows(plan: Plan, machine: Machine | None = None) -> list[Row]:
+    """One row a stage, its seconds projected from a GEMM and a convolution timed just now."""
     machine = machine or this_machine()
     gemm = convolutions = math.nan
     if machine.is_here:
@@ -88,35 +123,26 @@ def rows(plan: Plan, machine: Machine | None = None) -> list[dict[str, Any]]:
     made += [_encode_row(plan, convolutions, machine)] if plan.request.clip else []
     offload = offload_of(plan, machine)
     for name, stage in plan.own_stages():
-        flops, (convolved, needed) = plan.flops(stage), _convolved(plan, stage, offload, machine)
+        grid, (convolved, needed) = plan.sampled(stage), _convolved(plan, stage, offload, machine)
+        flops = plan.flops(stage)
         seconds = flops / gemm
         if machine.device.kind == "cuda":
             seconds = max(seconds, LAUNCH * _chunks(plan, stage) * stage.forwards())
-        flops += convolved
-        seconds += convolved / convolutions
-        disk = stage.grid.tokens * plan.preset.transformer.channels * plan.preset.geometry.patch**2 * 4
         made.append(
-            {
-                "stage": name,
-                "grid": "x".join(map(str, dataclasses.astuple(plan.sampled(stage)))),
-                "tokens": plan.sampled(stage).tokens,
-                "windows": plan.windows(stage),
-                "steps": stage.steps,
-                "flops": flops,
-                "ram_bytes": PROGRAM_BYTES + needed.host,
-                "vram_bytes": needed.device and PROGRAM_VRAM + needed.device,
-                "disk_bytes": disk * 2,
-                "seconds": seconds,
-            }
+            Row(
+                name,
+                flops + convolved,
+                needed,
+                seconds + convolved / convolutions,
+                grid="x".join(map(str, dataclasses.astuple(grid))),
+                tokens=grid.tokens,
+                windows=plan.windows(stage),
+                steps=stage.steps,
+                latents=latents_bytes(plan.preset, stage.grid.tokens),
+            )
         )
-    if plan.request.proxy_only:
-        made.append(_decode_row(plan, "preview", plan.proxy.grid, *plan.proxy_size, convolutions, machine))
-    else:
-        size = plan.request.width, plan.request.height
-        made.append(_decode_row(plan, "decode", plan.target, *size, convolutions, machine))
-    for row in made:
-        row["seconds"] = round(row["seconds"], 1) if machine.is_here else None
-    return made
+    made.append(_decode_row(plan, convolutions, machine))
+    return [dataclasses.replace(row, seconds=round(row.seconds, 1)) for row in made]
 
 
 def _chunks(plan: Plan, stage: Stage) -> int:
@@ -144,48 +170,30 @@ def _enlarging(plan: Plan, stage: Stage, machine: Machine) -> tuple[int, Memory]
     """FLOPs and bytes of decoding the level below and encoding it as large as a stage."""
     from .vae_cost import decode_flops, encode_bytes, encode_flops, overlap
 
-    config, patch = dataclasses.asdict(plan.preset.vae), plan.preset.geometry.patch
+    vae, patch = plan.preset.vae, plan.preset.geometry.patch
     below, grid = plan.below(stage), stage.grid
     h, w = below.h * patch, below.w * patch
-    flops = round(below.t * decode_flops(config, h, w) * overlap(config, h, w, vae_tile(plan.preset, h, w, machine)))
+    flops = round(below.t * decode_flops(vae, h, w) * overlap(vae, h, w, vae_tile(plan.preset, h, w, machine)))
     half = bool(stage.entry)
-    flops += grid.t * encode_flops(config, grid.h * patch, grid.w * patch, half)
+    flops += grid.t * encode_flops(vae, grid.h * patch, grid.w * patch, half)
     pixels, size = plan.preset.geometry.token_pixels, vae_itemsize(plan.preset, machine)
     held = decode_memory(plan.preset, (below.t, h, w), below.w * pixels, below.h * pixels, None, machine)
     on_gpu = machine.device.kind == "cuda"
-    encoder = int(KEPT[size] * encode_bytes(config, grid.h * patch, grid.w * patch, size, not on_gpu, half))
+    encoder = int(KEPT[size] * encode_bytes(vae, grid.h * patch, grid.w * patch, size, not on_gpu, half))
     large = 2 * 4 * 3 * grid.h * grid.w * (pixels // (1 + half)) ** 2  # a frame in fp32 as it is made, and the last one
-    latents = grid.tokens * plan.preset.transformer.channels * patch**2 * 4
+    latents = latents_bytes(plan.preset, grid.tokens)
     if on_gpu:
         return flops, Memory(held.device + encoder, held.host + latents + large)
     stays = 0 if stage is plan.own_stages()[0][1] else model_bytes(plan.preset, machine.device)  # of the stage before
     return flops, Memory(0, held.host + encoder + latents + large + stays)
 
 
-def _text_row(plan: Plan, rate: float, machine: Machine) -> dict[str, Any]:
+def _text_row(plan: Plan, rate: float, machine: Machine) -> Row:
     """The text encoder on a prompt of full length, as if no embedding were cached."""
     text, tokens = plan.preset.text, plan.preset.transformer.text_length
-    needed = text_memory(plan.preset, machine.vram, machine.device)
     flops = 2 * (text.parameters - text.looked_up) * tokens
-    return {
-        "stage": "text",
-        "grid": "",
-        "tokens": tokens,
-        "windows": 0,
-        "steps": 1,
-        "flops": flops,
-        "ram_bytes": PROGRAM_BYTES + needed.host,
-        "vram_bytes": needed.device and PROGRAM_VRAM + needed.device,
-        "disk_bytes": 0,
-        "seconds": flops / rate,
-    }
-
-
-def video_bytes(plan: Plan) -> int:
-    """An upper estimate of the video file."""
-    if plan.request.proxy_only:
-        return 0
-    return file_bytes(plan.request.width, plan.request.height, plan.frames, plan.request.codec)
+    needed = text_memory(plan.preset, machine.vram, machine.device)
+    return Row("text", flops, needed, flops / rate, tokens=tokens)
 
 
 def check_resources(
@@ -193,7 +201,7 @@ def check_resources(
     output_dir: Path,
     run_dir: Path | None = None,
     videos: int = 1,
-    costs: list[dict[str, Any]] | None = None,
+    costs: list[Row] | None = None,
     machine: Machine | None = None,
 ) -> None:
     """Raises ResourceError, before anything is loaded, where memory will not do, or the disk for so many `videos`.
@@ -203,29 +211,27 @@ def check_resources(
     """
     machine = machine or this_machine()
     costs = rows(plan, machine) if costs is None else costs
-    tightest = max(costs, key=lambda r: r["vram_bytes"], default=None)
-    if tightest and tightest["vram_bytes"] > machine.vram:
-        remedy = _remedy(plan, tightest["stage"], "device", tightest["vram_bytes"] - machine.vram, machine)
+    tightest = max(costs, key=lambda row: row.needed.vram, default=None)
+    if tightest and tightest.needed.vram > machine.vram:
+        remedy = _remedy(plan, tightest.stage, "device", tightest.needed.vram - machine.vram, machine)
         raise ResourceError(
-            f"the {tightest['stage']} stage needs {tightest['vram_bytes'] / GIB:.1f} GiB of GPU memory and"
+            f"the {tightest.stage} stage needs {tightest.needed.vram / GIB:.1f} GiB of GPU memory and"
             f" {machine.vram / GIB:.1f} GiB are free; {remedy}"
         )
     if not machine.is_here:
         return
-    worst = max(costs, key=lambda r: r["ram_bytes"], default=None)
+    worst = max(costs, key=lambda row: row.needed.ram, default=None)
     available = available_ram()
-    if worst and worst["ram_bytes"] > available:
-        remedy = _remedy(plan, worst["stage"], "host", worst["ram_bytes"] - available, machine)
+    if worst and worst.needed.ram > available:
+        remedy = _remedy(plan, worst.stage, "host", worst.needed.ram - available, machine)
         raise ResourceError(
-            f"the {worst['stage']} stage needs {worst['ram_bytes'] / GIB:.1f} GiB of memory and"
+            f"the {worst.stage} stage needs {worst.needed.ram / GIB:.1f} GiB of memory and"
             f" {available / GIB:.1f} GiB are free; {remedy}"
         )
     # a stage's state goes when its latents are there, and tiles when they are decoded: both are there once
-    stages = sum(r["disk_bytes"] for r in costs if r["stage"] not in DECODED)
-    tiles = sum(r["disk_bytes"] for r in costs if r["stage"] in DECODED) - video_bytes(plan)
-    latents = (videos + 1) * stages // 2 + tiles
+    latents = (videos + 1) * sum(row.latents for row in costs) + sum(row.spool for row in costs)
     needs: dict[int, int] = {}  # bytes by file system
-    files = videos * video_bytes(plan)
+    files = videos * sum(row.video for row in costs)
     places = (output_dir, files, "--output"), (run_dir, latents, "--run-dir" if run_dir else "--output")
     for folder, size, option in places:
         place = folder or output_dir
@@ -278,51 +284,46 @@ def _smaller(plan: Plan) -> Iterator[tuple[str, Plan]]:
                 yield option, smaller
 
 
-def _encode_row(plan: Plan, rate: float, machine: Machine) -> dict[str, Any]:
+def _encode_row(plan: Plan, rate: float, machine: Machine) -> Row:
     """A clip as the proxy."""
     from .vae_cost import encode_bytes, encode_flops
 
-    config, grid, patch = dataclasses.asdict(plan.preset.vae), plan.proxy.grid, plan.preset.geometry.patch
+    vae, grid, patch = plan.preset.vae, plan.proxy.grid, plan.preset.geometry.patch
     size, (h, w) = vae_itemsize(plan.preset, machine), (grid.h * patch, grid.w * patch)
     on_gpu = machine.device.kind == "cuda"
-    encoder = int(KEPT[size] * encode_bytes(config, h, w, size, not on_gpu)) + plan.preset.vae_parameters * size
-    flops = grid.t * encode_flops(config, h, w)
-    return {
-        "stage": "encode",
-        "grid": f"{grid.t}x{h}x{w}",
-        "tokens": grid.tokens,
-        "windows": 0,
-        "steps": 1,
-        "flops": flops,
-        "ram_bytes": PROGRAM_BYTES + (0 if on_gpu else encoder),
-        "vram_bytes": PROGRAM_VRAM + encoder if on_gpu else 0,
-        "disk_bytes": 2 * grid.tokens * plan.preset.transformer.channels * patch**2 * 4,
-        "seconds": flops / rate,
-    }
+    encoder = int(KEPT[size] * encode_bytes(vae, h, w, size, not on_gpu)) + plan.preset.vae_parameters * size
+    flops = grid.t * encode_flops(vae, h, w)
+    return Row(
+        "encode",
+        flops,
+        Memory(encoder, 0) if on_gpu else Memory(0, encoder),
+        flops / rate,
+        grid=f"{grid.t}x{h}x{w}",
+        tokens=grid.tokens,
+        latents=latents_bytes(plan.preset, grid.tokens),
+    )
 
 
-def _decode_row(
-    plan: Plan, stage: str, grid: Grid, width: int, height: int, rate: float, machine: Machine
-) -> dict[str, Any]:
+def _decode_row(plan: Plan, rate: float, machine: Machine) -> Row:
+    """The video's frames, or where only the proxy is made its preview's, which is not counted as a file."""
     from .vae_cost import decode_flops, overlap, spool_bytes
 
-    config = dataclasses.asdict(plan.preset.vae)
-    h, w = grid.h * plan.preset.geometry.patch, grid.w * plan.preset.geometry.patch
-    codec = plan.request.codec if stage == "decode" else "h264"
-    needed = decode_memory(plan.preset, (grid.t, h, w), width, height, codec, machine)
-    tile = vae_tile(plan.preset, h, w, machine)
-    stays = machine.device.kind == "cpu" and bool(plan.own_stages())  # the transformer, for the next video
-    host = needed.host + (model_bytes(plan.preset, machine.device) if stays else 0)
-    flops = round(decode_flops(config, h, w) * grid.t * overlap(config, h, w, tile))
-    return {
-        "stage": stage,
-        "grid": f"{grid.t}x{h}x{w}",
-        "tokens": 0,
-        "windows": 0,
-        "steps": 1,
-        "flops": flops,
-        "ram_bytes": PROGRAM_BYTES + host,
-        "vram_bytes": needed.device and PROGRAM_VRAM + needed.device,
-        "disk_bytes": (spool_bytes(config, grid.t, h, w) if tile else 0) + video_bytes(plan),
-        "seconds": flops / rate,
-    }
+    request, preset, patch = plan.request, plan.preset, plan.preset.geometry.patch
+    stage, grid, size, codec = "decode", plan.target, (request.width, request.height), request.codec
+    if request.proxy_only:
+        stage, grid, size, codec = "preview", plan.proxy.grid, plan.proxy_size, "h264"
+    h, w = grid.h * patch, grid.w * patch
+    tile = vae_tile(preset, h, w, machine)
+    flops = round(decode_flops(preset.vae, h, w) * grid.t * overlap(preset.vae, h, w, tile))
+    needed = decode_memory(preset, (grid.t, h, w), *size, codec, machine)
+    if machine.device.kind == "cpu" and plan.own_stages():  # the transformer stays, for the next video
+        needed = Memory(0, needed.host + model_bytes(preset, machine.device))
+    return Row(
+        stage,
+        flops,
+        needed,
+        flops / rate,
+        grid=f"{grid.t}x{h}x{w}",
+        spool=spool_bytes(preset.vae, grid.t, h, w) if tile else 0,
+        video=0 if request.proxy_only else file_bytes(*size, plan.frames, codec),
+    )

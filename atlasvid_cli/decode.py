@@ -12,6 +12,7 @@ import math
 import os
 import tempfile
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +22,7 @@ import torch.nn.functional as F
 
 from . import banded
 from .banded import Bands, Module, bands, empty_frame, joined
-from .causal import History, activated, causal, is_live, is_still, middle, resnets
+from .causal import History, activated, causal, is_live, middle, resnets, still
 from .errors import RenderError, ResourceError
 from .vae_cost import BLEND, receptive_radius, space_factor, spans, time_factor
 
@@ -51,7 +52,7 @@ def decode_stream(
     if not bool(torch.isfinite(latents).all()):
         raise RenderError("The latents hold NaN or infinity, so there is nothing to decode: sample them again.")
     if tile is None or not tile_steps(latents, tile):
-        history: History = {}
+        history = _Decoding(out=_by_rows(vae))
         for t in range(latents.shape[1]):
             yield from _step(vae, latents[:, t], history, first=t == 0)
     else:
@@ -64,7 +65,14 @@ def tile_steps(latents: torch.Tensor, tile: int | None) -> int:
     return 0 if tile is None or tile >= max(h, w) else steps * len(spans(h, tile)) * len(spans(w, tile))
 
 
-def _step(vae: Module, latent: torch.Tensor, history: History, first: bool) -> Iterator[torch.Tensor]:
+@dataclass(kw_only=True)
+class _Decoding(History):
+    """The history of what is decoded, and the last convolution as `_by_rows` has it."""
+
+    out: Module
+
+
+def _step(vae: Module, latent: torch.Tensor, history: _Decoding, first: bool) -> Iterator[torch.Tensor]:
     """The frames (3, H, W) fp32 0..1 on CPU of one latent frame (C, h, w), going on from `history`."""
     config = vae.config
     weight = vae.post_quant_conv.weight
@@ -72,8 +80,6 @@ def _step(vae: Module, latent: torch.Tensor, history: History, first: bool) -> I
     z = (latent.float().cpu() * std + mean).to(weight.device, weight.dtype)[None]
     z = causal(vae.post_quant_conv, z.contiguous(memory_format=torch.channels_last), history)
     p = config.patch_size or 1
-    if "out" not in history:
-        history["out"] = _by_rows(vae.decoder.conv_out, p)
     number = ROW_OF_PATCH.get(p, torch.float32)
     h, w = (side * space_factor(config) for side in latent.shape[-2:])
     x = middle(vae.decoder.mid_block, causal(vae.decoder.conv_in, z, history), history)
@@ -90,27 +96,27 @@ def _step(vae: Module, latent: torch.Tensor, history: History, first: bool) -> I
         yield made.pop()
 
 
-def _by_rows(conv: Module, patch: int) -> Module:
-    """`conv` with its channels by colour, row and column of a patch, where diffusers has columns before rows: a row
-    then lies together in memory, as in a frame."""
-    made = copy.deepcopy(conv)
+def _by_rows(vae: Module) -> Module:
+    """The decoder's last convolution, its channels by colour, row and column of a patch, where diffusers has columns
+    before rows: a row then lies together in memory, as in a frame."""
+    made, patch = copy.deepcopy(vae.decoder.conv_out), vae.config.patch_size or 1
     for values in made.parameters():
         values.copy_(values.unflatten(0, (-1, patch, patch)).transpose(1, 2).flatten(0, 2))
     return made
 
 
 def _frames(
-    decoder: Module, parts: Bands, height: int, history: History, first: bool, level: int = 0
+    decoder: Module, parts: Bands, height: int, history: _Decoding, first: bool, level: int = 0
 ) -> Iterator[Bands]:
     """The frames that come from one of `height` rows, in bands, at up block `level`, in order: bands of out_channels
     channels, to be taken before the next frame."""
     block = decoder.up_blocks[level]
     if level == len(decoder.up_blocks) - 1:
         parts = resnets(block.resnets, parts, height, history)
-        if is_still(history["out"]):
-            yield banded.activated(decoder.norm_out, history["out"], parts, height)
+        if still(history.out, history):
+            yield banded.activated(decoder.norm_out, history.out, parts, height)
         else:
-            yield bands(activated(decoder.norm_out, history["out"], joined(parts, height), history))
+            yield bands(activated(decoder.norm_out, history.out, joined(parts, height), history))
         return
     x = joined(parts, height)
     shortcut = getattr(block, "avg_shortcut", None)
@@ -248,7 +254,7 @@ def _decode_tile(
     inside = tuple(slice(k[0] - s[0] * factor, k[1] - s[0] * factor) for k, s in zip(kept, seen, strict=True))
     where = tuple(slice(*k) for k in kept)
     weight = weights[0][:, None] * weights[1][None, :] * 65535.0
-    history: History = {}
+    history = _Decoding(out=_by_rows(vae))
     count = itertools.count()
     for t in range(steps):
         part = latents[:, t, slice(*seen[0]), slice(*seen[1])]

@@ -1,11 +1,10 @@
 """What decoding latents to a file takes: memory, disk, tiles, and whether this machine has it."""
 
-import dataclasses
 from pathlib import Path
 
 from .errors import ResourceError
 from .machine import Machine, available_ram, decode_dtype, disk_of, this_machine
-from .memory import GIB, PROGRAM_BYTES, PROGRAM_VRAM, Memory
+from .memory import GIB, Memory
 from .presets import Preset
 
 # bytes a pixel and frame of a video file, on the safe side of detailed footage at the quality of `video.CODECS`
@@ -16,7 +15,7 @@ ENCODER_FRAMES = 40
 ENCODER_BYTES = {"h264": (3, 5), "hevc10": (9, 15), "av1": (8, 8), "prores": (2, 3), "ffv1": (5, 5)}
 
 # what the allocator and the convolutions' scratch make of the VAE's tensors, by bytes a value: measured in fp32
-# (docs/LOG.md), in bf16 what an earlier decoder's peak makes of today's tensors
+# (docs/LOG.md); in bf16 not measured with this decoder: its predecessor's measured peak over today's estimate
 KEPT = {4: 1.25, 2: 1.95}
 
 
@@ -34,9 +33,8 @@ def decode_memory(
     t, h, w = latents
     size, tile = vae_itemsize(preset, machine), vae_tile(preset, h, w, machine)
     on_gpu = machine.device.kind == "cuda"
-    config = dataclasses.asdict(preset.vae)
-    frames = output_bytes(config, h, w)
-    decoder = int(KEPT[size] * (decode_bytes(config, h, w, tile, size, not on_gpu) + (0 if on_gpu else frames)))
+    frames = output_bytes(preset.vae, h, w)
+    decoder = int(KEPT[size] * (decode_bytes(preset.vae, h, w, tile, size, not on_gpu) + (0 if on_gpu else frames)))
     decoder += preset.vae_parameters * size
     host = t * h * w * preset.transformer.channels * 4 + (frames if on_gpu else 0)
     if codec:
@@ -53,7 +51,7 @@ def check_decode(
     from .vae_cost import spool_bytes
 
     video = file_bytes(*size, frames, codec)
-    tiles = spool_bytes(dataclasses.asdict(preset.vae), *latents) if vae_tile(preset, *latents[1:]) else 0
+    tiles = spool_bytes(preset.vae, *latents) if vae_tile(preset, *latents[1:]) else 0
     if tiles + video > (free := disk_of(folder)[1]):
         raise ResourceError(
             f"decoding writes {(tiles + video) / GIB:.1f} GiB and {folder} has {free / GIB:.1f} GiB free;"
@@ -62,8 +60,8 @@ def check_decode(
     machine = this_machine()
     needed = decode_memory(preset, latents, *size, codec, machine)
     for kind, needs, free in (
-        ("GPU memory", needed.device and PROGRAM_VRAM + needed.device, machine.vram),
-        ("memory", PROGRAM_BYTES + needed.host, available_ram()),
+        ("GPU memory", needed.vram, machine.vram),
+        ("memory", needed.ram, available_ram()),
     ):
         if needs > free:
             raise ResourceError(
@@ -78,7 +76,7 @@ def vae_tile(preset: Preset, h: int, w: int, machine: Machine | None = None) -> 
 
     machine = machine or this_machine()
     size, on_gpu = vae_itemsize(preset, machine), machine.device.kind == "cuda"
-    return choose_tile(dataclasses.asdict(preset.vae), h, w, int(preset.decode_gib * GIB), size, not on_gpu)
+    return choose_tile(preset.vae, h, w, int(preset.decode_gib * GIB), size, not on_gpu)
 
 
 def vae_itemsize(preset: Preset, machine: Machine) -> int:

@@ -7,7 +7,6 @@ from functools import cache
 from pathlib import Path
 
 from . import store
-from .embeddings import cache_folder
 from .errors import ResourceError
 
 LARGE = 1 << 28  # bytes from which on a digest is kept on disk
@@ -17,8 +16,8 @@ HEX = re.compile(r"[0-9a-f]{64}")
 def file_digest(path: Path) -> str:
     """sha256 of a file, in hex.
 
-    The hub's cache names large files by it; of other large ones it is kept in `cache_folder`, for as long as path,
-    size, inode and times of change are the same.
+    The hub's cache names large files by it; of other large ones it is kept in `store.cache_folder`, for as long as
+    path, size, inode and times of change are the same.
     """
     real = path.resolve()
     stat = real.stat()
@@ -31,7 +30,7 @@ def _known(path: Path, size: int, *changed: int) -> str:
         return path.name
     if size < LARGE:
         return _read(path)
-    kept = cache_folder() / "digests" / store.artefact_hash({"path": path, "size": size, "changed": changed})
+    kept = store.cache_folder() / "digests" / store.artefact_hash({"path": path, "size": size, "changed": changed})
     with suppress(OSError, UnicodeDecodeError):
         if HEX.fullmatch(digest := kept.read_text()):
             return digest

@@ -76,7 +76,7 @@ def _verdicts(folder: Path) -> dict[str, str]:
         plan = make_plan(Request(name, width, height, seconds))
         try:
             check_resources(plan, folder, costs=(costs := rows(plan)))
-            takes = sum(row["seconds"] for row in costs)
+            takes = sum(row.seconds for row in costs)
             verdicts[name] = f"{width}x{height} x {seconds} s fits and takes about {duration(takes)}"
             verdicts[name] += ", which is work for a GPU" if takes > DAY and compute_device().kind == "cpu" else ""
         except AtlasError as error:

@@ -1,7 +1,6 @@
 """Embeddings of prompts on disk, so that a text encoder of gigabytes is loaded only for prompts not seen before."""
 
 import json
-import os
 from pathlib import Path
 from typing import NamedTuple
 
@@ -45,10 +44,3 @@ class EmbeddingCache:
 
     def _path(self, prompt: str) -> Path:
         return self.folder / f"{store.artefact_hash({'prompt': prompt})}.safetensors"
-
-
-def cache_folder() -> Path:
-    """Where results are kept between runs: $ATLASVID_CACHE, else atlasvid/ in $XDG_CACHE_HOME or ~/.cache."""
-    if own := os.environ.get("ATLASVID_CACHE"):
-        return Path(own)
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "atlasvid"

@@ -31,7 +31,7 @@ def encode_stream(vae: Module, frames: Iterable[torch.Tensor], encoder: Module |
 
 
 def _encoded(vae: Module, encoder: Module, frames: Iterable[torch.Tensor]) -> torch.Tensor:
-    history: History = {}
+    history = History()
     made = []
     for frame in frames:
         patch = vae.config.patch_size or 1
@@ -92,11 +92,11 @@ def _smaller(downsampler: Module, parts: Bands, height: int, history: History) -
     if downsampler.mode == "downsample2d":
         return x
     merge = downsampler.time_conv
-    frames = [*history.get(merge, []), x]
+    frames = [*history.waiting.get(merge, []), x]
     if len(frames) == 2:  # the last merged one and half a pair
-        history[merge] = frames
+        history.waiting[merge] = frames
         return None
-    history[merge] = [x]
+    history.waiting[merge] = [x]
     if len(frames) == 1:
         return x
     made = F.conv2d(frames[0], merge.weight[:, :, 0], merge.bias)
@@ -110,8 +110,8 @@ def _averaged(shortcut: Module, pooled: torch.Tensor, history: History) -> torch
     with zero."""
     frames = [pooled]
     if shortcut.factor_t == 2:
-        waiting = history[shortcut] if shortcut in history else [torch.zeros_like(pooled)]
-        history[shortcut] = [] if waiting else frames
+        waiting = history.waiting[shortcut] if shortcut in history.waiting else [torch.zeros_like(pooled)]
+        history.waiting[shortcut] = [] if waiting else frames
         if not waiting:
             return None
         frames = [*waiting, pooled]

@@ -56,8 +56,8 @@ def explain(error: BaseException) -> tuple[str, ExitCode]:
     out_of_memory = isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError"
     if out_of_memory or "can't allocate memory" in str(error):
         return (
-            "memory ran out: choose a smaller --res, fewer --seconds or a smaller --chunk, in training a smaller --rank"
-            " or [training] batch",
+            "memory ran out: choose a smaller --res, fewer --seconds or a smaller --chunk, on a GPU --offload host or"
+            " --weight-dtype fp8, in training a smaller --rank or [training] batch",
             ExitCode.RESOURCE,
         )
     if isinstance(error, OSError) and error.errno in (errno.EACCES, errno.EPERM, errno.ENAMETOOLONG) and error.filename:

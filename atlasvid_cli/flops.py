@@ -15,7 +15,7 @@ PROMPT_KEYS = 24  # of an ordinary prompt, once its padding is one key
 
 def linear_flops(size: Transformer, patch: int, layers: int | None = None) -> int:
     """Of a token in one forward: eight projections less the text's two, FFN, patch embedding and output projection."""
-    block = 12 * size.dim**2 + 4 * size.dim * size.ffn
+    block = 2 * (size.block_parameters - 2 * size.dim**2)
     return (size.layers if layers is None else layers) * block + 4 * size.dim * size.channels * patch**2
 
 

@@ -46,6 +46,8 @@ ROLES = {
     ".modulation.diff": "modulation",
 }
 MODULATION = "scale_shift_table"
+# keys of changes that are more than a product of two factors: DoRA's magnitudes, Tucker's core
+MORE = (".dora_scale", ".lora_magnitude_vector", ".lora_magnitude_vector.weight", ".lora_mid.weight")
 # diffusers' names of Wan's layers -> those of the original checkpoints
 ORIGINAL = (
     ("attn1", "self_attn"),
@@ -75,13 +77,15 @@ def check_lora(path: Path) -> None:
         raise InputError(f"{path} cannot be read as safetensors; give --lora a .safetensors file") from None
     if not any(k.endswith(tuple(ROLES)) for k in keys):
         raise InputError(f"{path} holds no LoRA (no lora_A, lora_down or diff keys); give --lora another file")
+    if more := next((k for k in keys if k.replace(".default", "").endswith(MORE)), None):
+        raise InputError(f"{path} is a DoRA or a Tucker LoRA ({more}), which cannot be merged; give --lora a plain one")
 
 
 def merge_lora(model: WanTransformer3DModel, lora: Lora, strict: bool, warn: Callable[[str], None]) -> int:
     """Adds `weight * alpha / rank * up @ down` to each layer that the file names; returns how many layers matched.
 
-    Keys without a layer of theirs are named in a warning, or with `strict` in an InputError, as is a file of which
-    nothing matches, or one whose shapes are of another model. A `model` on the meta device only checks.
+    Keys without a layer of theirs, and layers of another shape, are named in a warning, or with `strict` in an
+    InputError, as is a file of which nothing matches. A `model` on the meta device only checks.
     """
     layers, config = layers_by_name(model), _config(lora.path)
     changes: dict[str, dict[str, torch.Tensor]] = {}
@@ -92,6 +96,8 @@ def merge_lora(model: WanTransformer3DModel, lora: Lora, strict: bool, warn: Cal
             changes.setdefault(name, {})[role] = tensor
         else:
             unmatched.append(key)
+    for name in [name for name, change in changes.items() if not _fits(layers[name], change)]:
+        unmatched += [f"{name} ({role})" for role in changes.pop(name)]
     if unmatched:
         message = f"{lora.path}: {len(unmatched)} keys fit no layer ({_some(unmatched)})"
         if strict or not changes:
@@ -150,6 +156,23 @@ def _split(key: str) -> tuple[str, str | None]:
     return name, ROLES[ending]
 
 
+def _fits(layer: Any, change: dict[str, torch.Tensor]) -> bool:
+    """Whether a change has as many values as what it changes; that its factors fit each other is `_apply`'s matter."""
+    sizes = {role: tensor.numel() for role, tensor in change.items()}
+    down, up = change.get("down"), change.get("up")
+    if down is not None and up is not None and min(down.ndim, up.ndim) > 1:
+        sizes["product"] = len(up) * down[0].numel()
+    parameters = {
+        "product": "weight",
+        "up bias": "bias",
+        "weight": "weight",
+        "bias": "bias",
+        "modulation": MODULATION,
+    }
+    own = {role: getattr(layer, parameters[role], None) for role in parameters.keys() & sizes.keys()}
+    return all(parameter is not None and parameter.numel() == sizes[role] for role, parameter in own.items())
+
+
 @torch.no_grad()
 def _apply(layer: Any, change: dict[str, torch.Tensor], lora: Lora, name: str, config: dict[str, Any]) -> None:
     device = next(layer.parameters()).device
@@ -159,8 +182,7 @@ def _apply(layer: Any, change: dict[str, torch.Tensor], lora: Lora, name: str, c
         return getattr(layer, parameter, None)
 
     def add(parameter: torch.Tensor | None, delta: torch.Tensor) -> None:
-        if parameter is None or delta.numel() != parameter.numel():
-            raise InputError(f"{lora.path} does not fit layer {name}; give a LoRA that was made for this model")
+        assert parameter is not None  # it fits
         parameter.copy_(parameter.float() + lora.weight * delta.float().view_as(parameter))
 
     halves = {"down", "up", "up bias"} & change.keys()

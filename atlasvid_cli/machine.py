@@ -59,11 +59,16 @@ def cpu_autocast(wanted: bool = True) -> "torch.autocast":
 
 @lru_cache(maxsize=1)
 def compute_device() -> Device:
-    """A CUDA GPU where there is one, in bfloat16; else the CPU, in bfloat16 where it has that and else in float32."""
+    """A CUDA GPU where there is one, in bfloat16; else the CPU, in bfloat16 where it has that and else in float32.
+
+    UsageError for a GPU that has no bfloat16 of its own: PyTorch's attention would hold all scores there.
+    """
     import torch
 
     if torch.cuda.is_available():
         name = torch.cuda.get_device_name()
+        if not torch.cuda.is_bf16_supported(including_emulation=False):
+            raise UsageError(f"{name} does not compute in bfloat16; set CUDA_VISIBLE_DEVICES= to compute on the CPU")
         return Device("cuda", name, "bfloat16", 2, f"{name} computes in bfloat16, the dtype Wan was trained in")
     if has_bfloat16():
         return Device("cpu", "cpu", "bfloat16", 2, "no CUDA GPU; this CPU multiplies bfloat16 faster than float32")

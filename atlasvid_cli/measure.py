@@ -11,7 +11,7 @@ from dataclasses import replace
 from fractions import Fraction
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from diffusers import WanTransformer3DModel
@@ -28,7 +28,7 @@ from .half import HalfEncoder
 from .machine import compute_device, conv_rate
 from .model import Alignment, detail_forward, proxy_context, text_context
 from .plan import Plan
-from .presets import Transformer
+from .presets import Transformer, Vae
 from .shapes import Grid
 from .stages import Stage
 from .timing import Timing, extended, from_samples, timed, together
@@ -43,6 +43,22 @@ WIDEST_BYTES = 1 << 29  # the widest activation of a sample of the linear layers
 SAMPLE_SECONDS = 40.0  # a longer sample is no better
 STOCK_CONV_RATE = 0.15  # of a channels-last conv2d's rate, which stock conv3d reaches in decoding (docs/LOG.md)
 KERNELS = Kernels("native")  # of both arms, whatever ours would choose
+
+
+class Budget(NamedTuple):
+    """What a measurement may take: about `seconds` for a warm-up and `repeats`. `rate`: FLOP/s of a big GEMM."""
+
+    rate: float
+    seconds: float
+    repeats: int
+
+    @property
+    def flops(self) -> float:
+        """Of the warm-up or a repeat."""
+        return self.rate * EFFICIENCY * self.seconds / (self.repeats + 1)
+
+    def at_most(self, seconds: float) -> "Budget":
+        return self._replace(seconds=min(self.seconds, seconds))
 
 
 # --- the transformer -----------------------------------------------------------------------------------------------
@@ -115,15 +131,12 @@ def native_forward(model: Any, patch: int, text: int, grid: Grid) -> Callable[[]
     return lambda: model(latents, timestep, states, return_dict=False)
 
 
-def native_pass(
-    model: Any, size: Transformer, patch: int, grid: Grid, rate: float, seconds: float, repeats: int
-) -> Timing:
-    """One forward under full attention; a sample where warm-up and repeats would take more than about `seconds`."""
-    expected = full_flops(size, patch, grid.tokens, size.text_length) / (rate * EFFICIENCY)
-    if expected * (repeats + 1) <= seconds:
-        return timed(native_forward(model, patch, size.text_length, grid), repeats)
+def native_pass(model: Any, size: Transformer, patch: int, grid: Grid, budget: Budget) -> Timing:
+    """One forward under full attention; a sample where it would take more than its budget."""
+    if full_flops(size, patch, grid.tokens, size.text_length) <= budget.flops:
+        return timed(native_forward(model, patch, size.text_length, grid), budget.repeats)
     heads = heads_in_memory(size, grid.tokens)
-    return native_sample(model, size, patch, grid, heads, rate, min(seconds, SAMPLE_SECONDS), repeats)
+    return native_sample(model, size, patch, grid, heads, budget.at_most(SAMPLE_SECONDS))
 
 
 def heads_in_memory(size: Transformer, tokens: int) -> int:
@@ -131,9 +144,7 @@ def heads_in_memory(size: Transformer, tokens: int) -> int:
     return min(size.heads, max(1, KEY_BYTES // (8 * tokens * size.dim // size.heads)))
 
 
-def native_sample(
-    model: Any, size: Transformer, patch: int, grid: Grid, heads: int, rate: float, seconds: float, repeats: int
-) -> Timing:
+def native_sample(model: Any, size: Transformer, patch: int, grid: Grid, heads: int, budget: Budget) -> Timing:
     """One forward under full attention, projected.
 
     Timed are some query rows against all keys and values, in diffusers' attention, and diffusers' model without
@@ -141,27 +152,27 @@ def native_sample(
     and layers, the rest by tokens and layers. It is of `heads`, and of as many rows as keep all threads of a CPU busy;
     where there are too few rows, of more heads.
     """
-    budget = rate * EFFICIENCY * seconds / (repeats + 1) / 3  # FLOPs of each of the three
+    share = budget.flops / 3  # of each of the three
     tokens, text = grid.tokens, size.text_length
     head = size.dim // size.heads
     slices = SLICES * torch.get_num_threads() if model.device.type == "cpu" else 1
     heads = min(size.heads, max(heads, math.ceil(slices * SLICE / tokens)))
-    rows = int(budget / (4 * head * heads * tokens)) // 512 * 512
+    rows = int(share / (4 * head * heads * tokens)) // 512 * 512
     rows = min(tokens, max(MIN_ROWS, math.ceil(slices / heads) * SLICE, rows))
     like = {"device": model.device, "dtype": model.dtype}
     q, k, v = (torch.randn(1, n, heads, head, **like) for n in (rows, tokens, tokens))
-    attention = timed(lambda: dispatch_attention_fn(q, k, v, dropout_p=0.0, is_causal=False), repeats)
+    attention = timed(lambda: dispatch_attention_fn(q, k, v, dropout_p=0.0, is_causal=False), budget.repeats)
 
     linear = linear_flops(size, patch, 1) + 4 * size.dim * text
-    part = crop(grid, min(budget / linear, WIDEST_BYTES / (4 * size.ffn)))
+    part = crop(grid, min(share / linear, WIDEST_BYTES / (4 * size.ffn)))
     if part.tokens == text:  # attention to itself is known by its length
         part = crop(part, text - 1)
     run = native_forward(model, patch, text, part)
     with _without_self_attention():
         with _first_blocks(model, 0):
-            bare = timed(run, repeats)
+            bare = timed(run, budget.repeats)
         with _first_blocks(model, 1):
-            one = timed(run, repeats)
+            one = timed(run, budget.repeats)
     layers, per_layer = size.layers, tokens / rows * size.heads / heads
     without = extended(bare, one, layers).times(tokens / part.tokens)
     done = part.tokens * linear + 4 * head * heads * rows * tokens
@@ -169,7 +180,7 @@ def native_sample(
     return together((without, attention.times(layers * per_layer))).times(1, fraction)
 
 
-def detail_sample(model: Any, plan: Plan, stage: Stage, rate: float, seconds: float, repeats: int) -> Timing:
+def detail_sample(model: Any, plan: Plan, stage: Stage, budget: Budget) -> Timing:
     """All of a detail level, projected from `detail_forward` on a part of its windows, scaled by FLOPs.
 
     The part has whole windows. Where a column of them along time is still too much, it takes one cycle of the block
@@ -178,7 +189,7 @@ def detail_sample(model: Any, plan: Plan, stage: Stage, rate: float, seconds: fl
     """
     size, detail, patch = plan.preset.transformer, plan.preset.detail, plan.preset.geometry.patch
     largest = max(max(w[1:]) for w in detail.windows)
-    budget = rate * EFFICIENCY * min(seconds, SAMPLE_SECONDS) / (repeats + 1)
+    most = budget.at_most(SAMPLE_SECONDS).flops
     layers, cycle = size.layers, min(size.layers, len(detail.layouts))
 
     def cost(grid: Grid, below: Grid, layers: int) -> int:
@@ -186,10 +197,10 @@ def detail_sample(model: Any, plan: Plan, stage: Stage, rate: float, seconds: fl
 
     below = plan.below(stage)
     per_token = cost(stage.grid, below, layers) / stage.grid.tokens
-    part = crop(stage.grid, budget / per_token, largest)
-    if per_token * part.tokens > budget:
+    part = crop(stage.grid, most / per_token, largest)
+    if per_token * part.tokens > most:
         layers = cycle
-    if per_token * part.tokens * layers / size.layers > budget:
+    if per_token * part.tokens * layers / size.layers > most:
         part = replace(part, t=min(part.t, max(w[0] for w in detail.windows)))
     channels = size.channels * patch**2
     states = torch.device("cpu") if offload_of(plan) == "host" else None
@@ -204,7 +215,7 @@ def detail_sample(model: Any, plan: Plan, stage: Stage, rate: float, seconds: fl
             alignment = Alignment.of(detail, stage.ratio, stage.time_ratio)
             context = proxy_context(model, guide, low, text, alignment, kernels=KERNELS, states=states)
         arguments = (model, tokens, part, 500.0, text, context, detail.layouts, plan.chunk)
-        one = timed(lambda: detail_forward(*arguments, kernels=KERNELS, states=states), repeats)
+        one = timed(lambda: detail_forward(*arguments, kernels=KERNELS, states=states), budget.repeats)
     done, whole = cost(part, low, layers), plan.flops(stage)
     return one.times(whole / done, done / whole)
 
@@ -223,10 +234,10 @@ def enlarge_sample(vae: Any, plan: Plan, stage: Stage, folder: Path, repeats: in
     return one.times(frames / timed_frames, timed_frames / frames)
 
 
-def proxy_sample(model: Any, plan: Plan, rate: float, seconds: float, repeats: int) -> Timing:
+def proxy_sample(model: Any, plan: Plan, budget: Budget) -> Timing:
     """All of stage 1, projected from one forward, or a sample of one, of the same blocks in diffusers' code."""
     stage, size, patch = plan.proxy, plan.preset.transformer, plan.preset.geometry.patch
-    return native_pass(model, size, patch, stage.grid, rate, seconds, repeats).times(stage.forwards())
+    return native_pass(model, size, patch, stage.grid, budget).times(stage.forwards())
 
 
 # --- decode and mux ------------------------------------------------------------------------------------------------
@@ -237,7 +248,7 @@ def native_decode(vae: Any, grid: Grid, patch: int, seconds: float, repeats: int
     from a part of each frame (which spares native the middle attention's square)."""
     h, w = grid.h * patch, grid.w * patch
     budget = conv_rate(vae.dtype) * STOCK_CONV_RATE * min(seconds, SAMPLE_SECONDS) / (repeats + 1) / 2
-    part = crop(Grid(1, h, w), budget / (decode_flops(vae.config, h, w) / (h * w)))
+    part = crop(Grid(1, h, w), budget / (decode_flops(Vae.stock(vae.config), h, w) / (h * w)))
     cells = (space_factor(vae.config) // (vae.config.patch_size or 1)) ** 2  # of the last level, a latent
     part = crop(part, WIDEST_BYTES / (4 * 4 * cells * vae.config.base_dim))
     clips = [torch.randn(1, vae.config.z_dim, n, part.h, part.w, device=vae.device, dtype=vae.dtype) for n in (1, 2)]

@@ -26,10 +26,20 @@ PROGRAM_VRAM = GIB  # the CUDA context and what its allocator cannot reuse
 
 @dataclass(frozen=True)
 class Memory:
-    """Bytes of the GPU's memory (0 where the CPU computes) and of host memory."""
+    """Bytes of the GPU's memory (0 where the CPU computes) and of host memory, needed beside the program."""
 
     device: int
     host: int
+
+    @property
+    def vram(self) -> int:
+        """Bytes of the GPU's memory with the program's."""
+        return self.device and PROGRAM_VRAM + self.device
+
+    @property
+    def ram(self) -> int:
+        """Bytes of host memory with the program's."""
+        return PROGRAM_BYTES + self.host
 
 
 def text_memory(preset: Preset, free: int, device: Device) -> Memory:
@@ -50,7 +60,7 @@ def proxy_memory(
 ) -> Memory:
     """Stage 1 with one or two `models`: under full attention every token is in the block at once, so its states are
     never offloaded. `narrow`: the blocks' weights are kept in eight bits."""
-    latents = 8 * tokens * _patch_values(preset) * 4  # the sample and a multistep scheduler's history
+    latents = 8 * latents_bytes(preset, tokens)  # the sample and a multistep scheduler's history
     working = tokens * _block_bytes(preset, device)
     return _placed(preset, device, offload, narrow, states=0, working=working, latents=latents, models=models)
 
@@ -84,7 +94,7 @@ def detail_memory(
         working=chunk * window * _block_bytes(preset, device),
         # of two chunks on their way tokens, keys and values, of two on their way back tokens
         moving=[chunk * window * a_token] * 4 + [chunk * guide * a_token] * 4,
-        latents=latents * _patch_values(preset) * 4,
+        latents=latents_bytes(preset, latents),
     )
 
 
@@ -101,7 +111,7 @@ def _placed(
 ) -> Memory:
     size, width = preset.transformer, device.bytes_per_value
     kept = 1 if narrow else width
-    block = (8 * size.dim**2 + 2 * size.dim * size.ffn) * kept
+    block = size.block_parameters * kept
     working += size.dim * size.ffn * width if narrow else 0  # the layer that computes, in the dtype that it computes in
     blocks, rest = size.layers * block, size.dim * (8 * size.dim + size.text_dim + 2 * _patch_values(preset)) * width
     weights = models * (blocks + rest)
@@ -122,8 +132,13 @@ def _placed(
 def model_bytes(preset: Preset, device: Device) -> int:
     """A transformer's weights in the dtype that it computes in."""
     size = preset.transformer
-    blocks = size.layers * (8 * size.dim**2 + 2 * size.dim * size.ffn)
+    blocks = size.layers * size.block_parameters
     return (blocks + size.dim * (8 * size.dim + size.text_dim + 2 * _patch_values(preset))) * device.bytes_per_value
+
+
+def latents_bytes(preset: Preset, tokens: int) -> int:
+    """Of latents of so many tokens, fp32, in host memory or on disk."""
+    return tokens * _patch_values(preset) * 4
 
 
 def _pinned(size: int) -> int:

@@ -109,7 +109,7 @@ def _unsteady(places: list[tuple[float, float]]) -> float | None:
 
 def step_energy(frame: np.ndarray, rows: list[int], columns: list[int], pitch: int) -> np.ndarray:
     """Mean squared step between neighbouring pixels of a uint8 (H, W, 3) frame across window borders, and across the
-    same borders moved by 1 to `pitch` - 1 pixels: (pitch,), the borders themselves first.
+    same borders moved by 1 to `pitch` - 1 pixels: (pitch,), the borders themselves first; NaN where there are none.
 
     A border at `rows` or `columns` y lies between pixels y - 1 and y. Steps count as `FAINT` at most, since a seam is
     faint and long: otherwise a few outlines decide, and a checkerboard that the eye sees is lost beside them.
@@ -118,9 +118,10 @@ def step_energy(frame: np.ndarray, rows: list[int], columns: list[int], pitch: i
     found = []
     for axis, at in ((0, rows), (1, columns)):
         steps = np.square(np.abs(np.diff(pixels, axis=axis)).clip(max=FAINT)).mean(axis=(1 - axis, 2))
-        lines = np.array([y - 1 for y in at if y > 0 and y + pitch - 1 <= len(steps)], int)
-        found.append(steps[lines[:, None] + np.arange(pitch)])
-    return np.concatenate(found).mean(axis=0)
+        firsts = np.array([y - 1 for y in at if y > 0 and y + pitch - 1 <= len(steps)], int)
+        found.append(steps[firsts[:, None] + np.arange(pitch)])
+    lines = np.concatenate(found)
+    return lines.mean(axis=0) if len(lines) else np.full(pitch, np.nan)
 
 
 def edge_width(frame: np.ndarray) -> float | None:

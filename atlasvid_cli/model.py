@@ -6,14 +6,13 @@ owns a parameter. Parity with its `forward` is a test.
 
 import dataclasses
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
-from itertools import chain
-from typing import Any
 
 import torch
 from diffusers import WanTransformer3DModel
+from diffusers.models.transformers.transformer_wan import WanTransformerBlock
 
 from .attention import rope, rotate
 from .block import EAGER, Kernels, KeyValue
@@ -200,6 +199,53 @@ def clip_forward(
     return predict(model, x, temb).to(tokens)
 
 
+@dataclass(frozen=True)
+class _Stream:
+    """Samples on one `grid`, one after another, and what is the same to them in every block.
+
+    `modulations` (m or 1, 6, D). Windows are computed `chunk` at a time, of all samples together, or as many as have
+    PART tokens.
+    """
+
+    model: WanTransformer3DModel
+    grid: Grid
+    modulations: torch.Tensor
+    text: TextContext
+    layouts: Sequence[Layout]
+    transfers: Transfers
+    kernels: Kernels
+    phase: int = 0
+    origin: Shape = (0, 0, 0)
+    chunk: int | None = None
+    proxy: ProxyContext | None = None
+    time_ratio: int = 1
+
+    def chunks(self, i: int, count: int) -> Iterator[Windows]:
+        """The windows of block `i`, those at a time that are computed together for `count` samples: at least one."""
+        for group in block_layout(i, self.layouts, self.grid, self.phase):
+            together = PART // math.prod(group.shape) if self.chunk is None else self.chunk
+            yield from group.split(max(1, together // count))
+
+    def through(self, i: int, block: WanTransformerBlock, x: torch.Tensor, *into: torch.Tensor) -> None:
+        """Takes the hidden states `x` (m * L, D) of m samples through block `i`, a map over windows: its output, keys
+        and values, as many as there are tensors for, go `into` these. Without gradients the first may be `x`."""
+        count, transfers, head_dim = len(x) // self.grid.tokens, self.transfers, self.model.config.attention_head_dim
+
+        def fetch(windows: Windows) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, KeyValue | None]:
+            index = _in_each(windows.indices(self.grid), self.grid.tokens, count).to(transfers.home)
+            placed = windows.moved(self.origin)
+            guide = self.proxy.aligned(i, placed, transfers) if self.proxy else None
+            t, h, w = (at.repeat(count, 1) for at in placed.axes())
+            return index, transfers.rows(x, index), rope(t * self.time_ratio, h, w, head_dim, transfers.device), guide
+
+        with transfers.begun():
+            for index, part, rotation, guide in transfers.ahead(self.chunks(i, count), fetch):
+                keys_values, bias = self.text.of_windows(i, len(index), count)
+                modulations = _of_windows(self.modulations, len(index), count)
+                made = self.kernels.run(self.model, block, part, modulations, rotation, keys_values, bias, guide)
+                transfers.put(index, *zip(into, made, strict=False))
+
+
 def proxy_context(
     model: WanTransformer3DModel,
     tokens: torch.Tensor,
@@ -230,24 +276,13 @@ def proxy_context(
     scale = float(alignment.ratio) if alignment.scaled else 1.0
     h, w = (scale * (torch.arange(size, dtype=torch.float64) + 0.5) - 0.5 for size in (grid.h, grid.w))
     detail_rotation = rope(t[None], h[None], w[None], head_dim, states)
-    transfers = Transfers(states, device)
+    layouts, transfers = window_cycle([alignment.window]), Transfers(states, device)
+    stream = _Stream(model, grid, modulations, text, layouts, transfers, kernels, time_ratio=time_ratio)
     kept: list[KeyValue] = []
     for i, block in enumerate(on_device(model.blocks, device)):
         out = torch.empty_like(x)
         keys, values = (torch.empty_like(x).unflatten(-1, (model.config.num_attention_heads, -1)) for _ in range(2))
-
-        def fetch(windows: Windows, x: torch.Tensor = x) -> tuple[torch.Tensor, ...]:
-            index = _in_each(windows.indices(grid), grid.tokens, count).to(states)
-            wt, wh, ww = (at.repeat(count, 1) for at in windows.axes())
-            return index, transfers.rows(x, index), rope(wt * time_ratio, wh, ww, head_dim, device)
-
-        with transfers.begun():
-            groups = block_layout(i, window_cycle([alignment.window]), grid)
-            chunks = chain.from_iterable(g.split(max(1, PART // (count * math.prod(g.shape)))) for g in groups)
-            for index, part, rotation in transfers.ahead(chunks, fetch):
-                keys_values, bias = text.of_windows(i, len(index), count)
-                made = kernels.run(model, block, part, modulations, rotation, keys_values, bias, None)
-                transfers.put(index, *zip((out, keys, values), made, strict=True))
+        stream.through(i, block, x, out, keys, values)
         kept.append((rotate(keys.unflatten(0, (count, -1)), detail_rotation).flatten(0, 1), values))
         x = out
     return ProxyContext(grid, alignment, kept)
@@ -278,29 +313,16 @@ def detail_forward(
     Windows partition the tokens and read only themselves, the cached proxy and the text, so without gradients each
     chunk of windows is written back in place and the hidden state exists once.
     """
-    head_dim, device = model.config.attention_head_dim, compute_device(model)
+    device = compute_device(model)
     states = states or device
     temb, modulations = modulation(model, torch.as_tensor(timestep).reshape(-1))
     count = tokens[..., 0].numel() // grid.tokens
     hidden = embed_parts(model, tokens.flatten(0, -2), states)
     transfers = Transfers(states, device)
+    stream = _Stream(model, grid, modulations, text, layouts, transfers, kernels, phase, origin, chunk, proxy)
     for i, block in enumerate(on_device(model.blocks, device)):
         out = torch.empty_like(hidden) if torch.is_grad_enabled() else hidden
-
-        def fetch(windows: Windows, i: int = i, hidden: torch.Tensor = hidden) -> tuple[Any, ...]:
-            index, placed = _in_each(windows.indices(grid), grid.tokens, count).to(states), windows.moved(origin)
-            guide = proxy.aligned(i, placed, transfers) if proxy else None
-            t, h, w = (at.repeat(count, 1) for at in placed.axes())
-            return index, transfers.rows(hidden, index), rope(t, h, w, head_dim, device), guide
-
-        with transfers.begun():
-            groups = block_layout(i, layouts, grid, phase)
-            chunks = chain.from_iterable(group.split(max(1, chunk // count)) for group in groups)
-            for index, part, rotation, guide in transfers.ahead(chunks, fetch):
-                keys_values, bias = text.of_windows(i, len(index), count)
-                modulated = _of_windows(modulations, len(index), count)
-                made, _, _ = kernels.run(model, block, part, modulated, rotation, keys_values, bias, guide)
-                transfers.put(index, (out, made))
+        stream.through(i, block, hidden, out)
         hidden = out
         if on_block:
             on_block()

@@ -38,7 +38,7 @@ def check_weight_dtype(kept: WeightDtype) -> None:
     except (PackageNotFoundError, ValueError):
         found = (0, 0)
     if found < TORCHAO:
-        raise UsageError("--weight-dtype int8 needs torchao 0.18 or later: pip install 'atlasvid[int8]', or take fp8")
+        raise UsageError("--weight-dtype int8 needs torchao: pip install 'torchao>=0.18', or take fp8")
 
 
 def narrow(model: WanTransformer3DModel, kept: WeightDtype) -> WanTransformer3DModel:

@@ -6,7 +6,7 @@ from typing import Annotated, Literal
 import typer
 
 from .errors import UsageError
-from .parse import MAX_FPS
+from .parse import MAX_FPS, MAX_SEED
 
 
 def _named(output: str | None) -> str | None:
@@ -33,7 +33,7 @@ Fps = Annotated[int | None, typer.Option("--fps", min=1, max=MAX_FPS, help="Fram
 RefineFps = Annotated[
     int | None, typer.Option("--fps", min=1, max=MAX_FPS, help="Frames a second [default: the file's].")
 ]
-Seed = Annotated[int, typer.Option("--seed", min=0, max=2**63 - 1, help="Seed; in a batch each item adds its index.")]
+Seed = Annotated[int, typer.Option("--seed", min=0, max=MAX_SEED, help="Seed; in a batch each item adds its index.")]
 Steps = Annotated[
     int | None, typer.Option("--steps", min=1, max=1000, help="Denoising steps of the proxy [default: the preset's].")
 ]
@@ -178,8 +178,11 @@ Rate = Annotated[
     float | None, typer.Option("--lr", help="Peak learning rate, after a warm-up [default: 0.003, of prodigy 1].")
 ]
 Rank = Annotated[int | None, typer.Option("--rank", min=1, max=1024, help="Rank of the adapter [default: 64].")]
+TrainedPreset = Annotated[
+    str | None, typer.Option("--preset", help="A preset by name, or the path of a .toml file [default: tiny].")
+]
 TrainedExpert = Annotated[
     str | None, typer.Option("--expert", help="Of two experts the one for high or low noise, in training a proxy.")
 ]
-RefineSeed = Annotated[int | None, typer.Option("--seed", min=0, max=2**63 - 1, help="Seed [default: the proxy's].")]
-TrainSeed = Annotated[int | None, typer.Option("--seed", min=0, max=2**63 - 1, help="Seed [default: 0].")]
+RefineSeed = Annotated[int | None, typer.Option("--seed", min=0, max=MAX_SEED, help="Seed [default: the proxy's].")]
+TrainSeed = Annotated[int | None, typer.Option("--seed", min=0, max=MAX_SEED, help="Seed [default: 0].")]

@@ -24,6 +24,7 @@ MIN_SIDE_PX = 16
 MAX_SIDE_PX = 16384
 MAX_SECONDS = 600
 MAX_FPS = 120
+MAX_SEED = 2**63 - 1
 
 
 @dataclass(frozen=True)

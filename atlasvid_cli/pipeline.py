@@ -17,13 +17,13 @@ import torch.nn.functional as F
 
 from . import store
 from .artefacts import (
+    check_levels_ours,
+    check_ours,
+    check_preview_ours,
+    check_replaceable,
     describe,
     is_current,
     job_hash,
-    keep_foreign,
-    keep_other_levels,
-    keep_others,
-    keep_videos,
     level_metadata,
     level_path,
     proxy_metadata,
@@ -94,7 +94,7 @@ def finished_video(session: Session, plan: Plan, run_dir: Path, output: Path) ->
         record = json.loads((run_dir / "run.json").read_text(encoding="utf-8"))
         same = record["job"] == job_hash(session, plan)
         same = same and record["event"]["video"] == str(output) and output.stat().st_size == record["video_bytes"]
-        return {**record["event"], "status": "skipped", "skipped": True} if same else None
+        return {**record["event"], "status": "skipped"} if same else None
     except (OSError, ValueError, KeyError, TypeError):
         return None
 
@@ -111,8 +111,8 @@ def make_proxy(session: Session, plan: Plan, run_dir: Path, console: Console) ->
         if not (preview.exists() and sheet_of(preview).exists()):
             decode(session, path, preview, "h264", console, "preview")
         return path
-    keep_others(path)
-    keep_videos(preview)
+    check_ours(path, metadata)
+    check_preview_ours(preview)
     store.run_directory(run_dir.parent, run_dir.name)
     state = state_of(path)
     if clip := plan.request.clip:
@@ -171,7 +171,7 @@ def refine(session: Session, plan: Plan, proxy_path: Path, run_dir: Path, consol
     """
     path = proxy_path
     if not plan.is_region:
-        keep_other_levels(session, plan, describe(proxy_path), run_dir)
+        check_levels_ours(session, plan, describe(proxy_path), run_dir)
     for number, stage in enumerate(plan.levels, start=1):
         below_path, last = path, number == len(plan.levels)
         path = level_path(plan, run_dir, number)
@@ -232,7 +232,7 @@ def decode(
                     small = frame[:, :height, :width]
                     sheet.append(F.interpolate(small[None], size=_thumbnail(width, height), mode="area")[0])
                 if index == frames - 1:
-                    keep_foreign(output, metadata)  # another process may have been quicker
+                    check_replaceable(output, metadata)  # another process may have been quicker
                 yield frame
 
         write_video(

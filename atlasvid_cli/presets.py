@@ -4,7 +4,7 @@ import dataclasses
 import math
 import types
 import typing
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from fractions import Fraction
 from pathlib import Path
@@ -31,6 +31,11 @@ class Transformer:
     text_length: int
     text_dim: int
 
+    @property
+    def block_parameters(self) -> int:
+        """Of a block's linear layers: the projections of self- and cross-attention, and the FFN."""
+        return 8 * self.dim**2 + 2 * self.dim * self.ffn
+
 
 @dataclass(frozen=True)
 class Vae:
@@ -52,6 +57,11 @@ class Vae:
     patch_size: int | None = None
     still: int = 0
     idle: int = 0
+
+    @classmethod
+    def stock(cls, config: Mapping[str, Any]) -> "Vae":
+        """The one of diffusers' config as diffusers itself runs it: no level is `still` and no block `idle`."""
+        return cls(**{f.name: config[f.name] for f in dataclasses.fields(cls) if f.name in config})
 
 
 @dataclass(frozen=True)

@@ -11,10 +11,9 @@ from pathlib import Path
 from typing import Any
 
 from .errors import InputError, UsageError
-from .parse import parse_shard
+from .parse import MAX_SEED, parse_shard
 
 SLUG_CHARACTERS = 40
-MAX_SEED = 2**63 - 1
 KEYS = ("prompt", "id", "seed", "negative_prompt", "output")
 
 

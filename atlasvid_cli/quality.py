@@ -4,6 +4,7 @@ The detector of `metrics` looks at the decoded files and knows nothing of the mo
 """
 
 import dataclasses
+import math
 import random
 from dataclasses import dataclass
 from pathlib import Path
@@ -133,9 +134,9 @@ def run(request: Request, count: int, folder: Path, console: Console) -> dict[st
         "right": right | {"all of these": sum(all(s.right.values()) for s in seen)},
         "not_repeated": sum(s.repetition == 0 for s in seen),
         "steady": sum(s.unsteady is not None and s.unsteady <= STEADY for s in seen),
-        "seam": round(seam, 3),
-        "seam_within": round(within, 3),
-        "seam_chance": round(chance, 3),
+        "seam": seam,
+        "seam_within": within,
+        "seam_chance": chance,
         "coherence_db": round(float(np.mean([s.coherence for s in seen])), 1),
         "edge_width_px": round(float(np.median(widths)), 1) if widths else None,
     }
@@ -169,14 +170,15 @@ def assess(plan: Plan, frames: list[np.ndarray], proxy: list[np.ndarray], attrib
     )
 
 
-def seams(seen: list[Assessment]) -> tuple[float, float, float]:
+def seams(seen: list[Assessment]) -> list[float | None]:
     """Energy of steps across window borders over that across the lines beside them, means over videos; the same of
     tokens' borders within windows, where what the VAE leaves on its lattice shows and windows do not; and how each of
-    the lines beside window borders deviates from the mean of them, which is what chance does."""
-    border, *beside = np.mean([s.energy for s in seen], axis=0)
-    inner, *between = np.mean([s.within for s in seen], axis=0)
-    mean = max(float(np.mean(beside)), 1e-12)
-    return float(border) / mean, float(inner) / max(float(np.mean(between)), 1e-12), float(np.std(beside)) / mean
+    the lines beside window borders deviates from the mean of them, which is what chance does. None where there are no
+    such borders."""
+    meet, within = (np.mean([getattr(s, which) for s in seen], axis=0) for which in ("energy", "within"))
+    beside, between = (max(float(np.mean(lines[1:])), 1e-12) for lines in (meet, within))
+    found = float(meet[0]) / beside, float(within[0]) / between, float(np.std(meet[1:])) / beside
+    return [round(value, 3) if math.isfinite(value) else None for value in found]
 
 
 def frames_at(path: Path, wanted: list[int]) -> list[np.ndarray]:

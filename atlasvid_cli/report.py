@@ -47,8 +47,12 @@ def _spread(ends: Sequence[float], said: Callable[[float], str]) -> str:
 
 
 def _mark(result: Result, *arms: str) -> str:
-    timed = min(t["fraction"] for arm in arms for t in result["stages"][arm].values())
-    return ", measured in full" if timed == 1 else f", projected: of some stage only {_percent(timed)} was timed"
+    timings = [t for arm in arms for t in result["stages"][arm].values()]
+    if not any(t["projected"] for t in timings):
+        return ", measured in full"
+    timed = min(t["fraction"] for t in timings)
+    part = f"of some stage only {_percent(timed)} was timed" if timed < 1 else "some stage is scaled from a larger run"
+    return f", projected: {part}"
 
 
 def rows(result: Result) -> list[dict[str, str]]:
@@ -71,7 +75,8 @@ def _cell(timing: Result | None) -> str:
     if timing is None:
         return ""
     spread = _spread((timing["low"], timing["high"]), _seconds)
-    part = f" projected from {_percent(timing['fraction'])}" if timing["projected"] else ""
+    source = _percent(timing["fraction"]) if timing["fraction"] < 1 else "a larger run"
+    part = f" projected from {source}" if timing["projected"] else ""
     return f"{_seconds(timing['seconds'])}{spread}{part}"
 
 

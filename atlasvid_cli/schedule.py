@@ -1,4 +1,4 @@
-"""What a detail level starts from: sigmas, the level below made as large, noise keyed by coordinates (DESIGN §4)."""
+"""Sigmas, noise keyed by coordinates, and latents upsampled to start a level from (DESIGN §4)."""
 
 from fractions import Fraction
 

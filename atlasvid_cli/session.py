@@ -13,7 +13,7 @@ import torch
 from .attention import check_backend, default_backend
 from .block import EAGER, Kernels
 from .console import Console
-from .embeddings import Embedding, EmbeddingCache, cache_folder
+from .embeddings import Embedding, EmbeddingCache
 from .errors import ResourceError, UsageError
 from .half import HalfEncoder
 from .lora import check_lora, merge_lora
@@ -23,6 +23,7 @@ from .offload import check_weight_dtype, narrow, place
 from .parse import Lora
 from .plan import Request
 from .presets import Preset, load_preset
+from .store import cache_folder
 from .text import encode_prompts, left_out, unknown_words
 from .weights import (
     check_adapter,
@@ -67,13 +68,12 @@ def check_options(preset: Preset, kernels: Kernels, loras: tuple[Lora, ...], wei
         check_compiler(_where()[0])
 
 
-def session_of(request: Request) -> "Session | None":
-    """The session of a request, checked as far as it can be without fetching a model: None where it would be."""
+def check_session(request: Request) -> "Session | None":
+    """Raises what the session of a request would, as far as that is known without fetching a model, and returns the
+    session where there is nothing to fetch."""
     preset = load_preset(request.preset)
     if has_folder(preset, request.model_path):
-        session = Session.of(request)
-        session.check_adapters()
-        return session
+        return Session.of(request)
     check_options(preset, Kernels(request.attention_backend, request.compiled), request.loras, request.weight_dtype)
     return None
 
@@ -106,15 +106,15 @@ class Session:
         self.device, self.dtype = _where()
         self._parts: dict[tuple[str, ...], Any] = {}
         self._hashes: dict[str, str] = {}
-        self._warned: set[str] = set()
+        self._told: set[str] = set()
         self._embeddings: dict[str, Embedding] = {}
-        self._expected: list[str] = []
+        self._expected: dict[str, None] = {}  # an ordered set
         self._cache_folder = cache or cache_folder()
 
     @classmethod
     def of(cls, request: Request) -> "Session":
-        """What a request asks for."""
-        return cls(
+        """What a request asks for, its adapters checked."""
+        session = cls(
             request.preset,
             request.model_path,
             Kernels(request.attention_backend, request.compiled),
@@ -122,6 +122,8 @@ class Session:
             request.strict,
             request.weight_dtype,
         )
+        session.check_adapters()
+        return session
 
     def check_adapters(self) -> None:
         """Raises InputError for an adapter of another stage or base, or trained otherwise than the preset says, for an
@@ -190,8 +192,7 @@ class Session:
         if key not in self._parts:
             self._make_room("transformer")
             self._parts[key] = self._load(part, adapter, stage, offload, console)
-        if adapter is None and stage not in self._warned:
-            self._warned.add(stage)
+        if adapter is None and self._is_new(stage):
             console.warn(UNTRAINED[stage].format(preset=self.preset.name))
         return self._parts[key]
 
@@ -216,12 +217,10 @@ class Session:
         for lora in self.loras:
             if lora.expert not in (None, "low" if part == "transformer_2" else "high"):
                 continue
-            told = f"{lora.path} {lora.expert} {part} {stage}"  # a stage may have two models
-            warn = (lambda text: None) if told in self._warned else console.warn
-            matched = merge_lora(model, lora, self.strict, warn)
-            if told not in self._warned:
+            is_new = self._is_new(f"{lora.path} {lora.expert} {part} {stage}")  # a stage may have two models
+            matched = merge_lora(model, lora, self.strict, console.warn if is_new else lambda text: None)
+            if is_new:
                 console.note(f"{lora.path}: {matched} layers changed in the {stage} stage")
-            self._warned.add(told)
         return place(narrow(model, self.weight_dtype), self.device, offload)
 
     def vae(self) -> Any:
@@ -233,12 +232,12 @@ class Session:
         return self._parts[key]
 
     def half_encoder(self, entry: str) -> HalfEncoder:
-        """The VAE's encoder for frames half as large, by the first level in a file of the model's folder."""
+        """The VAE's encoder for frames half as large, by the first level in the file `entry` of the model's folder."""
         return load_half_encoder(self.folder, entry, self.vae())
 
     def expect(self, prompts: Iterable[str]) -> None:
         """Prompts that `embeddings` will be asked for later, so that one loading of the text encoder serves all."""
-        self._expected += [p for p in prompts if p not in self._expected]
+        self._expected |= dict.fromkeys(prompts)
 
     def embeddings(self, prompts: tuple[str, ...], console: Console) -> list[torch.Tensor]:
         """Embeddings (tokens, text_dim) fp32 of prompts: from the cache, or made together with those expected."""
@@ -255,14 +254,18 @@ class Session:
     def tell_ignored(self, known: list[Embedding], console: Console) -> None:
         """Warns, once, of words that the model does not know and of what is longer than it reads."""
         for word in dict.fromkeys(word for embedding in known for word in embedding.unknown):
-            if f"word {word}" not in self._warned:
-                self._warned.add(f"word {word}")
+            if self._is_new(f"word {word}"):
                 console.warn(f"the model of preset {self.preset.name} does not know the word {word!r} and ignores it")
         for text in dict.fromkeys(embedding.left_out for embedding in known if embedding.left_out):
-            if f"text {text}" not in self._warned:
-                self._warned.add(f"text {text}")
+            if self._is_new(f"text {text}"):
                 length, begins = self.preset.transformer.text_length, " ".join(text.split()[:6])
                 console.warn(f"a prompt is longer than the {length} tokens that are read; left out from {begins!r} on")
+
+    def _is_new(self, subject: str) -> bool:
+        """Whether this is the first time that there is something to say of a subject; a batch hears it once."""
+        is_new = subject not in self._told
+        self._told.add(subject)
+        return is_new
 
     @cached_property
     def _cache(self) -> EmbeddingCache:
@@ -291,8 +294,7 @@ class Session:
             self._cache.write(prompt, embedding)
         except ResourceError as error:
             self._embeddings[prompt] = embedding
-            if "cache" not in self._warned:
-                self._warned.add("cache")
+            if self._is_new("cache"):
                 console.note(f"{error}; embeddings are not kept")
 
     def encode(self, prompts: list[str], console: Console) -> list[Embedding]:

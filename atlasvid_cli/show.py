@@ -1,5 +1,6 @@
 """A plan, shown before anything is loaded."""
 
+import math
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -45,28 +46,28 @@ def show_plan(
     for place, option in ((folder, "--output"), (run_dir, "--run-dir")):
         if place and not may_write(place):
             console.warn(f"{place.absolute()} cannot be written; choose another {option}")
-    is_timed = all(r["seconds"] is not None for r in rows)
-    total = sum(r["seconds"] for r in rows) if is_timed else None
-    on_gpu = any(r["vram_bytes"] for r in rows)
+    total = sum(r.seconds for r in rows)
+    is_timed = not math.isnan(total)
+    on_gpu = any(r.needed.device for r in rows)
     shown = [
         {
-            "stage": r["stage"],
-            "grid": r["grid"],
-            "tokens": f"{r['tokens']:,}",
-            "windows": f"{r['windows']:,}" if r["windows"] else "",
-            "steps": r["steps"],
-            "FLOP": short(r["flops"]),
-            **({"VRAM\nGiB": f"{r['vram_bytes'] / 2**30:.2f}"} if on_gpu else {}),
-            "RAM\nGiB": f"{r['ram_bytes'] / 2**30:.2f}",
-            "disk\nGiB": f"{r['disk_bytes'] / 2**30:.2f}",
-            **({"time": duration(r["seconds"])} if is_timed else {}),
+            "stage": r.stage,
+            "grid": r.grid,
+            "tokens": f"{r.tokens:,}",
+            "windows": f"{r.windows:,}" if r.windows else "",
+            "steps": r.steps,
+            "FLOP": short(r.flops),
+            **({"VRAM\nGiB": f"{r.needed.vram / 2**30:.2f}"} if on_gpu else {}),
+            "RAM\nGiB": f"{r.needed.ram / 2**30:.2f}",
+            "disk\nGiB": f"{r.disk / 2**30:.2f}",
+            **({"time": duration(r.seconds)} if is_timed else {}),
         }
         for r in rows
     ]
     summary = plan.summary
     frames = f"{summary['frames']} frame{'s' * (summary['frames'] != 1)}"
     title = f"{summary['size']} x {summary['seconds']:g} s, {frames}, preset {summary['preset']}"
-    if total is not None:
+    if is_timed:
         title += f": about {duration(total)}"
         title += f" each, {duration(total * videos)} for {videos} videos" if videos > 1 else ""
     offload = offload_of(plan, machine)
@@ -74,7 +75,13 @@ def show_plan(
     title += f", {machine.device.name}" if machine else ""
     if console.json_lines:
         console.emit(
-            {**plan.to_json(), "offload": offload, "rows": rows, "videos": videos, "fits": misfit is None},
+            {
+                **plan.to_json(),
+                "offload": offload,
+                "rows": [r.to_json() for r in rows],
+                "videos": videos,
+                "fits": misfit is None,
+            },
             title,
         )
     else:

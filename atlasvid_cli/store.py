@@ -1,4 +1,4 @@
-"""The run directory: its name, atomic writes, and the lock."""
+"""Where things lie on disk: the run directory with its name and lock, the cache, and atomic writes."""
 
 import errno
 import fcntl
@@ -41,6 +41,13 @@ def artefact_hash(fields: Mapping[str, Any]) -> str:
     """16 hex digits that name `fields`: SHA-256 of their canonical JSON."""
     text = json.dumps(fields, sort_keys=True, separators=(",", ":"), allow_nan=False, default=_as_json)
     return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+def cache_folder() -> Path:
+    """Where results are kept between runs: $ATLASVID_CACHE, else atlasvid/ in $XDG_CACHE_HOME or ~/.cache."""
+    if own := os.environ.get("ATLASVID_CACHE"):
+        return Path(own)
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "atlasvid"
 
 
 def run_directory(root: Path, key: str) -> Path:

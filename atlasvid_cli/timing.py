@@ -16,22 +16,27 @@ from .machine import synchronize
 
 @dataclass(frozen=True)
 class Timing:
-    """Seconds: the median of `runs` and their spread. `fraction` < 1: the part of the work that was timed."""
+    """Seconds: the median of `runs` and their spread.
+
+    `fraction` < 1: the part of the work that was timed. `scaled`: other work was timed, perhaps more.
+    """
 
     seconds: float
     low: float
     high: float
     runs: int
     fraction: float = 1.0
+    scaled: bool = False
 
     @property
     def projected(self) -> bool:
-        return self.fraction < 1
+        return self.scaled or self.fraction < 1
 
     def times(self, factor: float, fraction: float | None = None) -> "Timing":
-        """Scaled to `factor` as much work; by default that is how much less of it was timed."""
-        part = self.fraction / factor if fraction is None else fraction
-        return Timing(self.seconds * factor, self.low * factor, self.high * factor, self.runs, min(1.0, part))
+        """Scaled to `factor` as much work; by default so much less of it was timed, and of less work no larger part."""
+        seconds, low, high = (value * factor for value in (self.seconds, self.low, self.high))
+        part = self.fraction / max(1.0, factor) if fraction is None else min(1.0, fraction)
+        return Timing(seconds, low, high, self.runs, part, self.scaled or factor != 1)
 
 
 def from_samples(samples: list[float]) -> Timing:
@@ -42,7 +47,8 @@ def together(parts: Iterable[Timing]) -> Timing:
     """One after the other: from all at their fastest to all at their slowest. `fraction` is the least of theirs."""
     parts = list(parts)
     seconds, low, high = (sum(getattr(part, at) for part in parts) for at in ("seconds", "low", "high"))
-    return Timing(seconds, low, high, min(part.runs for part in parts), min(part.fraction for part in parts))
+    runs, fraction = min(part.runs for part in parts), min(part.fraction for part in parts)
+    return Timing(seconds, low, high, runs, fraction, any(part.scaled for part in parts))
 
 
 def extended(first: Timing, longer: Timing, times: float) -> Timing:

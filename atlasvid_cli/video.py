@@ -264,7 +264,7 @@ def probe(path: Path) -> dict[str, Any]:
             "color_primaries": names.get(context.color_primaries, "other"),
             "color_trc": names.get(context.color_trc, "other"),
             "color_space": names.get(context.colorspace, "other"),
-            "color_range": {1: "limited", 2: "full"}.get(context.color_range, "other"),
+            "color_range": {LIMITED: "limited", FULL: "full"}.get(context.color_range, "other"),
             "metadata": metadata,
         }
 

@@ -1,6 +1,7 @@
 """Loads the parts of a model folder, each alone; adapters are merged into their own copy of the weights.
 
-A folder is in diffusers' layout, or one of Wan's original checkpoints (`original`).
+A folder is in diffusers' layout, or one of Wan's original checkpoints (`original`). A file in it (an adapter, an entry)
+may be named by an absolute path instead: it then lies beside the preset.
 """
 
 import dataclasses
@@ -34,6 +35,9 @@ from .presets import Preset, Sampler
 from .store import FULL
 from .tensor_file import check_header, open_tensors, read_header
 
+# of the hub's HTTP library, which it lets through when a download breaks off
+BROKEN_OFF: Any = HfHubHTTPError.__bases__[0]
+
 # what reading damaged weights raises
 UNREADABLE = (OSError, ValueError, KeyError, RuntimeError, UnpicklingError, SafetensorError)
 
@@ -59,14 +63,15 @@ def model_folder(preset: Preset, model_path: str | None) -> Path:
         pass
     try:
         return Path(fetch())
-    except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OfflineModeIsEnabled, OSError) as error:
+    except (BROKEN_OFF, HFValidationError, LocalEntryNotFoundError, OfflineModeIsEnabled, OSError) as error:
         if isinstance(error, OSError) and error.errno in FULL:
             raise ResourceError(
                 f"the disk is full before {name} is fetched: free space, or set HF_HOME to a folder on another disk"
             ) from None
         raise InputError(
-            f"the weights {name} (revision {revision}) are not whole in the hub cache and cannot be fetched; run"
-            f" `hf download {name} --revision {revision}` where there is a network, or give a folder by --model-path"
+            f"the weights {name} (revision {revision}) are not whole in the hub cache and cannot be fetched"
+            f" ({type(error).__name__}); run `hf download {name} --revision {revision}`, which continues a fetch,"
+            " where there is a network, or give a folder by --model-path"
         ) from None
 
 
@@ -311,12 +316,15 @@ def load_text(folder: Path, dtype: torch.dtype = torch.float32) -> tuple[PreTrai
 
 def load_scheduler(folder: Path, flow_shift: float, sampler: Sampler) -> UniPCMultistepScheduler:
     """The model's own scheduler with a shift. `euler` is UniPC of the first order without its corrector, on flow sigmas
-    x - (sigma - next sigma) v exactly."""
-    settings: dict[str, Any] = {"flow_shift": flow_shift}
+    x - (sigma - next sigma) v exactly.
+
+    A folder may be saved with a scheduler of another class, whose config does not say what UniPC has to know of a flow.
+    """
+    settings: dict[str, Any] = {"flow_shift": flow_shift, "prediction_type": "flow_prediction", "use_flow_sigmas": True}
     if sampler == "euler":
         settings |= {"solver_order": 1, "disable_corrector": list(range(1000))}
     if original.is_original(folder):  # what diffusers' converted repositories say
-        return UniPCMultistepScheduler(prediction_type="flow_prediction", use_flow_sigmas=True, **settings)
+        return UniPCMultistepScheduler(**settings)
     try:
         return UniPCMultistepScheduler.from_pretrained(folder / "scheduler", **settings)
     except UNREADABLE as error:

@@ -44,7 +44,7 @@ def to_planes(rgb: "torch.Tensor", pixels: str) -> list[np.ndarray]:
 
 
 def _between_rows(x: "torch.Tensor") -> "torch.Tensor":
-    """Means of pairs of rows of x (..., h, w); a last row without another stands for both."""
+    """Means of pairs of rows of x (c, h, w); a last row without another stands for both."""
     import torch
 
     upper, lower = x[:, 0::2], x[:, 1::2]

@@ -38,6 +38,19 @@ def test_a_sampled_arm_has_a_preview_projected_as_the_video_is(monkeypatch, tick
     assert (tmp_path / "video.mp4").exists(), "whose frames native encodes"
 
 
+def test_equal_steps_scaled_from_measured_ones_are_never_measured_in_full(tmp_path):
+    """As many steps of the proxy without autoguidance are two thirds of the work."""
+    plan = make_plan(Request("tiny", 960, 540, Fraction(4)))
+    assert plan.proxy.is_autoguided
+    few = {name: Timing(6.0, 5.0, 7.0, 2) for name in ("text", *dict(plan.named_stages()), "decode")}
+    bench = arms.Bench(None, None, None, None, None, tmp_path, 1e9, 4.0, 2)
+    equal = arms.equal_arm(bench, plan, plan.proxy.steps, few)
+    assert set(equal) == set(few)
+    assert equal["proxy"].seconds == pytest.approx(4.0, rel=0.01) and equal["proxy"].fraction == 1
+    assert equal["detail 1/1"].fraction < 1 and equal["text"] == equal["decode"] == few["text"]
+    assert {name for name, timing in equal.items() if timing.projected} == set(dict(plan.named_stages()))
+
+
 @pytest.mark.parametrize(("threads", "heads"), [(1, 1), (2, 2), (64, 3)])
 def test_natives_sample_is_checked_with_the_heads_that_it_takes_at_the_full_size(
     monkeypatch, ticks, tmp_path, threads, heads

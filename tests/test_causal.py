@@ -13,7 +13,7 @@ from tests.test_decode import RESIDUAL, build
 def test_frames_of_several_clips_in_turn_equal_the_whole_clips(kernel):
     torch.manual_seed(0)
     conv = WanCausalConv3d(4, 6, kernel, padding=tuple(k // 2 for k in kernel))
-    clips, history = torch.randn(2, 4, 7, 5, 8), {}
+    clips, history = torch.randn(2, 4, 7, 5, 8), causal.History()
     frames = [causal.causal(conv, frame, history) for frame in clips.unbind(2)]
     torch.testing.assert_close(torch.stack(frames, dim=2), conv(clips), rtol=0, atol=1e-5)
 

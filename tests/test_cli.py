@@ -149,6 +149,7 @@ def test_the_command_line_imports_nothing_heavy():
         (["bench", "--html", "report.txt"], 2, "report.html"),
         (["bench", "--quick", "--model-path", "absent"], 3, "absent"),
         (["train", "tiny", "--steps", "3"], 2, "--steps"),
+        (["train", "tiny", "--preset", "wan2.1-1.3b"], 2, "--preset"),
         (["train", "proxy"], 2, "--data"),
         (["train", "proxy", "--data", "absent", "--preset", "nope"], 2, "preset"),
         (["train", "proxy", "--data", "absent", "--lr", "nan"], 2, "--lr"),

@@ -1,6 +1,7 @@
 """Resources are refused before anything loads, each on the disk that it will be written to."""
 
 import dataclasses
+import math
 from fractions import Fraction
 
 import pytest
@@ -38,7 +39,7 @@ def test_each_disk_is_asked_for_what_goes_there(tmp_path, monkeypatch, full, opt
 
 def test_one_disk_is_asked_for_both(tmp_path, monkeypatch):
     plan = job("prores")
-    needed = sum(row["disk_bytes"] for row in rows(plan))
+    needed = sum(row.disk for row in rows(plan))
     monkeypatch.setattr(cost, "available_ram", lambda: 1 << 40)
     monkeypatch.setattr(cost, "disk_of", lambda p: (1, needed - 1))
     with pytest.raises(ResourceError, match="free"):
@@ -59,7 +60,7 @@ def test_too_little_memory_is_said(tmp_path, monkeypatch):
 
 def test_a_batch_is_asked_for_the_disk_of_all_its_videos(monkeypatch, tmp_path):
     plan = job()
-    once = sum(row["disk_bytes"] for row in rows(plan))
+    once = sum(row.disk for row in rows(plan))
     monkeypatch.setattr(cost, "available_ram", lambda: 1 << 40)
     monkeypatch.setattr(cost, "disk_of", lambda p: (1, once))
     check_resources(plan, tmp_path)
@@ -72,7 +73,7 @@ def test_a_batch_is_asked_for_the_disk_of_all_its_videos(monkeypatch, tmp_path):
 def test_a_clips_proxy_needs_no_text_encoder(tmp_path, monkeypatch):
     monkeypatch.setattr(cost, "available_ram", lambda: 1)
     request = Request("wan2.1-1.3b", 832, 480, Fraction(1), proxy_only=True, clip=object())
-    assert [row["stage"] for row in rows(make_plan(request))] == ["encode", "preview"]
+    assert [row.stage for row in rows(make_plan(request))] == ["encode", "preview"]
     with pytest.raises(ResourceError, match=r"the (encode|preview) stage needs .* close other programs"):
         check_resources(make_plan(request), tmp_path)
 
@@ -90,7 +91,7 @@ def test_the_proxy_alone_is_asked_for_the_proxy_alone(tmp_path):
         check_resources(plan, tmp_path)
     plan = make_plan(Request("tiny", 16384, 9216, Fraction(60), proxy_only=True))
     check_resources(plan, tmp_path)
-    assert [row["stage"] for row in rows(plan)] == ["text", "proxy", "preview"]
+    assert [row.stage for row in rows(plan)] == ["text", "proxy", "preview"]
 
 
 def test_what_the_text_encoder_lacks_no_size_of_video_gives(tmp_path, monkeypatch):
@@ -102,7 +103,7 @@ def test_what_the_text_encoder_lacks_no_size_of_video_gives(tmp_path, monkeypatc
 def test_the_text_encoder_is_counted():
     """A laptop that holds the transformer of Wan2.1 1.3B does not hold its text encoder in fp32."""
     text, *others = rows(make_plan(Request("wan2.1-1.3b", 832, 480, Fraction(1))))
-    assert text["stage"] == "text" and text["ram_bytes"] > max(row["ram_bytes"] for row in others)
+    assert text.stage == "text" and text.needed.ram > max(row.needed.ram for row in others)
 
 
 def test_the_embedded_text_encoder_is_as_large_as_its_preset_says():
@@ -126,9 +127,9 @@ def test_wan_14b_fits_a_48_gib_gpu_in_fp8_and_not_without():
         request = Request("wan2.1-14b", 3840, 2160, Fraction(12), offload="none", weight_dtype=dtype)
         plan = make_plan(request)
         needed[dtype] = max(
-            cost.memory(plan, stage, "none", machine_with_gpu(80)).device for _, stage in plan.own_stages()
+            cost.memory(plan, stage, "none", machine_with_gpu(80)).vram for _, stage in plan.own_stages()
         )
-    assert needed["fp8"] < 48 * cost.GIB - cost.PROGRAM_VRAM < needed["auto"] < 80 * cost.GIB - cost.PROGRAM_VRAM
+    assert needed["fp8"] < 48 * cost.GIB < needed["auto"] < 80 * cost.GIB
 
 
 def test_guidance_in_one_batch_takes_another_hidden_state():
@@ -167,8 +168,8 @@ def test_a_fast_gpu_still_takes_a_while_for_each_chunk_of_windows(random_preset,
     tokens = torch.zeros(stage.grid.tokens, 16)
     with torch.no_grad():
         detail_forward(weights, tokens, stage.grid, 500, text, None, plan.preset.detail.layouts, plan.chunk)
-    row = next(row for row in rows(plan, gpu) if row["stage"] == plan.named_stages()[-1][0])
-    assert row["seconds"] == pytest.approx(cost.LAUNCH * len(calls) * stage.forwards(), abs=0.06)
+    row = next(row for row in rows(plan, gpu) if row.stage == plan.named_stages()[-1][0])
+    assert row.seconds == pytest.approx(cost.LAUNCH * len(calls) * stage.forwards(), abs=0.06)
 
 
 @pytest.mark.parametrize(("gib", "offload"), [(16, "none"), (9, "block"), (8, "host"), (7, None)])
@@ -179,7 +180,7 @@ def test_a_plan_for_another_gpu_offloads_as_little_as_fits_it(tmp_path, monkeypa
     preset = dataclasses.replace(load_preset("wan2.1-1.3b"), decode_gib=4.0)
     plan, machine = make_plan(Request("wan2.1-1.3b", 3840, 2160, Fraction(12)), preset=preset), machine_with_gpu(gib)
     costs = rows(plan, machine)
-    assert all(row["seconds"] is None for row in costs)
+    assert all(math.isnan(row.seconds) for row in costs)
     if offload:
         assert cost.offload_of(plan, machine) == offload
         check_resources(plan, tmp_path, costs=costs, machine=machine)
@@ -233,7 +234,7 @@ def test_a_saved_proxy_is_not_made_shorter_nor_a_regions_video_smaller(tmp_path,
     part = make_plan(dataclasses.replace(request, region=(0, 0, 640, 360)), proxy.grid, Fraction(4))
     for plan, remedy in ((whole, "a smaller --res"), (part, "a machine with more memory")):
         with pytest.raises(ResourceError, match=f"free; choose {remedy}$"):
-            check_resources(plan, tmp_path, costs=[row for row in rows(plan) if row["stage"] not in cost.DECODED])
+            check_resources(plan, tmp_path, costs=[row for row in rows(plan) if row.stage not in cost.DECODED])
 
 
 def test_frames_half_as_large_are_planned_for():
@@ -241,8 +242,8 @@ def test_frames_half_as_large_are_planned_for():
     level = plan.levels[-1]
     whole = dataclasses.replace(plan, levels=(*plan.levels[:-1], dataclasses.replace(level, entry=None)))
     (half_flops, half_bytes), (flops, held) = (cost._enlarging(p, p.levels[-1], this_machine()) for p in (plan, whole))
-    grid, config = level.grid, dataclasses.asdict(plan.preset.vae)
-    at = config, 2 * grid.h, 2 * grid.w
+    grid = level.grid
+    at = plan.preset.vae, 2 * grid.h, 2 * grid.w
     assert flops - half_flops == grid.t * (vae_cost.encode_flops(*at) - vae_cost.encode_flops(*at, half=True)) > 0
     assert half_bytes.host + half_bytes.device < held.host + held.device
 

@@ -119,19 +119,20 @@ def test_tiles_without_attention_are_exact(config, tmp_path):
     tiled = [next(frames)]
     assert len(seen) == decode.tile_steps(z, 12) > 0 and decode.tile_steps(z, 100) == 0
     tiled = torch.stack([*tiled, *frames])
-    assert vae_cost.receptive_radius(config) < 34 - 12  # some tile does not see the whole width
+    assert vae_cost.receptive_radius(vae.config) < 34 - 12  # some tile does not see the whole width
     torch.testing.assert_close(tiled, whole, rtol=0, atol=1e-5)
     assert not list(tmp_path.iterdir())
 
 
 @pytest.mark.parametrize("config", [RESIDUAL, WAN21], ids=["residual", "wan2.1"])
 def test_receptive_radius_bounds_and_is_not_slack(config):
-    vae, radius = build(config, live=False), vae_cost.receptive_radius(config)
+    vae = build(config, live=False)
+    radius = vae_cost.receptive_radius(vae.config)
     z = latents(config, 1, 1, 2 * radius + 3)
     changed = z.clone()
     changed[..., 0] += 100.0
     a, b = (next(decode.decode_stream(vae, v)) for v in (z, changed))
-    reached = (a != b).any(dim=(0, 1)).nonzero().max().item() // vae_cost.space_factor(config)
+    reached = (a != b).any(dim=(0, 1)).nonzero().max().item() // vae_cost.space_factor(vae.config)
     assert radius - 2 <= reached <= radius
 
 
@@ -143,7 +144,8 @@ def test_tiles_with_attention_are_blended(tmp_path, monkeypatch):
         yield torch.full((3, height, width), latent.mean().sigmoid().item())
 
     monkeypatch.setattr(decode, "_step", gray)
-    vae, factor = build(RESIDUAL), vae_cost.space_factor(RESIDUAL)
+    vae = build(RESIDUAL)
+    factor = vae_cost.space_factor(vae.config)
     z = torch.linspace(-3, 3, 36).expand(4, 1, 9, 36)  # darker tiles to the left
     row = torch.stack(list(decode.decode_stream(vae, z, tile=12, spool=tmp_path)))[0, 0, 0]
     steps, reach = row.diff(), 2 * factor

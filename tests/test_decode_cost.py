@@ -22,7 +22,7 @@ def test_decoding_alone_needs_what_it_needs_in_a_plan(monkeypatch, tmp_path):
     plan = job()
     patch = plan.preset.geometry.patch
     latents = plan.target.t, plan.target.h * patch, plan.target.w * patch
-    [needed] = [row["ram_bytes"] for row in rows(plan) if row["stage"] == "decode"]
+    [needed] = [row.needed.ram for row in rows(plan) if row.stage == "decode"]
     needed -= model_bytes(plan.preset, compute_device())  # which stays loaded for the next video
     monkeypatch.setattr(decode_cost, "available_ram", lambda: needed)
     decode_cost.check_decode(plan.preset, latents, (3840, 2160), plan.frames, "h264", tmp_path)
@@ -48,7 +48,7 @@ def test_decoding_alone_asks_for_the_disk_of_its_file(monkeypatch, tmp_path):
 
 @pytest.mark.parametrize("codec", ["hevc10", "av1"])
 def test_what_encodes_is_counted_by_its_codec(codec):
-    [h264], [other] = ([row["ram_bytes"] for row in rows(job(c)) if row["stage"] == "decode"] for c in ("h264", codec))
+    [h264], [other] = ([row.needed.ram for row in rows(job(c)) if row.stage == "decode"] for c in ("h264", codec))
     assert other - h264 > 1.4 * 2**30  # at 4K (docs/LOG.md)
 
 

@@ -1,10 +1,8 @@
 """Embeddings come back from disk as they were made; what is damaged is made again."""
 
-from pathlib import Path
-
 import torch
 
-from atlasvid_cli.embeddings import Embedding, EmbeddingCache, cache_folder
+from atlasvid_cli.embeddings import Embedding, EmbeddingCache
 
 
 def test_an_embedding_survives_the_disk(tmp_path):
@@ -24,13 +22,3 @@ def test_a_damaged_file_counts_as_missing(tmp_path):
     (file,) = tmp_path.glob("*.safetensors")
     file.write_bytes(file.read_bytes()[:-3])
     assert cache.read("a") is None
-
-
-def test_the_cache_lies_where_users_expect_it(monkeypatch):
-    monkeypatch.delenv("ATLASVID_CACHE")
-    monkeypatch.setenv("XDG_CACHE_HOME", "/x")
-    assert cache_folder() == Path("/x/atlasvid")
-    monkeypatch.delenv("XDG_CACHE_HOME")
-    assert cache_folder() == Path.home() / ".cache" / "atlasvid"
-    monkeypatch.setenv("ATLASVID_CACHE", "/own")
-    assert cache_folder() == Path("/own")

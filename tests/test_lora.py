@@ -160,11 +160,36 @@ def test_a_lora_of_another_model_is_refused_and_changes_nothing_of_another_layer
     path = tmp_path / "a.safetensors"
     name = "transformer.blocks.0.attn1.to_q"
     save_file({f"{name}.lora_A.weight": torch.zeros(2, 7), f"{name}.lora_B.weight": torch.zeros(9, 2)}, path)
-    with pytest.raises(InputError, match="does not fit"):
+    with pytest.raises(InputError, match=r"2 keys fit no layer \(blocks.0.attn1.to_q \((down|up)\)"):
         merge_lora(fresh(transformer), Lora(path), strict=False, warn=no_warning)
     save_file({"transformer.blocks.99.attn1.to_q.lora_A.weight": torch.zeros(2, 7)}, path)
     with pytest.raises(InputError, match="fit no layer"):
         merge_lora(fresh(transformer), Lora(path), strict=False, warn=no_warning)
+
+
+def test_a_layer_of_another_shape_is_left_out_whole(transformer, tmp_path):
+    """As of an image-to-video LoRA, whose patches have more channels."""
+    path, name = tmp_path / "a.safetensors", "transformer.blocks.0.attn1"
+    fits = {f"{name}.to_k.lora_A.weight": torch.ones(2, 48), f"{name}.to_k.lora_B.weight": torch.ones(48, 2)}
+    other = {f"{name}.to_q.lora_A.weight": torch.ones(2, 50), f"{name}.to_q.lora_B.weight": torch.ones(48, 2)}
+    save_file({**fits, **other, f"{name}.to_q.diff_b": torch.ones(48)}, path)
+    model, said = fresh(transformer), []
+    assert merge_lora(model, Lora(path), strict=False, warn=said.append) == 1
+    assert "3 keys fit no layer" in said[0] and "blocks.0.attn1.to_q" in said[0]
+    attn, before = model.blocks[0].attn1, transformer.blocks[0].attn1
+    assert torch.equal(attn.to_q.weight, before.to_q.weight) and torch.equal(attn.to_q.bias, before.to_q.bias)
+    torch.testing.assert_close(attn.to_k.weight, before.to_k.weight + 2)
+    with pytest.raises(InputError, match="to_q"):
+        merge_lora(fresh(transformer), Lora(path), strict=True, warn=no_warning)
+
+
+@pytest.mark.parametrize("more", ["dora_scale", "lora_magnitude_vector.default.weight", "lora_mid.weight"])
+def test_what_is_more_than_two_factors_is_refused_from_its_header(tmp_path, more):
+    path, name = tmp_path / "a.safetensors", "transformer.blocks.0.attn1.to_q"
+    factors = {f"{name}.lora_A.weight": torch.zeros(2, 48), f"{name}.lora_B.weight": torch.zeros(48, 2)}
+    save_file({**factors, f"{name}.{more}": torch.ones(48)}, path)
+    with pytest.raises(InputError, match=r"DoRA or a Tucker LoRA"):
+        check_lora(path)
 
 
 def test_half_a_lora_is_refused(transformer, tmp_path):

@@ -48,7 +48,7 @@ def native(monkeypatch, ticks):
 def test_a_native_sample_scales_by_rows_heads_layers_and_tokens(native, grid):
     """With a clock that counts operations, the projection equals the true count."""
     model, size, _ = native
-    found = measure.native_sample(model, size, 2, grid, 1, 1e9, 1.0, 1)
+    found = measure.native_sample(model, size, 2, grid, 1, measure.Budget(1e9, 1.0, 1))
     whole = grid.tokens * (3 + 7 * size.layers) + 1e-6 * grid.tokens**2 * size.heads * size.layers
     assert found.seconds == pytest.approx(whole) and 0 < found.fraction < 1
 
@@ -57,7 +57,7 @@ def test_a_native_sample_never_takes_as_many_tokens_as_text(native, monkeypatch)
     """Its attention to itself could not be told from that to the text."""
     (model, size, _), taken, forward = native, [], measure.native_forward
     monkeypatch.setattr(measure, "native_forward", lambda *a: taken.append(a[-1].tokens) or forward(*a))
-    measure.native_sample(model, size, 2, Grid(1, 16, 32), 1, 1e12, 1.0, 1)
+    measure.native_sample(model, size, 2, Grid(1, 16, 32), 1, measure.Budget(1e12, 1.0, 1))
     assert taken == [496]
 
 
@@ -67,7 +67,7 @@ def test_a_native_sample_keeps_every_thread_busy_where_all_of_attention_would(na
     """PyTorch's CPU kernel gives a thread 256 rows of one head at a time."""
     model, size, seen = native
     monkeypatch.setattr(torch, "get_num_threads", lambda: threads)
-    measure.native_sample(model, size, 2, grid, 1, 1e6, 1.0, 1)
+    measure.native_sample(model, size, 2, grid, 1, measure.Budget(1e6, 1.0, 1))
     heads, rows, keys = seen[0]
     assert keys == grid.tokens
     assert heads * rows / 256 >= 4 * threads or (heads, rows) == (size.heads, grid.tokens)
@@ -77,7 +77,7 @@ def test_a_native_sample_keeps_every_thread_busy_where_all_of_attention_would(na
 def test_a_native_sample_holds_as_many_heads_as_its_keys_leave_room_for(native, monkeypatch):
     model, size, seen = native
     monkeypatch.setattr(measure, "KEY_BYTES", 2 * 8 * 64 * 4 * 40 * 40)  # two of three
-    measure.native_pass(model, size, 2, Grid(4, 40, 40), 1e9, 0.1, 1)
+    measure.native_pass(model, size, 2, Grid(4, 40, 40), measure.Budget(1e9, 0.1, 1))
     assert seen[0][0] == 2
 
 
@@ -104,7 +104,7 @@ def test_a_detail_sample_scales_by_the_flops_it_did(monkeypatch, ticks):
         ticks(4.0)
 
     monkeypatch.setattr(measure, "detail_forward", forward)
-    found = measure.detail_sample(model, plan, stage, 1e9, 1.0, 3)
+    found = measure.detail_sample(model, plan, stage, measure.Budget(1e9, 1.0, 3))
     (grid, layers), *others = seen
     assert others == [(grid, layers)] * 3 and layers == 4 and (grid.t, grid.h, grid.w) == (9, 8, 8)
     assert found.seconds == pytest.approx(4.0 / found.fraction) and found.fraction < 0.01
@@ -125,7 +125,7 @@ def test_a_detail_sample_has_its_states_where_a_render_keeps_them(monkeypatch):
     for name in ("proxy_context", "detail_forward"):
         monkeypatch.setattr(measure, name, notes(getattr(measure, name)))
     model = measure.random_model(replace(plan.preset.transformer, layers=2), 2)
-    measure.detail_sample(model, plan, plan.levels[-1], 1e9, 0.01, 1)
+    measure.detail_sample(model, plan, plan.levels[-1], measure.Budget(1e9, 0.01, 1))
     assert seen == [torch.device("cpu")] * 3, "the context, a warm-up and a run"
 
 

@@ -491,6 +491,7 @@ def test_the_key_of_a_clips_proxy_is_of_all_that_decides_it(session, request_, c
         return artefacts.describe(path)["key"]
 
     first = key(a)
+    assert artefacts.proxy_metadata(session, make_plan(a))["below"] == ""  # where others name latents
     assert key(b) != first and key(replace(a, prompt="a ball")) != first
     assert key(replace(a, fps=32)) != first  # other instants
     assert key(replace(a, width=192, height=256)) != first  # another part of the picture
@@ -532,10 +533,10 @@ def test_a_video_that_is_kept_says_how_it_differs(tmp_path, changed, said):
     }
     frames = torch.zeros(1, 3, 64, 64)
     write_video(tmp_path / "a.mp4", iter(frames), width=64, height=64, fps=8, frame_count=1, metadata=made | changed)
-    artefacts.keep_foreign(tmp_path / "a.mp4", made | changed)
-    artefacts.keep_foreign(tmp_path / "b.mp4", made)
+    artefacts.check_replaceable(tmp_path / "a.mp4", made | changed)
+    artefacts.check_replaceable(tmp_path / "b.mp4", made)
     with pytest.raises(UsageError, match=said):
-        artefacts.keep_foreign(tmp_path / "a.mp4", made | {"key": "b"})
+        artefacts.check_replaceable(tmp_path / "a.mp4", made | {"key": "b"})
 
 
 def test_each_stage_keeps_its_state_beside_its_latents(tmp_path):

@@ -12,7 +12,8 @@ from hypothesis import strategies as st
 
 from atlasvid_cli import parse
 from atlasvid_cli.errors import InputError, UsageError
-from atlasvid_cli.prompts import MAX_SEED, items_of, read_prompts, select, single, slug
+from atlasvid_cli.parse import MAX_SEED
+from atlasvid_cli.prompts import items_of, read_prompts, select, single, slug
 
 QUICK = settings(max_examples=60, deadline=None)
 

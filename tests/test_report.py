@@ -77,6 +77,15 @@ def test_projected_numbers_are_marked_wherever_they_stand(found):
     )
 
 
+def test_a_stage_scaled_from_more_work_is_marked_though_all_of_that_was_timed(found):
+    found["stages"]["equal steps"]["proxy"] = bench._plain(timing(3).times(2 / 3))
+    found["stages"]["native"]["denoise"] = bench._plain(timing(9000))
+    table, (equal, few) = {row["stage"]: row for row in report.rows(found)}, report.sentences(found).splitlines()
+    assert table["proxy"]["equal steps"] == "2 s (1.8 s..2.2 s) projected from a larger run"
+    assert "projected" in table["total"]["equal steps"] and "projected" not in table["total"]["native"]
+    assert equal.endswith("projected: some stage is scaled from a larger run") and few.endswith("measured in full")
+
+
 def test_the_rate_of_the_machine_stands_beside_each_arm(found):
     facts = {row["what"]: row["value"] for row in report.facts(found)}
     assert facts["big GEMM"] == "before 0.14, after few-step 0.15, after equal steps 0.12, after native 0.13 TFLOP/s"

@@ -114,3 +114,13 @@ def test_a_file_in_place_of_another_keeps_its_suffix_and_errors_of_others(tmp_pa
         path.touch()
         raise OSError(1094995529, "of a library")
     assert list(tmp_path.iterdir()) == []
+
+
+def test_the_cache_lies_where_users_expect_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("ATLASVID_CACHE")
+    monkeypatch.setenv("XDG_CACHE_HOME", "/x")
+    assert store.cache_folder() == Path("/x/atlasvid")
+    monkeypatch.delenv("XDG_CACHE_HOME")
+    assert store.cache_folder() == Path.home() / ".cache" / "atlasvid"
+    monkeypatch.setenv("ATLASVID_CACHE", "/own")
+    assert store.cache_folder() == Path("/own")

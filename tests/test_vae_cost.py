@@ -1,6 +1,7 @@
 """What decoding is said to take is what it takes."""
 
 import weakref
+from dataclasses import fields
 
 import pytest
 import torch
@@ -12,9 +13,16 @@ from atlasvid_cli import banded, decode, vae_cost
 from atlasvid_cli.encode import encode_stream
 from atlasvid_cli.errors import ResourceError
 from atlasvid_cli.half import HalfEncoder
+from atlasvid_cli.presets import Vae
 from tests.test_decode import EMBEDDED, IDLE, STILL, WAN21, WAN22, build, latents
 
 LAYOUTS, NAMES = (EMBEDDED, STILL, IDLE, WAN21, WAN22), ("embedded", "still", "idle", "wan2.1", "wan2.2")
+
+
+def told(config: dict) -> Vae:
+    """What a preset says of a VAE of this config."""
+    known = {"is_residual": False, "out_channels": 3} | config
+    return Vae(**{f.name: known[f.name] for f in fields(Vae) if f.name in known})
 
 
 class LiveBytes(TorchDispatchMode):
@@ -60,10 +68,9 @@ def test_memory_is_as_predicted(config, tile, dtype, band, tmp_path, monkeypatch
     with LiveBytes(vae) as counter:
         for _ in decode.decode_stream(vae, z, tile=tile, spool=tmp_path):
             pass
-    seen = vae_cost.seen_at_once(config, *z.shape[-2:], tile)
-    predicted = vae_cost.decode_bytes(config, *z.shape[-2:], tile, dtype.itemsize) + vae_cost.output_bytes(
-        config, *seen
-    )
+    seen = vae_cost.seen_at_once(told(config), *z.shape[-2:], tile)
+    predicted = vae_cost.decode_bytes(told(config), *z.shape[-2:], tile, dtype.itemsize)
+    predicted += vae_cost.output_bytes(told(config), *seen)
     assert predicted == pytest.approx(counter.peak, rel=0.12)
 
 
@@ -78,19 +85,19 @@ def test_memory_of_encoding_is_as_predicted(config, half, dtype, band, monkeypat
     monkeypatch.setattr(banded, "BAND", band)
     monkeypatch.setattr(vae_cost, "BAND", band)
     vae, (h, w) = build(config, live=False).to(dtype), (16, 8)
-    side = vae_cost.space_factor(config) // (1 + half)
+    side = vae_cost.space_factor(told(config)) // (1 + half)
     frames = [torch.rand(3, h * side, w * side) for _ in range(9)]
     encoder = HalfEncoder(vae.encoder) if half else vae.encoder
     with LiveBytes(encoder) as counter:
         encode_stream(vae, (frame.clone() for frame in frames), encoder)
-    assert vae_cost.encode_bytes(config, h, w, dtype.itemsize, half=half) == pytest.approx(counter.peak, rel=0.12)
+    assert vae_cost.encode_bytes(told(config), h, w, dtype.itemsize, half=half) == pytest.approx(counter.peak, rel=0.12)
 
 
 @pytest.mark.parametrize("config", LAYOUTS, ids=NAMES)
 def test_work_is_as_predicted(config):
     """Of a latent frame in the middle of a video; upsamplers compute a row and a column more than they keep."""
-    vae, (h, w), factor = build(config, live=False), (9, 14), vae_cost.time_factor(config)
-    side = vae_cost.space_factor(config)
+    vae, (h, w), factor = build(config, live=False), (9, 14), vae_cost.time_factor(told(config))
+    side = vae_cost.space_factor(told(config))
     decoded, encoded = [], []
     for steps in (3, 4):
         with FlopCounterMode(display=False) as counter:
@@ -99,34 +106,34 @@ def test_work_is_as_predicted(config):
         with FlopCounterMode(display=False) as counter:
             encode_stream(vae, torch.rand(1 + factor * (steps - 1), 3, h * side, w * side))
         encoded.append(counter.get_total_flops())
-    assert decoded[1] - decoded[0] == pytest.approx(vae_cost.decode_flops(config, h, w), rel=0.04)
-    assert encoded[1] - encoded[0] == pytest.approx(vae_cost.encode_flops(config, h, w), rel=0.02)
+    assert decoded[1] - decoded[0] == pytest.approx(vae_cost.decode_flops(told(config), h, w), rel=0.04)
+    assert encoded[1] - encoded[0] == pytest.approx(vae_cost.encode_flops(told(config), h, w), rel=0.02)
 
 
 @pytest.mark.parametrize("config", [EMBEDDED, STILL], ids=["embedded", "still"])
 def test_work_on_half_size_frames_is_as_predicted(config):
-    vae, (h, w), side = build(config, live=False), (9, 14), vae_cost.space_factor(config) // 2
+    vae, (h, w), side = build(config, live=False), (9, 14), vae_cost.space_factor(told(config)) // 2
     encoder, encoded = HalfEncoder(vae.encoder), []
     for steps in (3, 4):
-        frames = torch.rand(1 + vae_cost.time_factor(config) * (steps - 1), 3, h * side, w * side)
+        frames = torch.rand(1 + vae_cost.time_factor(told(config)) * (steps - 1), 3, h * side, w * side)
         with FlopCounterMode(display=False) as counter:
             encode_stream(vae, frames, encoder)
         encoded.append(counter.get_total_flops())
-    assert encoded[1] - encoded[0] == pytest.approx(vae_cost.encode_flops(config, h, w, half=True), rel=0.02)
+    assert encoded[1] - encoded[0] == pytest.approx(vae_cost.encode_flops(told(config), h, w, half=True), rel=0.02)
 
 
 def test_embedded_vae_at_4k_fits_whole():
-    assert vae_cost.decode_bytes(STILL, 136, 240) < 1.3 * 2**30
-    assert vae_cost.choose_tile(STILL, 136, 240, int(1.3 * 2**30)) is None
+    assert vae_cost.decode_bytes(told(STILL), 136, 240) < 1.3 * 2**30
+    assert vae_cost.choose_tile(told(STILL), 136, 240, int(1.3 * 2**30)) is None
 
 
 def test_choose_tile_takes_the_largest_that_fits():
     budget = 2 * 2**30
-    tile = vae_cost.choose_tile(EMBEDDED, 270, 480, budget)
-    taken, more = (vae_cost.decode_bytes(EMBEDDED, 270, 480, side) for side in (tile, tile + 1))
+    tile = vae_cost.choose_tile(told(EMBEDDED), 270, 480, budget)
+    taken, more = (vae_cost.decode_bytes(told(EMBEDDED), 270, 480, side) for side in (tile, tile + 1))
     assert taken <= budget < more
     with pytest.raises(ResourceError, match=r"smallest tiles.*decode_gib"):
-        vae_cost.choose_tile(EMBEDDED, 270, 480, 2**20)
+        vae_cost.choose_tile(told(EMBEDDED), 270, 480, 2**20)
 
 
 @pytest.mark.parametrize(("h", "w", "tile"), [(40, 60, 16), (40, 60, 59), (9, 9, 8)])
@@ -141,5 +148,5 @@ def test_tiles_are_as_much_work_as_what_they_see(h, w, tile, monkeypatch, tmp_pa
 
     monkeypatch.setattr(decode, "_step", counted)
     list(decode.decode_stream(build(EMBEDDED, live=True), latents(EMBEDDED, 1, h, w), tile, tmp_path))
-    assert vae_cost.overlap(EMBEDDED, h, w, tile) == pytest.approx(sum(seen) / (h * w), rel=0.05)
-    assert vae_cost.overlap(EMBEDDED, h, w, None) == vae_cost.overlap(EMBEDDED, h, w, 60) == 1
+    assert vae_cost.overlap(told(EMBEDDED), h, w, tile) == pytest.approx(sum(seen) / (h * w), rel=0.05)
+    assert vae_cost.overlap(told(EMBEDDED), h, w, None) == vae_cost.overlap(told(EMBEDDED), h, w, 60) == 1

@@ -6,6 +6,7 @@ import shutil
 
 import pytest
 import torch
+from diffusers import FlowMatchEulerDiscreteScheduler, UniPCMultistepScheduler
 from huggingface_hub.errors import LocalEntryNotFoundError
 from safetensors.torch import load_file, save_file
 
@@ -17,6 +18,7 @@ from atlasvid_cli.weights import (
     check_entry,
     is_whole,
     load_half_encoder,
+    load_scheduler,
     load_text,
     load_transformer,
     load_vae,
@@ -255,3 +257,14 @@ def test_every_shipped_preset_states_sizes_that_fit_together(name):
     levels = len(preset.vae.dim_mult) - 1
     assert preset.geometry.spatial == 2**levels * (preset.vae.patch_size or 1)
     assert preset.geometry.temporal == 2 ** sum(preset.vae.temperal_downsample)
+
+
+def test_a_scheduler_of_another_class_is_replaced_by_the_models_own_kind(tmp_path):
+    """As of a fine-tuned model that was saved with another one; its config knows nothing of UniPC's settings."""
+    FlowMatchEulerDiscreteScheduler(shift=3.0).save_pretrained(tmp_path / "scheduler")
+    scheduler = load_scheduler(tmp_path, 5.0, "unipc")
+    scheduler.set_timesteps(4)
+    expected = UniPCMultistepScheduler(prediction_type="flow_prediction", use_flow_sigmas=True, flow_shift=5.0)
+    expected.set_timesteps(4)
+    assert torch.equal(scheduler.sigmas, expected.sigmas) and torch.equal(scheduler.timesteps, expected.timesteps)
+    assert scheduler.config.prediction_type == "flow_prediction"
