@@ -121,13 +121,19 @@ def layers_by_name(model: WanTransformer3DModel) -> dict[str, Any]:
     return layers
 
 
+def config_beside(path: Path) -> Path | None:
+    """peft's config of the adapter in `path`, where there is one."""
+    beside = path.with_name("adapter_config.json")
+    return beside if path.name == "adapter_model.safetensors" and beside.is_file() else None
+
+
 def _config(path: Path) -> dict[str, Any]:
     """What diffusers writes into a LoRA's header, or peft beside it, of its scales; empty where neither did."""
-    beside = path.with_name("adapter_config.json")
+    beside = config_beside(path)
     try:
         with safe_open(path, "pt") as file:
             said = (file.metadata() or {}).get("lora_adapter_metadata", "{}")
-        if said == "{}" and path.name == "adapter_model.safetensors" and beside.is_file():
+        if said == "{}" and beside:
             said = beside.read_text(encoding="utf-8")
         return {key.removeprefix("transformer."): value for key, value in json.loads(said).items()}
     except (OSError, ValueError, AttributeError) as error:

@@ -1,6 +1,7 @@
 """What this machine has and does: where to compute, memory, disk, the rate of matrix products, the most memory held."""
 
 import contextlib
+import gc
 import os
 import shutil
 import statistics
@@ -163,6 +164,16 @@ def synchronize() -> None:
         import torch
 
         torch.cuda.synchronize()
+
+
+def release_gpu() -> None:
+    """Gives back what PyTorch keeps of memory that nothing uses: a GPU's, and the host's that was pinned for it."""
+    import torch
+
+    gc.collect()
+    torch.cuda.empty_cache()
+    if torch.cuda.is_available():
+        torch._C._host_emptyCache()
 
 
 def copy_rate() -> float:

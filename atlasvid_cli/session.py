@@ -1,6 +1,5 @@
 """The model of a preset, loaded part by part."""
 
-import gc
 import hashlib
 import json
 from collections.abc import Iterable
@@ -16,8 +15,8 @@ from .console import Console
 from .embeddings import Embedding, EmbeddingCache
 from .errors import ResourceError, UsageError
 from .half import HalfEncoder
-from .lora import check_lora, merge_lora
-from .machine import available_vram, check_compiler, compute_device, decode_dtype
+from .lora import check_lora, config_beside, merge_lora
+from .machine import available_vram, check_compiler, compute_device, decode_dtype, release_gpu
 from .memory import Offload, WeightDtype, fits_gpu, model_bytes
 from .offload import check_weight_dtype, narrow, place
 from .parse import Lora
@@ -168,7 +167,8 @@ class Session:
         """Identity of all weights that make a stage's latents: those of `--lora` too."""
         made = self.model_hash(stage)
         for lora in self.loras:
-            file = model_hash(Path(), str(lora.path.absolute()))
+            files = (lora.path, config_beside(lora.path))
+            file = model_hash(Path(), *(str(path.absolute()) for path in files if path))
             made = hashlib.sha256(f"{made} {file} {lora.weight} {lora.expert}".encode()).hexdigest()[:16]
         return made
 
@@ -217,6 +217,8 @@ class Session:
         for lora in self.loras:
             if lora.expert not in (None, "low" if part == "transformer_2" else "high"):
                 continue
+            if self.preset.experts and lora.expert is None and self._is_new(f"{lora.path} of both"):
+                console.note(f"{lora.path} changes both experts; one of a pair ends in @high or @low")
             is_new = self._is_new(f"{lora.path} {lora.expert} {part} {stage}")  # a stage may have two models
             matched = merge_lora(model, lora, self.strict, console.warn if is_new else lambda text: None)
             if is_new:
@@ -329,5 +331,4 @@ class Session:
             if on_gpu or (key[0] in (kind, "bare transformer") and size > SMALL):
                 del self._parts[key]
         if on_gpu:
-            gc.collect()
-            torch.cuda.empty_cache()
+            release_gpu()

@@ -1,5 +1,6 @@
 """A session loads each part once, for the whole batch, and says what stock weights cost."""
 
+import json
 import shutil
 from dataclasses import replace
 from fractions import Fraction
@@ -300,6 +301,26 @@ def test_a_lora_may_be_for_one_expert(experts_preset, stock_preset, console, tmp
     assert weights[0][0].equal(weights[0][1]) and not weights[1][0].equal(weights[1][1])
     with pytest.raises(UsageError, match="without @low"):
         Session(str(stock_preset), loras=(Lora(path, expert="low"),))
+
+
+def test_a_lora_without_an_expert_is_said_to_change_both(experts_preset, console, tmp_path, capsys):
+    bare = Session(str(experts_preset))
+    path = _small_lora(tmp_path / "a.safetensors", bare.transformer("proxy", "none", console))
+    ours = Session(str(experts_preset), loras=(Lora(path),))
+    for second in (False, True):
+        ours.transformer("proxy", "none", console, second)
+    assert capsys.readouterr().err.count("changes both experts") == 1
+
+
+def test_what_pefts_config_says_of_a_lora_is_part_of_its_identity(random_preset, console, tmp_path):
+    plain = Session(str(random_preset))
+    path = _small_lora(tmp_path / "adapter_model.safetensors", plain.transformer("proxy", "none", console))
+    hashes = set()
+    for alpha in (None, 1, 2):
+        if alpha:
+            (tmp_path / "adapter_config.json").write_text(json.dumps({"lora_alpha": alpha}))
+        hashes.add(Session(str(random_preset), loras=(Lora(path),)).hash("proxy"))
+    assert len(hashes) == 3
 
 
 def test_each_expert_has_an_adapter_of_its_own(experts_preset, console, tmp_path):
