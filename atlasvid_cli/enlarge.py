@@ -30,8 +30,8 @@ def enlarge(
     encoder: HalfEncoder | None = None,
 ) -> torch.Tensor:
     """Latents (C, T, h, w) fp32 of `frames` frames of `size` (height, width) in pixels, `ratio` times as large and
-    `time_ratio` times as dense as what normalised `latents` (C, t, y, x) decode to; `tile`
-    and `spool` are as `decode_stream` takes them. With an `encoder` for frames half as large, they are made so.
+    `time_ratio` times as dense as what normalised `latents` (C, t, y, x) decode to; `tile` and `spool` are as
+    `decode_stream` takes them. With an `encoder` for frames half as large, they are made so.
     """
     if encoder:
         ratio, size = ratio / 2, (size[0] // 2, size[1] // 2)

@@ -21,10 +21,12 @@ def _runs_plain(x: torch.Tensor) -> bool:
 
 
 def _can_fuse(layer: torch.nn.Module, x: torch.Tensor) -> bool:
-    if _FUSED is None or type(layer) is not torch.nn.Linear or type(layer.weight) is not torch.nn.Parameter:
+    if _FUSED is None or not _runs_plain(x):  # first: what follows cannot be compiled
+        return False
+    if type(layer) is not torch.nn.Linear or type(layer.weight) is not torch.nn.Parameter:
         return False  # an adapter's or a quantised layer
     known = x.dtype == torch.float32 or (x.dtype == torch.bfloat16 and torch.ops.mkldnn._is_mkldnn_bf16_supported())
-    return known and layer.weight.dtype == x.dtype and _runs_plain(x)
+    return known and layer.weight.dtype == x.dtype
 
 
 def linear(layer: torch.nn.Module, x: torch.Tensor) -> torch.Tensor:

@@ -7,6 +7,7 @@ import dataclasses
 import math
 import random
 from dataclasses import dataclass
+from fractions import Fraction
 from pathlib import Path
 from typing import Any
 
@@ -60,12 +61,12 @@ def held_out_prompts(count: int) -> list[tuple[str, world.Attributes]]:
 def token_borders(plan: Plan) -> tuple[Lines, Lines]:
     """Rows and columns of a video's pixels at which windows of its last level meet, and those at which tokens do within
     all windows."""
-    side, layouts = plan.preset.geometry.token_pixels // plan.scale, plan.preset.detail.layouts
+    side, layouts = Fraction(plan.preset.geometry.token_pixels, plan.scale), plan.preset.detail.layouts
     meet, within = [], []
     for axis, size in ((1, plan.target.h), (2, plan.target.w)):
         cuts = borders(size, [(shape[axis], shifted) for shape, shifted in layouts])
-        meet.append([at * side for at in cuts])
-        within.append([at * side for at in range(1, size) if at not in cuts])
+        meet.append([math.floor(at * side) for at in cuts])
+        within.append([math.floor(at * side) for at in range(1, size) if at not in cuts])
     return (meet[0], meet[1]), (within[0], within[1])
 
 

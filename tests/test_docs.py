@@ -1,3 +1,4 @@
+import re
 from pathlib import Path
 
 from atlasvid_cli import cli, options
@@ -6,6 +7,17 @@ from atlasvid_cli.video import CODECS
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()
+
+
+def test_no_number_is_left_to_be_filled_in():
+    for page in (ROOT / "README.md", ROOT / "CHANGELOG.md", *(ROOT / "docs").glob("*.md")):
+        assert not re.search(r"@[A-Z]+@", page.read_text()), page
+
+
+def test_links_between_documents_lead_somewhere():
+    for page in (ROOT / "README.md", ROOT / "CHANGELOG.md", *(ROOT / "docs").glob("*.md")):
+        for target in re.findall(r"\]\(([^)#:]+)\)", page.read_text()):
+            assert (page.parent / target).exists(), f"{page.name}: {target}"
 
 
 def test_every_command_is_in_the_readme():

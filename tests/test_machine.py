@@ -1,6 +1,10 @@
 """What a container allows is what there is."""
 
+import pytest
+import torch
+
 from atlasvid_cli import machine
+from atlasvid_cli.errors import UsageError
 
 
 def test_a_containers_limit_bounds_the_memory(monkeypatch, tmp_path):
@@ -33,3 +37,11 @@ def test_a_limit_of_the_first_version_of_cgroups_bounds_it_too(monkeypatch, tmp_
     for name, text in files.items():
         (tmp_path / "memory" / f"memory.{name}").write_text(text)
     assert machine.available_ram() == 8000 - 3000 + 110
+
+
+def test_a_gpu_without_bfloat16_is_refused_with_the_way_round_it(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "Tesla T4")
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation=True: including_emulation)
+    with pytest.raises(UsageError, match=r"Tesla T4 .* CUDA_VISIBLE_DEVICES="):
+        machine.compute_device.__wrapped__()

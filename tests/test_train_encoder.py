@@ -56,7 +56,7 @@ def test_an_entry_for_half_size_frames_learns_and_the_rest_stays(tmp_path):
     first, *_, last = errors(tmp_path)
     assert last < 0.6 * first
     assert all(torch.equal(before[name], value) for name, value in vae.state_dict().items())
-    assert causal.still(half.down_blocks[0].resnets, {})
+    assert causal.still(half.down_blocks[0].resnets, causal.History())
     large, small = train_encoder.enlarged(vae, random.Random("held out"), 2, 64, 5)
     with torch.no_grad():
         expected, made = (clip_moments(vae, x, e)[:, :6] for x, e in ((large, None), (small, half)))

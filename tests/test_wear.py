@@ -109,7 +109,7 @@ def test_wearing_that_is_interrupted_goes_on_to_the_same(interrupted):
 def test_enlarging_that_is_interrupted_goes_on_to_the_same(interrupted, monkeypatch):
     """From the same proxies, true or worn, as without the interruption; of both it leaves the one."""
     monkeypatch.setattr(wear, "enlarge", lambda vae, low, *figures: low * 2)
-    vae = SimpleNamespace(config={"dim_mult": [1], "temperal_downsample": [True]})
+    vae = SimpleNamespace(config=SimpleNamespace(dim_mult=[1], temperal_downsample=[True], patch_size=None))
 
     def worn():
         data = [s | {"worn_4": torch.full_like(s["proxy_4"], 7.0)} for s in many()]
@@ -131,7 +131,7 @@ def test_enlarging_that_is_interrupted_goes_on_to_the_same(interrupted, monkeypa
 def test_proxies_are_kept_and_nothing_is_loaded_for_them_again(tmp_path, monkeypatch, console):
     """Worn ones, and what is made in pixels of the one that each sample is left with."""
     monkeypatch.setattr(wear, "enlarge", lambda vae, low, *figures: low * 2)
-    vae = SimpleNamespace(config={"dim_mult": [1], "temperal_downsample": [True]})
+    vae = SimpleNamespace(config=SimpleNamespace(dim_mult=[1], temperal_downsample=[True], patch_size=None))
     passes = []
     for load_model, load_vae in ((model, lambda: vae), (pytest.fail, pytest.fail)):
         data = many()

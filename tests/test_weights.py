@@ -14,6 +14,7 @@ from atlasvid_cli.causal import last_blocks, make_idle
 from atlasvid_cli.errors import InputError, ResourceError
 from atlasvid_cli.presets import load_preset, preset_names
 from atlasvid_cli.weights import (
+    BROKEN_OFF,
     check_config,
     check_entry,
     is_whole,
@@ -257,6 +258,15 @@ def test_every_shipped_preset_states_sizes_that_fit_together(name):
     levels = len(preset.vae.dim_mult) - 1
     assert preset.geometry.spatial == 2**levels * (preset.vae.patch_size or 1)
     assert preset.geometry.temporal == 2 ** sum(preset.vae.temperal_downsample)
+
+
+def test_a_fetch_that_breaks_off_is_told_with_its_remedy(monkeypatch):
+    def fetch(*names, local_files_only=False, **options):
+        raise LocalEntryNotFoundError("not there") if local_files_only else BROKEN_OFF("peer closed connection")
+
+    monkeypatch.setattr("atlasvid_cli.weights.snapshot_download", fetch)
+    with pytest.raises(InputError, match=r"cannot be fetched \(\w+\); run `hf download"):
+        model_folder(load_preset("wan2.1-1.3b"), None)
 
 
 def test_a_scheduler_of_another_class_is_replaced_by_the_models_own_kind(tmp_path):
