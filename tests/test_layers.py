@@ -100,3 +100,18 @@ def test_the_root_mean_square_is_taken_as_the_module_does(dtype):
     with torch.no_grad():
         torch.testing.assert_close(layers.root_mean_square(norm, x), norm(x), rtol=ROUNDING.get(dtype, 1e-9), atol=1e-6)
     assert torch.equal(x, kept)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_compiled_layers_are_one_graph(fused, dtype):
+    """What is asked of oneDNN cannot be compiled, and the compiler fuses by itself."""
+    ffn, norm, x = feed_forward().to(dtype), torch.nn.RMSNorm(24, eps=1e-6).to(dtype), torch.randn(5, 24, dtype=dtype)
+
+    def both(x):
+        return layers.feed_forward(ffn, layers.root_mean_square(norm, layers.linear(ffn.net[0].proj, x)[..., :24]))
+
+    torch._dynamo.reset()
+    with torch.no_grad():
+        made = torch.compile(both, backend="eager", fullgraph=True)(x)
+        assert not fused
+        torch.testing.assert_close(made, both(x), atol=ROUNDING[dtype], rtol=ROUNDING[dtype])
