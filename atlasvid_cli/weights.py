@@ -35,9 +35,7 @@ from .presets import Preset, Sampler
 from .store import FULL
 from .tensor_file import check_header, open_tensors, read_header
 
-# of the hub's HTTP library, which it lets through when a download breaks off
-BROKEN_OFF: Any = HfHubHTTPError.__bases__[0]
-
+BROKEN_OFF: Any = HfHubHTTPError.__bases__[0]  # the HTTP library's own, which the hub's lets through
 # what reading damaged weights raises
 UNREADABLE = (OSError, ValueError, KeyError, RuntimeError, UnpicklingError, SafetensorError)
 
@@ -315,11 +313,8 @@ def load_text(folder: Path, dtype: torch.dtype = torch.float32) -> tuple[PreTrai
 
 
 def load_scheduler(folder: Path, flow_shift: float, sampler: Sampler) -> UniPCMultistepScheduler:
-    """The model's own scheduler with a shift. `euler` is UniPC of the first order without its corrector, on flow sigmas
-    x - (sigma - next sigma) v exactly.
-
-    A folder may be saved with a scheduler of another class, whose config does not say what UniPC has to know of a flow.
-    """
+    """The model's own scheduler with a shift; of another class only what UniPC shares with it. `euler` is UniPC of the
+    first order without its corrector, on flow sigmas x - (sigma - next sigma) v exactly."""
     settings: dict[str, Any] = {"flow_shift": flow_shift, "prediction_type": "flow_prediction", "use_flow_sigmas": True}
     if sampler == "euler":
         settings |= {"solver_order": 1, "disable_corrector": list(range(1000))}
