@@ -91,8 +91,11 @@ def refine_saved(latents: Path, plan: Plan, target: Path, run_dir: Path | None, 
     """Saved latents -> video `target`, or of a region that video with a part sampled again. Returns the event."""
     check_resources(plan, target.parent, run_dir)
     check_writable(target)
-    session = Session.of(plan.request)
+    session = Session.of(plan.request, console)
     known = check_latents(latents, session)
+    for lora in plan.request.loras:
+        if lora.expert == "high":
+            console.note(f"{lora.path}@high changes nothing here: detail is of the low-noise expert alone")
     folder = run_dir or run_folder(session, plan, latents, target.parent / "runs")
     if plan.is_region:
         check_base(plan, folder)

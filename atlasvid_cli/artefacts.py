@@ -13,11 +13,13 @@ from typing import Any, Literal
 import torch
 
 from . import __version__, store, tensor_file
+from .decode_cost import start_tile
 from .errors import AtlasError, InputError, UsageError
 from .parse import MAX_FPS, MAX_SECONDS, MAX_SEED, MAX_SIDE_PX
 from .plan import Plan
 from .presets import load_preset, preset_names
 from .refine import Region
+from .results import state_of
 from .session import Session
 from .stages import Stage
 from .video import tags
@@ -72,7 +74,7 @@ def run_hash(session: Session, plan: Plan) -> str:
 
 def weights_of(session: Session, plan: Plan) -> dict[str, Any]:
     """Identities of all weights that make a video; `starts` are those by which levels start in pixels."""
-    starts = [session.start_hash(level.entry) for level in plan.levels if level.in_pixels]
+    starts = [_start_of(session, plan, level) for level in plan.levels if level.in_pixels]
     return {
         "proxy": session.hash("proxy"),
         "detail": session.hash("detail"),
@@ -199,7 +201,7 @@ def stage_metadata(
     numbers, so that its preview plays everywhere."""
     weights = session.hash(kind)
     fields = {**plan.key(stage), "prompt": prompt, "negative": negative, "model": weights, "below": below or encoder}
-    fields |= session.arithmetic | ({"start": session.start_hash(stage.entry)} if stage.in_pixels else {})
+    fields |= session.arithmetic | ({"start": _start_of(session, plan, stage)} if stage.in_pixels else {})
     geometry, grid, last = session.preset.geometry, stage.grid, stage is plan.levels[-1]
     pixels = geometry.token_pixels
     width, height = plan.request.width if last else grid.w * pixels, plan.request.height if last else grid.h * pixels
@@ -228,6 +230,11 @@ def stage_metadata(
     }
 
 
+def _start_of(session: Session, plan: Plan, stage: Stage) -> str:
+    """Identity of what makes the pixels that a level starts from: weights, dtype, and tiles, which are blended."""
+    return f"{session.start_hash(stage.entry)} {start_tile(plan, stage)}"
+
+
 def level_metadata(session: Session, plan: Plan, stage: Stage, below: dict[str, str]) -> dict[str, str]:
     return stage_metadata(session, plan, stage, "detail", below["prompt"], below["negative_prompt"], below["key"])
 
@@ -247,14 +254,15 @@ def is_current(path: Path, metadata: dict[str, str]) -> bool:
 
 
 def check_ours(path: Path, metadata: dict[str, str]) -> None:
-    """UsageError where a file is not of the latents with this metadata: of another job, hours of work that no run takes
-    over, or something that no run has made."""
-    with suppress(InputError):  # missing, or damaged: made anew
-        found, _ = tensor_file.read_header(path)
-        if found.get("format") != FORMAT:
-            raise UsageError(f"{path} is not of a run; give another --run-dir, or move it away")
-        if describe(path)["key"] != metadata["key"]:
-            raise UsageError(f"{path} is of another job; give another --run-dir, or move it away")
+    """UsageError where a file, or the state that its stage goes on from, is not of the latents with this metadata: of
+    another job, hours of work that no run takes over, or something that no run has made."""
+    for kept, form in ((path, FORMAT), (state_of(path), tensor_file.STATE)):
+        with suppress(InputError):  # missing, or damaged: made anew
+            found, _ = tensor_file.read_header(kept)
+            if found.get("format") != form:
+                raise UsageError(f"{kept} is not of a run; give another --run-dir, or move it away")
+            if found.get("key", metadata["key"]) != metadata["key"]:
+                raise UsageError(f"{kept} is of another job; give another --run-dir, or move it away")
 
 
 def check_levels_ours(session: Session, plan: Plan, proxy: dict[str, str], run_dir: Path) -> None:

@@ -51,13 +51,13 @@ def run_batch(
         warn_of_player(console, request.codec, request.width, request.height)
     missing = sum(not is_made(target) for target in targets)
     if dry_run:
-        check_session(request)
+        check_session(request, console)
         return show_plan(plan, console, folder, run_dir, max(1, missing))
     if missing:  # what is finished needs no room
         check_resources(plan, folder, run_dir, missing)
     if len({target.parent for target in targets}) == 1:  # else each item finds out for itself
         check_writable(targets[0])
-    session = Session.of(request)
+    session = Session.of(request, console)
     jobs = [_job(item, target, session.preset, request, console) for item, target in zip(items, targets, strict=True)]
     guided = any(stage.passes > 1 for _, stage in plan.own_stages())
     session.expect([*(job.prompt for job in jobs), *(job.negative_prompt for job in jobs if guided)])

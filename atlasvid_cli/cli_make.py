@@ -207,7 +207,7 @@ def refine(
     if span and span[1] > plan.frames:
         raise UsageError(f"--frames {frames} ends after the video's {plan.frames} frames; end it there")
     if dry_run:
-        if session := check_session(request):
+        if session := check_session(request, console):
             artefacts.check_latents(latents, session)
         return show_plan(plan, console, target.parent, run_dir)
     console.emit(above.refine_saved(latents, plan, target, run_dir, console), str(target))

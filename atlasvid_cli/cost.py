@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from .decode_cost import KEPT, decode_memory, file_bytes, vae_itemsize, vae_tile
+from .decode_cost import KEPT, decode_memory, file_bytes, start_tile, vae_itemsize, vae_tile
 from .errors import ResourceError, UsageError
 from .machine import Machine, available_ram, conv_rate, decode_dtype, disk_of, gemm_rate, this_machine
 from .memory import (
@@ -173,7 +173,7 @@ def _enlarging(plan: Plan, stage: Stage, machine: Machine) -> tuple[int, Memory]
     vae, patch = plan.preset.vae, plan.preset.geometry.patch
     below, grid = plan.below(stage), stage.grid
     h, w = below.h * patch, below.w * patch
-    flops = round(below.t * decode_flops(vae, h, w) * overlap(vae, h, w, vae_tile(plan.preset, h, w, machine)))
+    flops = round(below.t * decode_flops(vae, h, w) * overlap(vae, h, w, start_tile(plan, stage, machine)))
     half = bool(stage.entry)
     flops += grid.t * encode_flops(vae, grid.h * patch, grid.w * patch, half)
     pixels, size = plan.preset.geometry.token_pixels, vae_itemsize(plan.preset, machine)

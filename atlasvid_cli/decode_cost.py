@@ -1,11 +1,16 @@
 """What decoding latents to a file takes: memory, disk, tiles, and whether this machine has it."""
 
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from .errors import ResourceError
 from .machine import Machine, available_ram, decode_dtype, disk_of, this_machine
-from .memory import GIB, Memory
+from .memory import GIB, PROGRAM_VRAM, Memory
 from .presets import Preset
+
+if TYPE_CHECKING:
+    from .plan import Plan
+    from .stages import Stage
 
 # bytes a pixel and frame of a video file, on the safe side of detailed footage at the quality of `video.CODECS`
 VIDEO_BYTES = {"h264": 0.05, "hevc10": 0.05, "av1": 0.05, "prores": 0.8, "ffv1": 2.0}
@@ -17,6 +22,9 @@ ENCODER_BYTES = {"h264": (3, 5), "hevc10": (9, 15), "av1": (8, 8), "prores": (2,
 # what the allocator and the convolutions' scratch make of the VAE's tensors, by bytes a value: measured in fp32
 # (docs/LOG.md); in bf16 not measured with this decoder: its predecessor's measured peak over today's estimate
 KEPT = {4: 1.25, 2: 1.95}
+
+# of a GPU's memory, what tiles are cut for: whatever is free at the moment, the same GPU cuts the same tiles
+GPU_SHARE = 0.9
 
 
 def file_bytes(width: int, height: int, frames: int, codec: str) -> int:
@@ -71,12 +79,25 @@ def check_decode(
 
 
 def vae_tile(preset: Preset, h: int, w: int, machine: Machine | None = None) -> int | None:
-    """The tile side in latents with which decoding h x w latents fits in `decode_gib`; None for whole frames."""
-    from .vae_cost import choose_tile
+    """The tile side in latents with which decoding h x w latents fits in `decode_gib`, and in a GPU that has less; None
+    for whole frames."""
+    from .vae_cost import SMALLEST_TILE, choose_tile, decode_bytes
 
     machine = machine or this_machine()
     size, on_gpu = vae_itemsize(preset, machine), machine.device.kind == "cuda"
-    return choose_tile(preset.vae, h, w, int(preset.decode_gib * GIB), size, not on_gpu)
+    budget = int(preset.decode_gib * GIB)
+    if on_gpu:
+        room = GPU_SHARE * machine.device.memory - PROGRAM_VRAM - preset.vae_parameters * size
+        # where not even the smallest tile fits, the plan says so, as of any stage
+        least = decode_bytes(preset.vae, h, w, SMALLEST_TILE, size, banded=False)
+        budget = min(budget, max(int(room / KEPT[size]), least))
+    return choose_tile(preset.vae, h, w, budget, size, not on_gpu)
+
+
+def start_tile(plan: "Plan", stage: "Stage", machine: Machine | None = None) -> int | None:
+    """`vae_tile` of the level below a detail level that starts from its pixels."""
+    below, patch = plan.below(stage), plan.preset.geometry.patch
+    return vae_tile(plan.preset, below.h * patch, below.w * patch, machine)
 
 
 def vae_itemsize(preset: Preset, machine: Machine) -> int:

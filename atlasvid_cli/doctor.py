@@ -7,9 +7,13 @@ import shutil
 from fractions import Fraction
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from . import __version__
-from .errors import AtlasError
+from .errors import AtlasError, UsageError
+
+if TYPE_CHECKING:
+    from .machine import Device
 
 # values of --attention-backend whose kernels are packages of their own
 BACKENDS = {
@@ -45,7 +49,7 @@ def examine(folder: Path) -> dict:
         "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
         "ram_available_bytes": available_ram(),
         "disk_free_bytes": disk.free,
-        "attention_backends": ["native", *(name for name, package in BACKENDS.items() if _importable(package))],
+        "attention_backends": ["native", *(name for name in BACKENDS if _attends(name, device))],
         "codecs": [name for name, codec in CODECS.items() if codec.encoder in av.codecs_available],
         "presets": _verdicts(folder),
     }
@@ -58,8 +62,21 @@ def _version(package: str) -> str | None:
         return None
 
 
-def _importable(package: str) -> bool:
-    return importlib.util.find_spec(package) is not None
+def _attends(backend: str, device: "Device") -> bool:
+    """Whether an attention backend is installed and runs here. Kernels of the hub are not tried: that fetches them."""
+    if importlib.util.find_spec(BACKENDS[backend]) is None:
+        return False
+    if backend.endswith("_hub"):
+        return True
+    import torch
+
+    from .attention import check_backend
+
+    try:
+        check_backend(backend, torch.device(device.kind), getattr(torch, device.dtype))
+    except UsageError:
+        return False
+    return True
 
 
 def _verdicts(folder: Path) -> dict[str, str]:

@@ -31,13 +31,15 @@ CGROUP_FILES = (
 
 @dataclass(frozen=True)
 class Device:
-    """Where the transformer computes, in which dtype, and why. `bytes_per_value` is that dtype's size."""
+    """Where the transformer computes, in which dtype, and why. `bytes_per_value` is that dtype's size, `memory` the
+    bytes of its own memory, free or not (0 of a CPU)."""
 
     kind: Literal["cpu", "cuda"]
     name: str
     dtype: str
     bytes_per_value: int
     why: str
+    memory: int = 0
 
 
 @lru_cache(maxsize=1)
@@ -70,7 +72,8 @@ def compute_device() -> Device:
         name = torch.cuda.get_device_name()
         if not torch.cuda.is_bf16_supported(including_emulation=False):
             raise UsageError(f"{name} does not compute in bfloat16; set CUDA_VISIBLE_DEVICES= to compute on the CPU")
-        return Device("cuda", name, "bfloat16", 2, f"{name} computes in bfloat16, the dtype Wan was trained in")
+        why = f"{name} computes in bfloat16, the dtype Wan was trained in"
+        return Device("cuda", name, "bfloat16", 2, why, torch.cuda.mem_get_info()[1])
     if has_bfloat16():
         return Device("cpu", "cpu", "bfloat16", 2, "no CUDA GPU; this CPU multiplies bfloat16 faster than float32")
     why = "no CUDA GPU; bfloat16 is slower than float32 on CPUs without AMX or AVX512-BF16"
@@ -93,7 +96,8 @@ def this_machine() -> Machine:
 
 def machine_with_gpu(gib: float) -> Machine:
     """One that has a GPU with so much memory, and nothing else on it."""
-    return Machine(Device("cuda", f"a GPU of {gib:g} GiB", "bfloat16", 2, "not this machine"), int(gib * 2**30), False)
+    memory = int(gib * 2**30)
+    return Machine(Device("cuda", f"a GPU of {gib:g} GiB", "bfloat16", 2, "not this machine", memory), memory, False)
 
 
 def check_compiler(device: "torch.device") -> None:

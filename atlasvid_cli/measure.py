@@ -21,7 +21,7 @@ from diffusers.models.transformers import transformer_wan
 from .block import Kernels
 from .cost import EFFICIENCY, offload_of
 from .decode import decode_stream
-from .decode_cost import vae_tile
+from .decode_cost import start_tile
 from .enlarge import enlarge
 from .flops import detail_flops, full_flops, linear_flops
 from .half import HalfEncoder
@@ -228,7 +228,7 @@ def enlarge_sample(vae: Any, plan: Plan, stage: Stage, folder: Path, repeats: in
     size = grid.h * geometry.token_pixels, grid.w * geometry.token_pixels
     frames = (grid.t - 1) * geometry.temporal + 1
     timed_frames = min(frames, geometry.temporal * stage.time_ratio + 1)
-    figures = stage.ratio, stage.time_ratio, size, timed_frames, vae_tile(plan.preset, *latents.shape[2:]), folder
+    figures = stage.ratio, stage.time_ratio, size, timed_frames, start_tile(plan, stage), folder
     encoder = HalfEncoder(vae.encoder) if stage.entry else None  # whose values do not matter
     one = timed(lambda: enlarge(vae, latents, *figures, encoder=encoder), repeats)
     return one.times(frames / timed_frames, timed_frames / frames)

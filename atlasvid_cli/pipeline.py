@@ -34,7 +34,7 @@ from .artefacts import (
 from .console import Console
 from .cost import offload_of
 from .decode import decode_stream, tile_steps
-from .decode_cost import vae_tile
+from .decode_cost import start_tile, vae_tile
 from .encode import encode_stream
 from .enlarge import enlarge
 from .errors import ResourceError
@@ -268,7 +268,7 @@ def _refine_level(
     resume = resume_from(state, metadata["key"], console)
     enlarged = None
     if stage.in_pixels and (region or not resume):  # of a region what surrounds it starts so again
-        enlarged = _enlarged(session, stage, name, below, run_dir, console)
+        enlarged = _enlarged(session, plan, stage, name, below, run_dir, console)
     used = (metadata["prompt"], metadata["negative_prompt"])[: stage.passes]
     embeddings = session.embeddings(used, console)
     offload, length = offload_of(plan), session.preset.transformer.text_length
@@ -302,14 +302,14 @@ def _refine_level(
 
 
 def _enlarged(
-    session: Session, stage: Stage, name: str, below: torch.Tensor, spool: Path, console: Console
+    session: Session, plan: Plan, stage: Stage, name: str, below: torch.Tensor, spool: Path, console: Console
 ) -> torch.Tensor:
     """The latents below as large as a stage's, by way of their pixels."""
     geometry, grid = session.preset.geometry, stage.grid
     below = crop_to_stage(below, stage, geometry.patch)
     size = grid.h * geometry.token_pixels, grid.w * geometry.token_pixels
     frames = (grid.t - 1) * geometry.temporal + 1
-    tile = vae_tile(session.preset, *below.shape[2:])
+    tile = start_tile(plan, stage)
     encoder = session.half_encoder(stage.entry) if stage.entry else None
     with console.stage(f"{name} start", frames) as advance:
         return enlarge(

@@ -228,9 +228,11 @@ class Plan:
         return {"summary": self.summary, "request": _plain(self.request), "stages": stages}
 
     def below(self, stage: Stage) -> Grid:
-        """The grid of what guides a level."""
+        """The grid of what guides a level: the part of the level below that it is aligned with."""
         index = self.levels.index(stage)
-        return self.levels[index - 1].grid if index else self.proxy.grid
+        below = self.levels[index - 1].grid if index else self.proxy.grid
+        aligned = shapes.proxy_grid(stage.grid, stage.ratio, stage.time_ratio)
+        return Grid(min(below.t, aligned.t), min(below.h, aligned.h), min(below.w, aligned.w))
 
     @property
     def _played(self) -> dict[str, str]:

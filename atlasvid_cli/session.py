@@ -12,6 +12,7 @@ import torch
 from .attention import check_backend, default_backend
 from .block import EAGER, Kernels
 from .console import Console
+from .digests import file_digest, unread
 from .embeddings import Embedding, EmbeddingCache
 from .errors import ResourceError, UsageError
 from .half import HalfEncoder
@@ -28,7 +29,7 @@ from .weights import (
     check_adapter,
     check_config,
     check_entry,
-    has_folder,
+    folder_here,
     load_half_encoder,
     load_skeleton,
     load_text,
@@ -37,6 +38,7 @@ from .weights import (
     merge_adapter,
     model_folder,
     model_hash,
+    weight_files,
 )
 
 SMALL = 64 << 20  # bytes of a transformer that a batch keeps beside the next one: no plan notices
@@ -67,12 +69,12 @@ def check_options(preset: Preset, kernels: Kernels, loras: tuple[Lora, ...], wei
         check_compiler(_where()[0])
 
 
-def check_session(request: Request) -> "Session | None":
+def check_session(request: Request, console: Console) -> "Session | None":
     """Raises what the session of a request would, as far as that is known without fetching a model, and returns the
     session where there is nothing to fetch."""
     preset = load_preset(request.preset)
-    if has_folder(preset, request.model_path):
-        return Session.of(request)
+    if folder_here(preset, request.model_path):
+        return Session.of(request, console)
     check_options(preset, Kernels(request.attention_backend, request.compiled), request.loras, request.weight_dtype)
     return None
 
@@ -111,8 +113,8 @@ class Session:
         self._cache_folder = cache or cache_folder()
 
     @classmethod
-    def of(cls, request: Request) -> "Session":
-        """What a request asks for, its adapters checked."""
+    def of(cls, request: Request, console: Console) -> "Session":
+        """What a request asks for, its weights identified and its adapters checked."""
         session = cls(
             request.preset,
             request.model_path,
@@ -121,8 +123,19 @@ class Session:
             request.strict,
             request.weight_dtype,
         )
+        session.identify(console)
         session.check_adapters()
         return session
+
+    def identify(self, console: Console) -> None:
+        """Reads large weights whose digests nothing keeps yet, and shows it: identities are made of them."""
+        stages = [name for stage in ("proxy", "detail") for pair in self._weights(stage) for name in pair]
+        files = weight_files(self.folder, *stages, "text_encoder", "vae")
+        if large := unread(files):
+            with console.stage("checksums", len(large)) as advance:
+                for file in large:
+                    file_digest(file)
+                    advance()
 
     def check_adapters(self) -> None:
         """Raises InputError for an adapter of another stage or base, or trained otherwise than the preset says, for an

@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     import torch
 
 MAX_HEADER_BYTES = 16 << 20
+STATE = "atlasvid-state"  # the format that a sampling state says
 DTYPES = {
     "F64": ("float64", 8),
     "I64": ("int64", 8),
@@ -126,7 +127,7 @@ def is_finite(tensor: "torch.Tensor") -> bool:
 
 def save_state(path: Path, step: int, tensors: "Mapping[str, torch.Tensor]", key: str) -> None:
     """Saves a sampling state after `step` finished steps, bound to the plan hash `key`."""
-    save_tensors(path, tensors, {"format": "atlasvid-state", "key": key, "step": str(step)})
+    save_tensors(path, tensors, {"format": STATE, "key": key, "step": str(step)})
 
 
 def load_state(path: Path, key: str) -> tuple[StepState | None, str | None]:
@@ -135,7 +136,7 @@ def load_state(path: Path, key: str) -> tuple[StepState | None, str | None]:
         return None, None
     try:
         metadata, _ = read_header(path)
-        if metadata.get("format") != "atlasvid-state" or metadata.get("key") != key:
+        if metadata.get("format") != STATE or metadata.get("key") != key:
             return None, f"{path} belongs to other settings or weights: sampling starts over"
         tensors, metadata = open_tensors(path)
         return StepState(int(metadata["step"]), tensors), None

@@ -38,6 +38,7 @@ def make(session: Session, job: Job, console: Console) -> Path:
     file.
     """
     preset, learner = session.preset, check(session.preset, job)
+    session.identify(console)
     processes = all_processes()
     base = model_hash(session.folder, learner.part)
     below = model_hash(session.folder, learner.part, learner.lora) if job.stage == "detail" else None

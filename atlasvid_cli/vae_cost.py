@@ -14,6 +14,8 @@ from .presets import Vae
 # With a live middle attention tiles differ, so they are blended over this many latents across a border.
 BLEND = 4
 
+SMALLEST_TILE = 8  # its side in latents
+
 # elements of a frame that are taken at a time on a CPU (`banded`): fewer slow convolutions down, more leave the cache
 BAND = 1 << 20
 
@@ -202,10 +204,10 @@ def choose_tile(vae: Vae, h: int, w: int, budget_bytes: int, width: int = 4, ban
     """The largest tile side whose decoding fits in `budget_bytes`: None for whole frames, `ResourceError` if none."""
     if decode_bytes(vae, h, w, None, width, banded) <= budget_bytes:
         return None
-    for tile in range(max(h, w) - 1, 7, -1):
+    for tile in range(max(h, w) - 1, SMALLEST_TILE - 1, -1):
         if decode_bytes(vae, h, w, tile, width, banded) <= budget_bytes:
             return tile
-    least = decode_bytes(vae, h, w, 8, width, banded) / 2**30
+    least = decode_bytes(vae, h, w, SMALLEST_TILE, width, banded) / 2**30
     raise ResourceError(
         f"decoding needs {least:.1f} GiB even in the smallest tiles, and decode_gib of the preset allows"
         f" {budget_bytes / 2**30:.1f}; raise it in a preset of your own"

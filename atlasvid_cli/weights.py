@@ -8,7 +8,7 @@ import dataclasses
 import hashlib
 import json
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from fractions import Fraction
 from functools import partial
 from pathlib import Path
@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from diffusers import AutoencoderKLWan, UniPCMultistepScheduler, WanTransformer3DModel
 from diffusers.utils import logging as diffusers_logging
-from huggingface_hub import snapshot_download
+from huggingface_hub import list_repo_files, snapshot_download
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OfflineModeIsEnabled
 from safetensors import SafetensorError, safe_open
 from transformers import AutoTokenizer, PreTrainedTokenizerBase, UMT5EncoderModel
@@ -36,6 +36,9 @@ from .store import FULL
 from .tensor_file import check_header, open_tensors, read_header
 
 BROKEN_OFF: Any = HfHubHTTPError.__bases__[0]  # the HTTP library's own, which the hub's lets through
+_NO_MODEL = (
+    f"holds no model (it has no model_index.json, {original.VAE} or {original.VAE22}); give another --model-path"
+)
 # what reading damaged weights raises
 UNREADABLE = (OSError, ValueError, KeyError, RuntimeError, UnpicklingError, SafetensorError)
 
@@ -45,22 +48,23 @@ diffusers_logging.disable_progress_bar()
 
 
 def model_folder(preset: Preset, model_path: str | None) -> Path:
-    """The folder with the weights: a local one, or a snapshot of a hub repository (`id` or `id@revision`).
+    """The folder with the weights: a local one, or a snapshot of a hub repository (`id` or `id@revision`), which is
+    fetched where the hub's cache has it not.
 
-    A snapshot that is in the hub's cache is used without asking the network. Raises InputError where there is none.
+    Raises InputError where there is none, or one of another layout or other sizes than the preset's, which its configs
+    say before its weights are fetched.
     """
-    if has_folder(preset, model_path):
-        return _local(preset, model_path)
-    name, _, revision = (model_path or preset.model).partition("@")
-    revision = revision or (preset.revision if name == preset.model else None) or "main"
-    fetch = partial(snapshot_download, name, revision=revision, allow_patterns=original.LIST_OF_FILES)
+    if found := folder_here(preset, model_path):
+        return found
+    name, revision = _repository(preset, model_path)
+    fetch = partial(snapshot_download, name, revision=revision)
     try:
-        if is_whole(found := Path(fetch(local_files_only=True))):
-            return found
-    except (HFValidationError, LocalEntryNotFoundError):
-        pass
-    try:
-        return Path(fetch())
+        configs = Path(fetch(allow_patterns=["*.json"]))
+        if (configs / "model_index.json").is_file():
+            check_config(configs, preset)
+        elif not {original.VAE, original.VAE22} & set(list_repo_files(name, revision=revision)):
+            raise InputError(f"the repository {name} {_NO_MODEL}")
+        return Path(fetch(allow_patterns=original.LIST_OF_FILES))
     except (BROKEN_OFF, HFValidationError, LocalEntryNotFoundError, OfflineModeIsEnabled, OSError) as error:
         if isinstance(error, OSError) and error.errno in FULL:
             raise ResourceError(
@@ -73,24 +77,30 @@ def model_folder(preset: Preset, model_path: str | None) -> Path:
         ) from None
 
 
-def has_folder(preset: Preset, model_path: str | None) -> bool:
-    """Whether the weights are a local folder, and no repository of a hub. Raises InputError for what is neither."""
-    folder = _local(preset, model_path)
+def folder_here(preset: Preset, model_path: str | None) -> Path | None:
+    """The folder with the weights where that needs no network: a local one, or a whole snapshot in the hub's cache.
+    Raises InputError for what is neither a model folder nor a repository."""
+    folder = Path(model_path) if model_path else preset.folder
     if folder.is_dir():
         if not (folder / "model_index.json").is_file() and not original.is_original(folder):
-            raise InputError(
-                f"{folder} is no model folder (it has no model_index.json, {original.VAE} or {original.VAE22}); give"
-                " another --model-path"
-            )
-        return True
+            raise InputError(f"{folder} {_NO_MODEL}")
+        return folder
     if not re.fullmatch(r"\w[\w.-]*/[\w.-]+(@[\w.-]+)?", model_path or preset.model):
         state = "is no folder" if folder.exists() else "does not exist"
         raise InputError(f"{folder} {state}; give --model-path a model folder or a hub id")
-    return False
+    name, revision = _repository(preset, model_path)
+    files = original.LIST_OF_FILES
+    try:
+        found = Path(snapshot_download(name, revision=revision, allow_patterns=files, local_files_only=True))
+    except (HFValidationError, LocalEntryNotFoundError):
+        return None
+    return found if is_whole(found) else None
 
 
-def _local(preset: Preset, model_path: str | None) -> Path:
-    return Path(model_path) if model_path else preset.folder
+def _repository(preset: Preset, model_path: str | None) -> tuple[str, str]:
+    """A repository of the hub and its revision: the one that the preset pins, or the newest of another."""
+    name, _, revision = (model_path or preset.model).partition("@")
+    return name, revision or (preset.revision if name == preset.model else None) or "main"
 
 
 def is_whole(folder: Path) -> bool:
@@ -118,6 +128,13 @@ def _shards(index: Path) -> Iterable[str]:
 def model_hash(folder: Path, *names: str | None) -> str:
     """sha256 over the named weights (16 hex digits): what saved latents are bound to."""
     digest = hashlib.sha256()
+    for file in weight_files(folder, *names):
+        digest.update(bytes.fromhex(file_digest(file)))
+    return digest.hexdigest()[:16]
+
+
+def weight_files(folder: Path, *names: str | None) -> Iterator[Path]:
+    """The files of the named weights, in their order. Raises InputError where there are none."""
     for name in filter(None, names):
         path = folder / name
         if name in original.PARTS and original.is_original(folder):
@@ -129,8 +146,7 @@ def model_hash(folder: Path, *names: str | None) -> str:
         for file in files:
             if not file.is_file():
                 raise InputError(f"{file} does not exist: mend its name in the preset, or give another --model-path")
-            digest.update(bytes.fromhex(file_digest(file)))
-    return digest.hexdigest()[:16]
+            yield file
 
 
 def check_config(folder: Path, preset: Preset) -> None:

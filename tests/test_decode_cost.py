@@ -8,7 +8,7 @@ import pytest
 from atlasvid_cli import decode_cost
 from atlasvid_cli.cost import rows
 from atlasvid_cli.errors import ResourceError
-from atlasvid_cli.machine import compute_device, machine_with_gpu
+from atlasvid_cli.machine import Machine, compute_device, machine_with_gpu
 from atlasvid_cli.memory import model_bytes
 from atlasvid_cli.plan import Request, make_plan
 from atlasvid_cli.presets import load_preset
@@ -36,6 +36,20 @@ def test_decoding_in_tiles_needs_disk_too(monkeypatch, tmp_path):
     monkeypatch.setattr(decode_cost, "disk_of", lambda folder: (0, 1 << 20))
     with pytest.raises(ResourceError, match="decoding writes"):
         decode_cost.check_decode(preset, (5, 68, 120), (1920, 1080), 17, "h264", tmp_path)
+
+
+def test_tiles_fit_a_gpu_however_much_of_it_is_free():
+    preset, latents = load_preset("wan2.1-1.3b"), (21, 272, 480)
+    tiles = [decode_cost.vae_tile(preset, *latents[1:], machine_with_gpu(gib)) for gib in (80, 24, 12, 8)]
+    assert tiles[0] == tiles[1] > tiles[2] > tiles[3]
+    for gib in (12, 8):
+        gpu = machine_with_gpu(gib)
+        needed = decode_cost.decode_memory(preset, latents, 3840, 2160, "h264", gpu)
+        assert 0.7 * gpu.vram < needed.vram <= 0.9 * gpu.vram
+        used = Machine(gpu.device, 2**30)  # by other programs
+        assert decode_cost.vae_tile(preset, *latents[1:], used) == decode_cost.vae_tile(preset, *latents[1:], gpu)
+    least = decode_cost.decode_memory(preset, latents, 3840, 2160, "h264", tight := machine_with_gpu(1))
+    assert decode_cost.vae_tile(preset, *latents[1:], tight) == 8 and least.vram > tight.vram
 
 
 def test_decoding_alone_asks_for_the_disk_of_its_file(monkeypatch, tmp_path):

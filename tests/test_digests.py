@@ -18,17 +18,19 @@ def reads(monkeypatch, tmp_path):
 
 
 def digest_in_a_new_process(path):
-    digests._known.cache_clear()
+    digests._digest.cache_clear()
     return digests.file_digest(path)
 
 
 def test_a_large_file_is_read_once_and_again_when_it_changes(reads, tmp_path):
-    path = tmp_path / "a.safetensors"
+    path, small = tmp_path / "a.safetensors", tmp_path / "b.safetensors"
+    small.write_bytes(b"small")
     for text in (b"twelve bytes", b"bytes twelve"):
         path.write_bytes(text)
+        assert digests.unread([path, small]) == [path]
         for _ in range(3):
             assert digest_in_a_new_process(path) == hashlib.sha256(text).hexdigest()
-    assert reads == ["a.safetensors"] * 2
+    assert reads == ["a.safetensors"] * 2 and digests.unread([path, small]) == []
     [*kept] = (tmp_path / "cache" / "digests").iterdir()
     for file in kept:
         file.write_bytes(b"\xff damaged")
@@ -43,6 +45,7 @@ def test_small_files_are_read_and_names_of_the_hub_are_believed(reads, tmp_path)
     for _ in range(2):
         assert digest_in_a_new_process(small) == hashlib.sha256(b"small").hexdigest()
         assert digest_in_a_new_process(tmp_path / "link.safetensors") == named.name
+        assert digests.unread([tmp_path / "link.safetensors"]) == []
     assert reads == ["b", "b"] and not (tmp_path / "cache").exists()
 
 

@@ -196,6 +196,16 @@ def test_a_run_of_another_job_is_left_alone(session, request_, console, tmp_path
     assert digest(pipeline.refine(session, plan, proxy, tmp_path, console)) == before[1]
 
 
+def test_what_another_job_goes_on_from_is_left_alone(session, request_, console, tmp_path):
+    plan, other = make_plan(request_), make_plan(replace(request_, seed=4))
+    key = artefacts.proxy_metadata(session, plan)["key"]
+    tensor_file.save_state(state := state_of(tmp_path / "proxy.safetensors"), 1, {"x": torch.zeros(2)}, key)
+    before = digest(state)
+    with pytest.raises(UsageError, match=r"proxy\.state.* is of another job; give another --run-dir"):
+        pipeline.make_proxy(session, other, tmp_path, console)
+    assert digest(state) == before and [*tmp_path.iterdir()] == [state]
+
+
 def test_another_job_in_the_way_of_the_last_level_is_told_before_the_first(
     session, request_, console, tmp_path, monkeypatch
 ):
@@ -244,8 +254,10 @@ def test_a_file_of_the_users_is_left_alone(session, request_, console, tmp_path,
     pipeline.refine(session, plan, pipeline.make_proxy(session, plan, tmp_path, console), tmp_path, console)
 
 
-def test_a_level_that_starts_from_pixels_is_bound_to_what_makes_them(random_preset, request_, console, tmp_path):
-    """To the VAE, and with an entry to that file's values."""
+def test_a_level_that_starts_from_pixels_is_bound_to_what_makes_them(
+    random_preset, request_, console, tmp_path, monkeypatch
+):
+    """To the VAE and its tiles, and with an entry to that file's values."""
     shutil.copytree(random_preset.parent, tmp_path, dirs_exist_ok=True)
     preset = tmp_path / random_preset.name
     plan = make_plan(replace(request_, preset=str(preset)))
@@ -258,11 +270,13 @@ def test_a_level_that_starts_from_pixels_is_bound_to_what_makes_them(random_pres
         "pixels": replace(stage, entry=None),
         "half": stage,
     }
+    plans = {u: replace(plan, levels=(s, *plan.levels[1:])) for u, s in starts.items()}
 
     def keys():
         ours = Session(str(preset))
         job = artefacts.job_hash(ours, plan)
-        return {u: artefacts.level_metadata(ours, plan, s, known)["key"] for u, s in starts.items()} | {"job": job}
+        made = {u: artefacts.level_metadata(ours, p, p.levels[0], known)["key"] for u, p in plans.items()}
+        return made | {"job": job}
 
     def changed(folder):
         [file] = folder.glob("*.safetensors") if folder.is_dir() else [folder]
@@ -274,14 +288,18 @@ def test_a_level_that_starts_from_pixels_is_bound_to_what_makes_them(random_pres
     assert len(set(keys().values())) == 4
     assert changed(preset.with_suffix("") / stage.entry) == {"half", "job"}
     assert changed(preset.with_suffix("") / "vae") == {"pixels", "half", "job"}
+    whole = keys()
+    monkeypatch.setattr(artefacts, "start_tile", lambda plan, stage: 8)  # a GPU with less memory
+    assert {name for name, key in keys().items() if key != whole[name]} == {"pixels", "half", "job"}
 
 
 def test_a_level_starts_from_frames_half_as_large_where_there_is_an_entry(session, request_, console, tmp_path):
     plan = make_plan(request_)
     below, _ = artefacts.read_latents(pipeline.make_proxy(session, plan, tmp_path, console), session)
     stage = plan.levels[0]
+    without = replace(plan, levels=(replace(stage, entry=None), *plan.levels[1:]))
     made, whole = (
-        pipeline._enlarged(session, s, "detail", below, tmp_path, console) for s in (stage, replace(stage, entry=None))
+        pipeline._enlarged(session, p, p.levels[0], "detail", below, tmp_path, console) for p in (plan, without)
     )
     assert made.shape == whole.shape == (4, *(n * k for n, k in zip(astuple(stage.grid), (1, 2, 2), strict=True)))
     assert (made - whole).abs().max() > 1e-3

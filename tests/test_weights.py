@@ -1,8 +1,11 @@
 """Weights are found, checked and refused before anything is computed."""
 
+import dataclasses
 import errno
 import json
 import shutil
+from fnmatch import fnmatch
+from pathlib import Path
 
 import pytest
 import torch
@@ -12,11 +15,13 @@ from safetensors.torch import load_file, save_file
 
 from atlasvid_cli.causal import last_blocks, make_idle
 from atlasvid_cli.errors import InputError, ResourceError
+from atlasvid_cli.original import LIST_OF_FILES, VAE
 from atlasvid_cli.presets import load_preset, preset_names
 from atlasvid_cli.weights import (
     BROKEN_OFF,
     check_config,
     check_entry,
+    folder_here,
     is_whole,
     load_half_encoder,
     load_scheduler,
@@ -127,37 +132,73 @@ def test_a_local_folder_is_taken_as_it_is(stock_preset, tmp_path):
         model_folder(preset, str(tmp_path / "nowhere"))
 
 
-def test_hub_weights_are_sought_at_the_pinned_revision_and_in_the_cache_first(monkeypatch, tmp_path):
-    asked = []
+class Hub:
+    """A repository with the files of `folder`, none of them in the cache; `asked` is what was fetched or looked for."""
 
-    def fetch(name, revision, allow_patterns, local_files_only=False):
+    def __init__(self, monkeypatch, folder, cache):
+        self.folder, self.cache, self.asked = folder, cache, []
+        monkeypatch.setattr("atlasvid_cli.weights.snapshot_download", self.fetch)
+        monkeypatch.setattr("atlasvid_cli.weights.list_repo_files", self.listed)
 
-        asked.append((name, revision, local_files_only))
-        if local_files_only:
+    def files(self):
+        return [str(path.relative_to(self.folder)) for path in self.folder.rglob("*") if path.is_file()]
+
+    def listed(self, name, revision):
+        return self.files()
+
+    def fetch(self, name, revision, allow_patterns, local_files_only=False):
+        self.asked.append((name, revision, "cache" if local_files_only else " ".join(allow_patterns)))
+        if local_files_only and not self.cache.exists():
             raise LocalEntryNotFoundError("not there")
-        return str(tmp_path)
-
-    monkeypatch.setattr("atlasvid_cli.weights.snapshot_download", fetch)
-    preset = load_preset("wan2.1-1.3b")
-    assert model_folder(preset, None) == tmp_path
-    assert asked == [(preset.model, preset.revision, True), (preset.model, preset.revision, False)]
-    assert model_folder(preset, "someone/else@v2") == tmp_path
-    assert asked[-1] == ("someone/else", "v2", False)
+        for file in self.files():
+            if not local_files_only and any(fnmatch(file, pattern) for pattern in allow_patterns):
+                (self.cache / file).parent.mkdir(parents=True, exist_ok=True)
+                shutil.copyfile(self.folder / file, self.cache / file)
+        return str(self.cache)
 
 
-def test_a_snapshot_of_single_files_is_completed(monkeypatch, stock):
-    asked = []
+ALL = " ".join(LIST_OF_FILES)
 
-    def fetch(name, revision, allow_patterns, local_files_only=False):
-        asked.append(local_files_only)
-        return str(stock)
 
-    monkeypatch.setattr("atlasvid_cli.weights.snapshot_download", fetch)
-    preset = load_preset("wan2.1-1.3b")
-    assert is_whole(stock) and model_folder(preset, None) == stock and asked == [True]
-    [shard, *_] = sorted((stock / "text_encoder").glob("*.safetensors"))
-    shard.rename(stock / "elsewhere")
-    assert not is_whole(stock) and model_folder(preset, None) == stock and asked[1:] == [True, False]
+def test_hub_weights_are_sought_at_the_pinned_revision_in_the_cache_first_and_configs_before_weights(
+    monkeypatch, stock, stock_preset, tmp_path
+):
+    hub = Hub(monkeypatch, stock, tmp_path / "cache")
+    preset = dataclasses.replace(
+        load_preset(str(stock_preset)), model="some/one", folder=Path("some/one"), revision="v1"
+    )
+    assert folder_here(preset, None) is None and model_folder(preset, None) == hub.cache
+    name = ("some/one", "v1")
+    assert hub.asked == [(*name, "cache")] * 2 + [(*name, "*.json"), (*name, ALL)]
+    assert model_folder(preset, "some/one") == folder_here(preset, None) == hub.cache and len(hub.asked) == 6
+    shutil.rmtree(hub.cache)
+    assert model_folder(preset, "someone/else@v2") == hub.cache and hub.asked[-1] == ("someone/else", "v2", ALL)
+    shutil.rmtree(hub.cache)
+    assert model_folder(preset, "someone/else") == hub.cache and hub.asked[-1] == ("someone/else", "main", ALL)
+
+
+def test_a_snapshot_of_single_files_is_completed(monkeypatch, stock, stock_preset, tmp_path):
+    hub = Hub(monkeypatch, stock, shutil.copytree(stock, tmp_path / "cache"))
+    preset = dataclasses.replace(load_preset(str(stock_preset)), model="some/one", folder=Path("some/one"))
+    assert is_whole(hub.cache) and model_folder(preset, None) == hub.cache and len(hub.asked) == 1
+    [shard, *_] = sorted((hub.cache / "text_encoder").glob("*.safetensors"))
+    shard.unlink()
+    assert not is_whole(hub.cache) and model_folder(preset, None) == hub.cache and is_whole(hub.cache)
+
+
+def test_a_repository_of_another_model_is_refused_before_its_weights_are_fetched(monkeypatch, stock, tmp_path):
+    hub = Hub(monkeypatch, stock, tmp_path / "cache")
+    with pytest.raises(InputError, match=r"the transformer in .* has dim = \d+ and preset wan2.1-1.3b says 1536"):
+        model_folder(load_preset("wan2.1-1.3b"), "some/one")
+    assert hub.asked[-1][-1] == "*.json"
+    hub = Hub(monkeypatch, tmp_path / "gguf", tmp_path / "other")
+    hub.folder.mkdir()
+    (hub.folder / "model.safetensors").touch()
+    with pytest.raises(InputError, match=r"the repository some/one holds no model .*another --model-path"):
+        model_folder(load_preset("wan2.1-1.3b"), "some/one")
+    assert hub.asked[-1][-1] == "*.json"
+    (hub.folder / VAE).touch()  # one of Wan's original checkpoints
+    assert model_folder(load_preset("wan2.1-1.3b"), "some/one") == hub.cache and hub.asked[-1][-1] == ALL
 
 
 def test_a_full_disk_is_told_as_such_where_weights_are_fetched(monkeypatch):
