@@ -135,14 +135,16 @@ def look(arm: Arm, plan: Plan, attributes: world.Attributes, folder: Path, conso
     proxy_job = f"{proxy_metadata(arm.session, plan)['key']} {arm.session.vae_hash}"
     sample = partial(pipeline.make_proxy, arm.session, plan, proxy, console)
     warm = partial(_warm_proxy, arm.session, plan, console)
-    proxy_seconds, _ = _timed(proxy, proxy / "proxy.mp4", proxy_job, warm, sample)
+    proxy_seconds, proxy_peak = _timed(proxy, proxy / "proxy.mp4", proxy_job, warm, sample)
     work = folder / _folder_name(arm.name) / seed
     video = work.with_suffix(".mp4")
     make = partial(arm.make, plan, attributes, proxy, video)
     seconds, peak = _timed(work, video, job, partial(arm.warm, plan), make)
     frames = frames_at(video, looked_at(plan))
     seen = assess(plan, frames, proxy_frames(plan, proxy / "proxy.mp4"), attributes)
-    return Seen(seen, seconds if arm.name in (NATIVE, RECONSTRUCTED) else proxy_seconds + seconds, peak)
+    if arm.name in (NATIVE, RECONSTRUCTED):
+        return Seen(seen, seconds, peak)
+    return Seen(seen, proxy_seconds + seconds, max(proxy_peak, peak))
 
 
 def _warm_proxy(session: Session, plan: Plan, console: Console) -> None:

@@ -45,10 +45,10 @@ def _tiles(preset: Preset) -> Preset:
     return _detail(proxy_attention=False, shifted=False, windows=preset.detail.windows[:1])(preset)
 
 
-FULL = "the full method"
+WHOLE = "the full method"
 # arms that sample detail, as changes of the preset, and whether its adapters were trained for that
 SAMPLED: dict[str, tuple[Callable[[Preset], Preset], bool]] = {
-    FULL: (lambda preset: preset, True),
+    WHOLE: (lambda preset: preset, True),
     "half the detail steps": (_half_the_steps, True),
     "without proxy attention": (_detail(proxy_attention=False), False),
     "without shifts": (_detail(shifted=False), False),
@@ -79,7 +79,7 @@ def arms(request: Request, console: Console) -> Iterator[Arm]:
     yield Arm(RECONSTRUCTED, base, True, lambda plan: base.vae(), partial(reconstruct, base))
     yield Arm(UPSAMPLED, base, True, lambda plan: base.vae(), partial(upsample, base))
     for name, (change, trained) in SAMPLED.items():
-        if name == FULL or change(base.preset) != base.preset:
+        if name == WHOLE or change(base.preset) != base.preset:
             yield _sampled(name, Session(change(base.preset), request.model_path), trained, console)
     yield _native(base)
 

@@ -153,11 +153,11 @@ def _decoded(
     bench: Bench, plan: Plan, stage: Stage, latents: torch.Tensor, seconds: float, repeats: int
 ) -> tuple[Timing, Timing]:
     """(decode, mux) of all that a stage makes, from its first latent frames, or a part of each where they would take
-    more than `seconds`; they are `latents` (1, C, t, h, w) enlarged, so smooth, as a video is."""
+    more than `seconds`, all repeats; they are `latents` (1, C, t, h, w) enlarged, so smooth, as a video is."""
     patch, count = plan.preset.geometry.patch, min(SAMPLED_LATENTS, stage.grid.t)
     h, w = stage.grid.h * patch, stage.grid.w * patch
     work = decode_flops(plan.preset.vae, h, w) * count / (h * w)
-    part = crop(Grid(1, h, w), conv_rate(bench.vae.dtype) * DECODE_EFFICIENCY * seconds / work)
+    part = crop(Grid(1, h, w), conv_rate(bench.vae.dtype) * DECODE_EFFICIENCY * seconds / repeats / work)
     picture = F.interpolate(latents, (count, part.h, part.w), mode="trilinear")[0]
     tile = vae_tile(plan.preset, h, w)
     smaller = tile if tile and tile < max(part.h, part.w) else None

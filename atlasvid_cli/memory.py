@@ -113,9 +113,9 @@ def _placed(
     kept = 1 if narrow else width
     block = size.block_parameters * kept
     working += size.dim * size.ffn * width if narrow else 0  # the layer that computes, in the dtype that it computes in
-    blocks, rest = size.layers * block, size.dim * (8 * size.dim + size.text_dim + 2 * _patch_values(preset)) * width
-    weights = models * (blocks + rest)
     read = model_bytes(preset, device)  # each into host memory first, in the dtype that it computes in
+    blocks, rest = size.layers * block, read - size.layers * size.block_parameters * width
+    weights = models * (blocks + rest)
     if device.kind == "cpu":
         loading = weights - blocks - rest + read
         return Memory(0, max(loading, weights + states + working + latents))

@@ -17,7 +17,7 @@ from diffusers.models.transformers.transformer_wan import WanTransformerBlock
 from .attention import rope, rotate
 from .block import EAGER, Kernels, KeyValue
 from .layers import root_mean_square
-from .offload import Transfers, compute_device, on_device
+from .offload import Transfers, device_of, on_device
 from .presets import Detail, Layout, window_cycle
 from .shapes import Grid, Shape
 from .windows import Windows, aligned_proxy, block_layout
@@ -119,7 +119,7 @@ def text_context(model: WanTransformer3DModel, embeddings: list[torch.Tensor], l
             bias[i, ..., -2:] = bias.new_tensor(keys_for(length - len(e), projection.dtype))
     hidden = model.condition_embedder.text_embedder(padded)
     keys_values = []
-    for attn in on_device([block.attn2 for block in model.blocks], compute_device(model)):
+    for attn in on_device([block.attn2 for block in model.blocks], device_of(model)):
         keys = root_mean_square(attn.norm_k, attn.to_k(hidden)).unflatten(-1, (attn.heads, -1))
         keys_values.append((keys, attn.to_v(hidden).unflatten(-1, (attn.heads, -1))))
     return TextContext(keys_values, bias.to(hidden.dtype))
@@ -134,7 +134,7 @@ def text_contexts(model: WanTransformer3DModel, groups: list[list[torch.Tensor]]
 def modulation(model: WanTransformer3DModel, timestep: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """Time embedding (m, D) and the blocks' modulation (m, 6, D) at timesteps (m,) in 0..1000."""
     embedder = model.condition_embedder
-    frequencies = embedder.timesteps_proj(timestep.to(compute_device(model)))
+    frequencies = embedder.timesteps_proj(timestep.to(device_of(model)))
     temb = embedder.time_embedder(frequencies.to(embedder.time_embedder.linear_1.weight.dtype))
     temb = temb.to(embedder.time_proj.weight.dtype)
     return temb, embedder.time_proj(embedder.act_fn(temb)).unflatten(1, (6, -1))
@@ -189,7 +189,7 @@ def clip_forward(
 
     Positions are (time_ratio * t, y, x); time_ratio 1 is Wan's own forward.
     """
-    device = compute_device(model)
+    device = device_of(model)
     t, h, w = (torch.arange(size)[None] for size in (grid.t, grid.h, grid.w))
     rotation = rope(t * time_ratio, h, w, model.config.attention_head_dim, device)
     temb, modulations = modulation(model, timestep)
@@ -265,7 +265,7 @@ def proxy_context(
     own. `states` is where hidden state, keys and values live.
     """
     time_ratio = alignment.time_ratio
-    head_dim, device = model.config.attention_head_dim, compute_device(model)
+    head_dim, device = model.config.attention_head_dim, device_of(model)
     states = states or device
     _, modulations = modulation(model, torch.tensor([timestep]))
     count = tokens[..., 0].numel() // grid.tokens
@@ -313,7 +313,7 @@ def detail_forward(
     Windows partition the tokens and read only themselves, the cached proxy and the text, so without gradients each
     chunk of windows is written back in place and the hidden state exists once.
     """
-    device = compute_device(model)
+    device = device_of(model)
     states = states or device
     temb, modulations = modulation(model, torch.as_tensor(timestep).reshape(-1))
     count = tokens[..., 0].numel() // grid.tokens

@@ -24,7 +24,7 @@ Fetched = TypeVar("Fetched")
 TORCHAO = (0, 18)  # whose int8 weights can be pinned and moved as they are
 
 
-def compute_device(model: WanTransformer3DModel) -> torch.device:
+def device_of(model: WanTransformer3DModel) -> torch.device:
     """Where the model computes: its embeddings are never offloaded."""
     return model.patch_embedding.weight.device
 

@@ -29,6 +29,7 @@ from .windows import borders
 Lines = tuple[list[int], list[int]]  # rows and columns
 
 FRAMES = 9  # looked at in each video, evenly spread
+NORMAL = 1.4826  # a normal distribution's standard deviation over its median absolute deviation
 STEADY = 0.15  # of its speed may an object's be off in a quarter of the video
 
 
@@ -133,7 +134,7 @@ def run(request: Request, count: int, folder: Path, console: Console) -> dict[st
         "seconds": plan.summary["seconds"],
         "prompts": count,
         "right": right | {"all of these": sum(all(s.right.values()) for s in seen)},
-        "not_repeated": sum(s.repetition == 0 for s in seen),
+        "not_repeated": sum(s.repetition <= 0 for s in seen),
         "steady": sum(s.unsteady is not None and s.unsteady <= STEADY for s in seen),
         "seam": seam,
         "seam_within": within,
@@ -173,12 +174,13 @@ def assess(plan: Plan, frames: list[np.ndarray], proxy: list[np.ndarray], attrib
 
 def seams(seen: list[Assessment]) -> list[float | None]:
     """Energy of steps across window borders over that across the lines beside them, means over videos; the same of
-    tokens' borders within windows, where what the VAE leaves on its lattice shows and windows do not; and how each of
-    the lines beside window borders deviates from the mean of them, which is what chance does. None where there are no
-    such borders."""
+    tokens' borders within windows, where what the VAE leaves on its lattice shows and windows do not; and how the lines
+    beside window borders deviate from each other, which is what chance does. None where there are no such borders."""
     meet, within = (np.mean([getattr(s, which) for s in seen], axis=0) for which in ("energy", "within"))
     beside, between = (max(float(np.mean(lines[1:])), 1e-12) for lines in (meet, within))
-    found = float(meet[0]) / beside, float(within[0]) / between, float(np.std(meet[1:])) / beside
+    # by the median: the few lines of the VAE's lattice among them are not chance
+    deviation = NORMAL * float(np.median(np.abs(meet[1:] - np.median(meet[1:]))))
+    found = float(meet[0]) / beside, float(within[0]) / between, deviation / beside
     return [round(value, 3) if math.isfinite(value) else None for value in found]
 
 

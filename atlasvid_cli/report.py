@@ -46,11 +46,14 @@ def _spread(ends: Sequence[float], said: Callable[[float], str]) -> str:
     return f" ({said(low)}..{said(high)})" if low < high else ""
 
 
+def _is_projected(result: Result, *arms: str) -> bool:
+    return any(timing["projected"] for arm in arms for timing in result["stages"][arm].values())
+
+
 def _mark(result: Result, *arms: str) -> str:
-    timings = [t for arm in arms for t in result["stages"][arm].values()]
-    if not any(t["projected"] for t in timings):
+    if not _is_projected(result, *arms):
         return ", measured in full"
-    timed = min(t["fraction"] for t in timings)
+    timed = min(timing["fraction"] for arm in arms for timing in result["stages"][arm].values())
     part = f"of some stage only {_percent(timed)} was timed" if timed < 1 else "some stage is scaled from a larger run"
     return f", projected: {part}"
 
@@ -64,10 +67,14 @@ def rows(result: Result) -> list[dict[str, str]]:
     ]
     totals = {"stage": "total"} | {
         arm: f"{_seconds(result['totals'][arm])}{_spread(result['totals_range'][arm], _seconds)}"
-        f"{' projected' if any(t['projected'] for t in stages.values()) else ''}"
-        for arm, stages in result["stages"].items()
+        f"{' projected' if _is_projected(result, arm) else ''}"
+        for arm in result["stages"]
     }
-    speedups = {"equal steps": _times(result, "speedup"), "few-step": _times(result["few_step"], "speedup")}
+    numbers = {"equal steps": result, "few-step": result["few_step"]}
+    speedups = {
+        arm: f"{_times(found, 'speedup')}{' projected' if _is_projected(result, 'native', arm) else ''}"
+        for arm, found in numbers.items()
+    }
     return [*table, totals, {"stage": "speedup", "native": "", **speedups}]
 
 

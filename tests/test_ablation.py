@@ -58,6 +58,18 @@ def test_sampled_arms_differ_and_share_their_proxies(found):
     assert set(below.values()) == {keys["proxy"]}
 
 
+def test_seconds_and_memory_are_those_of_a_video_and_its_proxy(found):
+    folder, table = found
+    rows = {row["arm"].removesuffix(" (untrained)"): row for row in table["arms"]}
+    for arm, with_proxy in ((ablation_arms.WHOLE, True), (ablation_arms.NATIVE, False)):
+        own = [json.loads(p.read_text()) for p in sorted((folder / arm.replace(" ", "-")).glob("*.json"))]
+        below = [json.loads(p.read_text()) for p in sorted((folder / "proxy").glob("*.json"))] if with_proxy else []
+        assert len(own) == 2 and len(below) in (0, 2)
+        spent = [a["seconds"] + (b["seconds"] if with_proxy else 0) for a, b in zip(own, below or own, strict=True)]
+        assert rows[arm]["seconds"] == round(float(np.median(spent)), 1)
+        assert rows[arm]["peak_gib"] == round(max(job["peak_bytes"] for job in own + below) / 2**30, 2)
+
+
 def test_what_was_made_is_kept_also_with_more_seeds(found, request_of, monkeypatch):
     folder, table = found
     monkeypatch.setattr(ablation_arms.pipeline, "refine", lambda *a: pytest.fail("refined again"))
@@ -177,7 +189,7 @@ def test_another_world_is_refused(stock_preset):
 
 
 def test_one_video_of_each_arm_may_be_larger(request_of, tmp_path, monkeypatch):
-    monkeypatch.setattr(ablation_arms, "SAMPLED", {ablation_arms.FULL: ablation_arms.SAMPLED[ablation_arms.FULL]})
+    monkeypatch.setattr(ablation_arms, "SAMPLED", {ablation_arms.WHOLE: ablation_arms.SAMPLED[ablation_arms.WHOLE]})
     large = dataclasses.replace(request_of, width=328, height=200)
     table = ablation.run(request_of, 1, 1, 600.0, tmp_path, QUIET, large)
     assert table["large"]["size"] == "328x200"

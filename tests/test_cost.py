@@ -106,6 +106,35 @@ def test_the_text_encoder_is_counted():
     assert text.stage == "text" and text.needed.ram > max(row.needed.ram for row in others)
 
 
+def test_a_stage_takes_its_products_and_its_convolutions(monkeypatch):
+    monkeypatch.setattr(cost, "gemm_rate", lambda: 1e9)
+    monkeypatch.setattr(cost, "conv_rate", lambda dtype: 4e9)
+    plan = make_plan(Request("tiny", 3840, 2160, Fraction(4)))
+    found = {row.stage: row for row in rows(plan)}
+    for name, stage in plan.named_stages():
+        products, row = plan.flops(stage), found[name]
+        convolutions = row.flops - products
+        assert (convolutions > 0) == stage.in_pixels
+        seconds = products / (1e9 * cost.EFFICIENCY) + convolutions / (4e9 * cost.DECODE_EFFICIENCY)
+        assert row.seconds == pytest.approx(seconds, abs=0.06)
+    decode = found["decode"]
+    assert decode.seconds == pytest.approx(decode.flops / (4e9 * cost.DECODE_EFFICIENCY), abs=0.06)
+
+
+def test_keys_and_values_of_the_proxy_are_counted():
+    """DESIGN §4: in every block, of every proxy token, for each prompt."""
+    preset, gpu = load_preset("wan2.1-1.3b"), machine_with_gpu(80)
+
+    def needed(attends):
+        changed = dataclasses.replace(preset, detail=dataclasses.replace(preset.detail, proxy_attention=attends))
+        plan = make_plan(Request("wan2.1-1.3b", 3840, 2160, Fraction(4)), preset=changed)
+        return plan, cost.memory(plan, plan.levels[-1], "none", gpu).device
+
+    (plan, with_proxy), (_, without) = needed(True), needed(False)
+    level, size = plan.levels[-1], preset.transformer
+    assert with_proxy - without == 2 * size.layers * plan.below(level).tokens * size.dim * 2 * level.passes
+
+
 def test_the_embedded_text_encoder_is_as_large_as_its_preset_says():
     preset = load_preset("tiny")
     encoder = UMT5EncoderModel.from_pretrained(preset.folder / "text_encoder")

@@ -1,7 +1,10 @@
 """What a container allows is what there is."""
 
+from functools import partial
+
 import pytest
 import torch
+from torch.utils.flop_counter import FlopCounterMode
 
 from atlasvid_cli import machine
 from atlasvid_cli.errors import UsageError
@@ -37,6 +40,21 @@ def test_a_limit_of_the_first_version_of_cgroups_bounds_it_too(monkeypatch, tmp_
     for name, text in files.items():
         (tmp_path / "memory" / f"memory.{name}").write_text(text)
     assert machine.available_ram() == 8000 - 3000 + 110
+
+
+@pytest.mark.parametrize("rate", [partial(machine.gemm_rate, 64), partial(machine.conv_rate, torch.float32)])
+def test_a_rate_is_flops_over_seconds(rate, ticks, monkeypatch):
+    monkeypatch.setattr(machine, "synchronize", lambda: ticks(0.5))  # once a run
+    with FlopCounterMode(display=False) as counter:
+        found = rate()
+    assert found == counter.get_total_flops() / 4 / 0.5  # a warm-up and three
+
+
+def test_the_peak_is_in_bytes():
+    machine.reset_peak()
+    before = machine.peak_bytes()
+    torch.ones(1 << 26)
+    assert before + (1 << 27) < machine.peak_bytes() < before + (1 << 30)
 
 
 def test_a_gpu_without_bfloat16_is_refused_with_the_way_round_it(monkeypatch):

@@ -8,9 +8,13 @@ from atlasvid_cli import world
 from atlasvid_cli.metrics import adherence, components, detect, edge_width, step_energy
 
 
-def frames_of(scene, seconds=4.0, count=5):
-    pixels = world.render(scene, torch.linspace(0, seconds, count), 160, 256)
+def frames_at(scene, times, *window):
+    pixels = world.render(scene, times, 160, 256, *window)
     return [((f + 1) * 127.5).round().byte().permute(1, 2, 0).numpy() for f in pixels.unbind(1)]
+
+
+def frames_of(scene, seconds=4.0, count=5):
+    return frames_at(scene, torch.linspace(0, seconds, count))
 
 
 def seen(frames, seconds=4.0):
@@ -75,8 +79,7 @@ def test_a_ground_is_known_by_a_part_of_it(scenes, shown):
     """The top left of a frame, as videos show it of their proxies, in which patterns are larger."""
     found = []
     for scene in scenes:
-        pixels = world.render(scene, torch.tensor([0.0, 2.0]), 160, 256, (0.0, 0.0, shown))
-        frames = [((f + 1) * 127.5).round().byte().permute(1, 2, 0).numpy() for f in pixels.unbind(1)]
+        frames = frames_at(scene, torch.tensor([0.0, 2.0]), (0.0, 0.0, shown))
         found.append(seen(frames, 2.0).ground == scene.ground)
     assert np.mean(found) >= 0.97
 
@@ -97,17 +100,18 @@ def test_speed_is_measured(scenes):
 def test_a_steady_speed_is_and_a_changing_one_is_not(scenes):
     for scene in scenes[:10]:
         assert seen(frames_of(scene, count=9)).unsteady < 0.1
-        pixels = world.render(scene, 4 * torch.linspace(0, 1, 9) ** 1.5, 160, 256)
-        faster = [((f + 1) * 127.5).round().byte().permute(1, 2, 0).numpy() for f in pixels.unbind(1)]
-        assert seen(faster).unsteady > 0.15
+        assert seen(frames_at(scene, 4 * torch.linspace(0, 1, 9) ** 1.5)).unsteady > 0.15
 
 
 def test_places_count_at_their_own_times(scenes):
     times = [0.0, 0.5, 0.75, 1.5, 2.0, 2.25, 3.0, 3.75, 4.0]
     for scene in scenes[:10]:
-        pixels = world.render(scene, torch.tensor(times), 160, 256)
-        frames = [((f + 1) * 127.5).round().byte().permute(1, 2, 0).numpy() for f in pixels.unbind(1)]
-        assert detect(frames, times).unsteady < 0.1
+        assert detect(frames_at(scene, torch.tensor(times)), times).unsteady < 0.1
+
+
+def test_what_fills_the_frame_is_no_object():
+    red = np.full((90, 160, 3), (np.array(world.COLOURS["red"]) * 255).round(), np.uint8)
+    assert seen([red] * 5).count == 0 and edge_width(red) is None
 
 
 def test_components_of_a_ring_and_a_dot():

@@ -26,6 +26,11 @@ def test_a_changed_preset_takes_the_place_of_the_named_one():
     assert plan.key(plan.levels[0]) != make_plan(REQUEST).key(make_plan(REQUEST).levels[0])
 
 
+def test_native_denoises_a_small_video_at_its_own_size():
+    plan = make_plan(Request("tiny", 320, 180, Fraction(4)))
+    assert plan.scale == 3 and plan.native_grid == Grid(17, 6, 10)
+
+
 def test_a_proxy_is_known_by_what_its_preview_shows():
     wider = make_plan(dataclasses.replace(REQUEST, width=1280, height=720))
     plan = make_plan(REQUEST)

@@ -34,6 +34,30 @@ def test_a_run_counts_its_videos_and_is_kept(random_preset, tmp_path, monkeypatc
     assert quality.run(request, 2, tmp_path, Console(interactive=False)) == found
 
 
+def test_a_run_sums_up_what_it_saw_of_each_video(random_preset, tmp_path, monkeypatch):
+    def seen(right, repetition, coherence, width, unsteady):
+        energy = np.ones(3)
+        return quality.Assessment(right, repetition, energy, energy, coherence, width, unsteady)
+
+    all_right, some = {"colour": True, "shape": True}, {"colour": True, "shape": False}
+    videos = iter(
+        [
+            seen(all_right, 0, 30.0, 3.0, 0.1),
+            seen(some, -1, 20.0, None, None),  # nothing there is nothing repeated
+            seen(some, 1, 40.0, 4.0, 0.2),
+            seen(some, 0, 30.0, 11.0, 0.15),
+        ]
+    )
+    monkeypatch.setattr(quality.pipeline, "render", lambda *a: None)
+    monkeypatch.setattr(quality, "frames_at", lambda *a: [])
+    monkeypatch.setattr(quality, "assess", lambda *a: next(videos))
+    request = Request(str(random_preset), 200, 120, Fraction(2))
+    found = quality.run(request, 4, tmp_path, Console(interactive=False))
+    assert found["right"] == {"colour": 4, "shape": 1, "all of these": 1}
+    assert (found["not_repeated"], found["steady"]) == (3, 2)
+    assert (found["coherence_db"], found["edge_width_px"], found["seam"]) == (30.0, 4.0, 1.0)
+
+
 def rendered(plan, attributes):
     """The frames to look at of a true render."""
     times = torch.tensor(quality.looked_at(plan)) / plan.fps
@@ -93,7 +117,11 @@ def test_what_chance_does_to_seams_is_how_the_lines_beside_borders_differ():
         return quality.Assessment({}, 0, np.array(energy), np.array([3.0, 2.0, 2.0]), 30.0, None)
 
     assert quality.seams([seen([3.0, 1.0, 1.0]), seen([1.0, 1.0, 1.0])]) == [2.0, 1.5, 0.0]
-    assert quality.seams([seen([2.0, 1.0, 3.0])]) == [1.0, 1.5, 0.5]
+    assert quality.seams([seen([2.0, 1.0, 3.0])]) == [1.0, 1.5, round(1.4826 / 2, 3)]
+    rng = np.random.default_rng(0)
+    lines = 1 + 0.1 * rng.standard_normal(1000)
+    lines[8::8] += 1.0  # a lattice, which is no chance
+    assert quality.seams([seen(lines)])[2] == pytest.approx(0.1, rel=0.2)
     assert quality.seams([seen([0.0, 0.0, 0.0])]) == [0.0, 1.5, 0.0]
     assert quality.seams([seen([np.nan] * 3)]) == [None, 1.5, None]
 

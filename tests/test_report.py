@@ -61,7 +61,7 @@ def test_a_total_and_a_speedup_have_their_spread_unless_all_ran_once(found):
     table = {row["stage"]: row for row in report.rows(found)}
     assert table["total"]["native"] == "2 h 30 min (2 h 15 min..2 h 45 min) projected"
     assert table["total"]["few-step"] == "71 s (63.9 s..78.1 s)"
-    assert table["speedup"] == {"stage": "speedup", "native": "", **dict.fromkeys(ARMS, "127x (104x..155x)")}
+    assert table["speedup"] == {"stage": "speedup", "native": "", **dict.fromkeys(ARMS, "127x (104x..155x) projected")}
     once = report._times({"speedup": 2.0, "speedup_range": [2.0, 2.0]}, "speedup")
     assert once == "2x"
 
@@ -70,6 +70,7 @@ def test_projected_numbers_are_marked_wherever_they_stand(found):
     table = {row["stage"]: row for row in report.rows(found)}
     assert table["denoise"]["native"] == "2 h 30 min (2 h 15 min..2 h 45 min) projected from 0.2 %"
     assert "projected" in table["total"]["native"] and "projected" not in table["total"]["few-step"]
+    assert all("projected" in table["speedup"][arm] for arm in ARMS)
     assert "projected" not in table["detail 2/2"]["equal steps"] and table["denoise"]["few-step"] == ""
     assert any(
         row["what"] == "projection error" and "native -3.1 % at 1,234 tokens" in row["value"]
@@ -82,6 +83,7 @@ def test_a_stage_scaled_from_more_work_is_marked_though_all_of_that_was_timed(fo
     found["stages"]["native"]["denoise"] = bench._plain(timing(9000))
     table, (equal, few) = {row["stage"]: row for row in report.rows(found)}, report.sentences(found).splitlines()
     assert table["proxy"]["equal steps"] == "2 s (1.8 s..2.2 s) projected from a larger run"
+    assert "projected" in table["speedup"]["equal steps"] and "projected" not in table["speedup"]["few-step"]
     assert "projected" in table["total"]["equal steps"] and "projected" not in table["total"]["native"]
     assert equal.endswith("projected: some stage is scaled from a larger run") and few.endswith("measured in full")
 
