@@ -69,13 +69,15 @@ def train_part(what: str, work: Path, output: Path | None, given: dict[str, Any]
         raise UsageError(f"train {what} needs clips: give --data, a folder of clip.mp4 + clip.txt")
     from . import train_adapter
     from .presets import load_preset
-    from .train_job import Job, check
+    from .train_job import Job, check, check_files
 
     preset, model_path = given.pop("preset", "tiny"), given.pop("model-path", None)
     of_expert = f"_{given['expert']}" if "expert" in given else ""
     target = (output or Path(f"{what}{of_expert}_lora.safetensors")).absolute()
     job = Job(what, output=target, work=work, **given)
-    check(load_preset(preset), job)  # before weights are fetched
+    loaded = load_preset(preset)
+    check(loaded, job)  # before weights are fetched
+    check_files(loaded, job, model_path)
     check_writable(target)
     check_writable(work.absolute() / "log.jsonl", "--work")
     from .session import Session

@@ -25,13 +25,17 @@ class EmbeddingCache:
     def __init__(self, folder: Path):
         self.folder = folder
 
-    def read(self, prompt: str) -> Embedding | None:
-        """The embedding of `prompt`; None where it is not there or damaged, and so has to be made again."""
-        path = self._path(prompt)
-        if not path.exists():
-            return None
+    def has(self, prompt: str) -> bool:
+        """Whether there is an embedding of `prompt`, as far as its file's header says."""
         try:
-            tensors, metadata = tensor_file.open_tensors(path)
+            return "embedding" in tensor_file.read_header(self._path(prompt))[1]
+        except AtlasError:
+            return False
+
+    def read(self, prompt: str) -> Embedding | None:
+        """The embedding of `prompt`; None where it cannot be read or is damaged, and so has to be made again."""
+        try:
+            tensors, metadata = tensor_file.open_tensors(self._path(prompt))
             return Embedding(tensors["embedding"], tuple(json.loads(metadata["unknown"])), metadata["left_out"])
         except (AtlasError, KeyError, ValueError):
             return None

@@ -15,8 +15,8 @@ import torch
 import torch.nn.functional as F
 from av.stream import Disposition
 
+from .digests import file_digest
 from .errors import InputError
-from .tensor_file import file_hash
 from .video import opened, rgb
 
 DEFAULT_RATE = Fraction(25)  # of a stream that says nothing of time, as FFmpeg has it
@@ -37,8 +37,8 @@ class Crop(NamedTuple):
 class Clip:
     """A video file that can be read. `width` and `height` are those of its upright first frame in square pixels.
 
-    Seconds are exact; `start` and `last` are the times of its first and last frame. `rate` (frames a second) is set
-    where frames carry no time stamps, and counts instead of them.
+    Seconds are exact; `start` and `last` are the times of its first and last frame, and it has `fps` frames a second on
+    average. `rate` (frames a second) is set where frames carry no time stamps, and counts instead of them.
     """
 
     path: Path
@@ -48,14 +48,25 @@ class Clip:
     seconds: Fraction
     start: Fraction
     last: Fraction
+    fps: Fraction
     rate: Fraction | None
     is_hdr: bool
 
 
+def content(path: Path) -> str:
+    """sha256 of a clip in hex, read once a process. `InputError` where it is no file that can be read."""
+    try:
+        if path.is_file():
+            return file_digest(path)
+        reason = "it does not exist or is not a file"
+    except OSError as error:
+        reason = str(error.strerror)
+    raise InputError(f"{path} cannot be read ({reason}): give the path of a video")
+
+
 def open_clip(path: Path) -> Clip:
     """What `path` holds, after a pass over its packets and its first frame. `InputError` when it is not a video."""
-    if not path.is_file():
-        raise InputError(f"{path} does not exist or is not a file: give the path of a video")
+    sha256 = content(path)
     with opened(path) as (container, stream):
         if stream.disposition & Disposition.attached_pic:
             raise InputError(f"'{path}' holds no video but a cover picture: give a video file.")
@@ -66,14 +77,15 @@ def open_clip(path: Path) -> Clip:
         width, height = size[::-1] if _is_turned(first) else size
         is_hdr = int(first.color_trc) in HDR
     with opened(path) as (container, stream):  # not every container can be rewound
-        start, last, end, rate = _times(container, stream)
+        start, last, end, fps, rate = _times(container, stream)
     if rate is None:  # frames before the first that can be decoded, as in a recording cut anywhere, are not there
         start = Fraction(first.pts) * first.time_base
-    return Clip(path, file_hash(path), width, height, end - start, start, last, rate, is_hdr)
+    return Clip(path, sha256, width, height, end - start, start, last, fps, rate, is_hdr)
 
 
-def _times(container: Any, stream: Any) -> tuple[Fraction, Fraction, Fraction, Fraction | None]:
-    """Seconds at which the first frame starts, the last one starts and ends; the rate where frames are counted."""
+def _times(container: Any, stream: Any) -> tuple[Fraction, Fraction, Fraction, Fraction, Fraction | None]:
+    """Seconds at which the first frame starts, the last one starts and ends; frames a second; the rate where frames are
+    counted."""
     rate = stream.average_rate or stream.guessed_rate or DEFAULT_RATE
     count, timed, spans, delays = 0, True, None, set()
     for packet in container.demux(stream):
@@ -92,9 +104,10 @@ def _times(container: Any, stream: Any) -> tuple[Fraction, Fraction, Fraction, F
     if container.format.name == "avi" and stream.codec_context.has_b_frames and len(delays) == 1:
         timed = False
     if not timed or spans is None:
-        return Fraction(0), (count - 1) / rate, count / rate, rate
+        return Fraction(0), (count - 1) / rate, count / rate, rate, rate
     first, last, end = (Fraction(v) * stream.time_base for v in spans)
-    return first, last, end if end > last else last + 1 / rate, None
+    end = end if end > last else last + 1 / rate
+    return first, last, end, count / (end - first), None
 
 
 def read_clip(
@@ -140,7 +153,7 @@ def _at(clip: Clip, fps: Fraction, count: int) -> Iterator[tuple[Any, Fraction]]
     if shown is None or (time + CUT_SHORT < clip.last and done / fps < clip.last - clip.start):
         raise InputError(
             f"'{clip.path}' can be decoded up to {float(time - clip.start):.2f} s only, of {float(clip.seconds):.2f} s:"
-            " copy it again, or ask for fewer --seconds."
+            " copy it again, or cut it there."
         )
     for _ in range(done, count):
         yield shown, pixel_aspect

@@ -10,7 +10,7 @@ import random
 import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager, suppress
+from contextlib import closing, contextmanager, nullcontext, suppress
 from dataclasses import dataclass, field
 from datetime import timedelta
 from pathlib import Path
@@ -116,10 +116,11 @@ def run(
     processes.wait_for_everyone()  # who is ahead must not save what another has yet to read
     if processes.is_main_process:
         cut_log(folder / "log.jsonl", step)
-    board = _board(folder, step) if processes.is_main_process else None
     told.on_step(step, before=True)
+    board = _board(folder, step) if processes.is_main_process else None
     started = saved = time.monotonic()
-    with ThreadPoolExecutor(workers, initializer=torch.set_num_threads, initargs=(threads // workers,)) as pool:
+    pool = ThreadPoolExecutor(workers, initializer=torch.set_num_threads, initargs=(threads // workers,))
+    with closing(board) if board else nullcontext(), pool:
         while step < steps:
             total = 0.0
             for loss, grads in pool.map(gradients, [f"{told.seed}/{step}/{part}" for part in mine]):
@@ -140,9 +141,9 @@ def run(
                 average.step(trained)
             step += 1
             told.on_step(1)
-            recent.append(total)
             if not processes.is_main_process:
                 continue
+            recent.append(total)
             if step % LOG_STEPS == 0 or step == steps:
                 row = {"step": step, "loss": round(sum(recent) / len(recent), 5)}
                 recent.clear()
@@ -163,8 +164,6 @@ def run(
             if shown:
                 with averaged():
                     told.show(step)
-    if board:
-        board.close()
     if average:
         average.copy_to(trained)
 

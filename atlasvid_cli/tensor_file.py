@@ -4,7 +4,6 @@ They are written here and not by their library, whose metadata order changes fro
 same bytes.
 """
 
-import hashlib
 import json
 import math
 import os
@@ -142,15 +141,6 @@ def load_state(path: Path, key: str) -> tuple[StepState | None, str | None]:
         return StepState(int(metadata["step"]), tensors), None
     except (AtlasError, KeyError, ValueError) as error:
         return None, f"{error}; sampling starts over"
-
-
-def file_hash(path: Path) -> str:
-    """SHA-256 of a file's bytes in hex, read in 1 MiB parts; InputError where it cannot be read."""
-    digest = hashlib.sha256()
-    with _open_regular(path) as file:
-        while part := file.read(1 << 20):
-            digest.update(part)
-    return digest.hexdigest()
 
 
 def check_artefact(metadata: Mapping[str, str], expected: Mapping[str, str], path: Path) -> None:

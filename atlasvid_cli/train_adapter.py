@@ -5,10 +5,12 @@ The same command continues an interrupted training from its checkpoint; other da
 
 import contextlib
 from collections.abc import Sequence
+from copy import deepcopy
 from dataclasses import astuple, replace
-from fractions import Fraction
 from functools import lru_cache
+from itertools import chain
 from pathlib import Path
+from typing import Any
 
 import torch
 from diffusers import AutoencoderKLWan, WanTransformer3DModel
@@ -16,16 +18,14 @@ from diffusers import AutoencoderKLWan, WanTransformer3DModel
 from . import corpus, dataset, store, train, wear
 from .console import Console
 from .embeddings import EmbeddingCache
-from .errors import UsageError
 from .loop import Run, all_processes
 from .presets import Preset
 from .session import Session
-from .train_job import Job, Learner, check, check_output
+from .train_job import WORLD, Job, Learner, check, check_output
 from .train_samples import Sampler
 from .wear import Stage1
 from .weights import check_adapter, load_transformer, load_vae, model_hash
 
-WORLD = "world"
 WORLD_SAMPLES = {"proxy": {"proxy": 1200}, "detail": {"first": 150, "upper": 150}}
 LEARNING_RATES = {"muon": 3e-3, "adamw": 3e-3, "prodigy": 1.0}
 
@@ -41,7 +41,6 @@ def make(session: Session, job: Job, console: Console) -> Path:
     session.identify(console)
     processes = all_processes()
     base = model_hash(session.folder, learner.part)
-    below = model_hash(session.folder, learner.part, learner.lora) if job.stage == "detail" else None
     if job.stage == "detail" and learner.lora:
         figures = {"time_ratio": str(preset.proxy.time_ratio)}  # as a render will ask
         check_adapter(session.folder, learner.lora, "proxy", learner.part, figures)
@@ -51,36 +50,16 @@ def make(session: Session, job: Job, console: Console) -> Path:
             " time_ratio = 4 in a preset of your own"
         )
     lr = LEARNING_RATES[preset.training.optimizer] if job.lr is None else job.lr
+    settings = _settings(session, job, learner, lr)
+    made_by = {"settings": store.artefact_hash(settings)}
+    check_output(job.output, made_by)  # before hours of encoding
     with processes.main_process_first():  # the others find what it encoded
         groups = _samples(session, job, console)
     data = [[group[0].get("clip"), group[0]["caption"]] for group in groups]
-    key = store.artefact_hash(
-        {
-            "weights": [model_hash(session.folder, learner.part, "text_encoder", "vae"), below],
-            "preset": [
-                preset.proxy.time_ratio,
-                preset.proxy.flow_shift,
-                learner.guidance_scale,
-                preset.negative_prompt,
-                preset.detail.flow_shift,
-                preset.detail.streams,
-                preset.detail.first.strength,
-                preset.detail.upper.strength,
-                preset.detail.first.upsample,
-                preset.detail.upper.upsample,
-            ],
-            "windows": [preset.detail.layouts, preset.detail.margin, preset.detail.proxy_window],
-            "centre": preset.detail.proxy_centre,
-            "job": [job.stage, job.steps, lr, job.rank, job.seed],
-            "training": [astuple(preset.training), train.OBJECT_WEIGHT],
-            "samples": corpus.figures(session, job.stage),
-            "data": data,
-            **({"sigmas": learner.sigmas} if preset.experts else {}),
-        }
-    )
-    check_output(job.output, key)
+    key = store.artefact_hash(settings | {"data": data})
+    made_by["run"] = key
+    check_output(job.output, made_by)
     trained, held_out = corpus.split_groups(groups)
-    _check_ratios(preset, job, trained)
     if not held_out:
         console.warn(f"with fewer than {corpus.HELD_OUT} clips none is held out, so there is no validation loss")
     with processes.main_process_first():
@@ -99,13 +78,40 @@ def make(session: Session, job: Job, console: Console) -> Path:
                 for stage1 in _makers(preset, learner):
                     proxies = _proxies_folder(session, learner.part, stage1, data, job.work)
                     _add_proxies(session, learner.part, stage1, samples, embed, proxies, console)
-        metadata |= {"run": key}
+        metadata |= made_by
         told = Run(folder, job.steps, lr, job.seed, training=preset.training, held_out=held_out)
         model = _trained(session, job, learner, told, trained, embed, metadata, console)
         if processes.is_main_process:
             train.save_adapter(model, job.output, metadata)
     processes.wait_for_everyone()
     return job.output
+
+
+def _settings(session: Session, job: Job, learner: Learner, lr: float) -> dict[str, Any]:
+    """All that decides an adapter beside the clips and their captions."""
+    preset, proxy, detail = session.preset, session.preset.proxy, session.preset.detail
+    below = model_hash(session.folder, learner.part, learner.lora) if job.stage == "detail" else None
+    return {
+        "weights": [model_hash(session.folder, learner.part, "text_encoder", "vae"), below],
+        "preset": [
+            proxy.time_ratio,
+            proxy.flow_shift,
+            learner.guidance_scale,
+            preset.negative_prompt,
+            detail.flow_shift,
+            detail.streams,
+            detail.first.strength,
+            detail.upper.strength,
+            detail.first.upsample,
+            detail.upper.upsample,
+        ],
+        "windows": [detail.layouts, detail.margin, detail.proxy_window],
+        "centre": detail.proxy_centre,
+        "job": [job.stage, job.steps, lr, job.rank, job.seed],
+        "training": [astuple(preset.training), train.OBJECT_WEIGHT],
+        "samples": corpus.figures(session, job.stage),
+        **({"sigmas": learner.sigmas} if preset.experts else {}),
+    }
 
 
 def _trained(
@@ -122,7 +128,7 @@ def _trained(
     what they make lie beside the checkpoint."""
     preset = session.preset
     model = _trainable(session, learner.part)
-    bare = _trainable(session, learner.part) if job.stage == "detail" and preset.detail.streams == "proxy" else model
+    bare = _sharing(model) if job.stage == "detail" and preset.detail.streams == "proxy" else model
     torch.manual_seed(job.seed)
     model.add_adapter(train.lora_config(job.rank))
     for parameter in model.parameters():
@@ -233,23 +239,15 @@ def _trainable(session: Session, part: str) -> WanTransformer3DModel:
     return model
 
 
-def _check_ratios(preset: Preset, job: Job, trained: list[dict]) -> None:
-    """UsageError where an adapter of stage 2 would not know the largest ratio that its own preset climbs by."""
-    largest = preset.training_ratios[-1]
-    if job.stage == "detail" and str(job.data) != WORLD and all(Fraction(s["ratio"]) < largest for s in trained):
-        known = float(max(Fraction(s["ratio"]) for s in trained))
-        raise UsageError(
-            f"these clips have too few pieces for all ratios of preset {preset.name}: give more or longer ones, or set"
-            f" max_ratio = {known:g} in a preset of your own"
-        )
+def _sharing(model: WanTransformer3DModel) -> WanTransformer3DModel:
+    """Another model of the same weights in memory, which an adapter of `model` does not change."""
+    weights = chain(model.parameters(), model.buffers())
+    return deepcopy(model, {id(tensor): tensor for tensor in weights})
 
 
 def _samples(session: Session, job: Job, console: Console) -> list[list[dict]]:
     if str(job.data) != WORLD:
         return corpus.load_samples(session, job.stage, job.data, job.work, console)
-    preset, geometry = session.preset, session.preset.geometry
-    if (geometry.token_pixels, preset.fps, preset.proxy.time_ratio) != (dataset.TOKEN, dataset.FPS, 4):
-        raise UsageError(f"--data world is drawn for preset tiny and not for {preset.name}; give a folder of clips")
     folder = dataset.folder_of(job.work, model_hash(session.folder, "vae"))
     vae = load_vae(session.folder).to(session.device)
     kinds = WORLD_SAMPLES[job.stage].items()
@@ -259,11 +257,11 @@ def _samples(session: Session, job: Job, console: Console) -> list[list[dict]]:
 def embedder(session: Session, prompts: list[str], work: Path, console: Console) -> train.Embed:
     """Prompt -> embedding (tokens, text_dim) fp32, of `prompts` and the empty one, encoded once and kept in `work`."""
     cache = EmbeddingCache(work / session.text_name)
-    missing = [p for p in dict.fromkeys(("", *prompts)) if cache.read(p) is None]
-    made = session.encode(missing, console) if missing else []
-    session.tell_ignored(made, console)
+    missing = [p for p in dict.fromkeys(("", *prompts)) if not cache.has(p)]
+    made = session.encode(missing, console) if missing else ()
     for prompt, embedding in zip(missing, made, strict=True):
-        cache.write(prompt, embedding)
+        cache.write(prompt, embedding)  # as it comes, so that an interruption costs no more
+        session.tell_ignored([embedding], console)
 
     def embed(prompt: str) -> torch.Tensor:
         embedding = cache.read(prompt)

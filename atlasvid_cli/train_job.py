@@ -1,13 +1,19 @@
 """What adapter to train, and whether it can be: said before weights are looked for."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from . import tensor_file, train
+from . import dataset, tensor_file, train
+from .console import Console
+from .corpus import read_index
 from .errors import InputError, UsageError
 from .optim import check_optimizer
 from .presets import Preset
+from .weights import folder_here
+
+WORLD = "world"
 
 
 @dataclass(frozen=True)
@@ -78,21 +84,36 @@ def check(preset: Preset, job: Job) -> Learner:
             f"preset {preset.name} has another patch or text_length than Wan's {train.PATCH} and {train.TEXT_LENGTH},"
             " which training takes for granted; train with a preset that has these"
         )
+    drawn_for = preset.geometry.token_pixels, preset.fps, preset.proxy.time_ratio
+    if str(job.data) == WORLD and drawn_for != (dataset.TOKEN, dataset.FPS, 4):
+        raise UsageError(f"--data world is drawn for preset tiny and not for {preset.name}; give a folder of clips")
     check_optimizer(preset.training.optimizer)
     check_output(job.output)
     return learner
 
 
-def check_output(output: Path, key: str | None = None) -> None:
-    """UsageError where the adapter would take the place of a file that this training, known by its key, or before that
-    is known any training, did not make."""
+def check_files(preset: Preset, job: Job, model_path: str | None) -> None:
+    """Raises InputError for clips, and for an adapter that makes a detail's proxies, which are not there, before
+    weights are fetched: of a repository that is not here, nothing is known of its adapters."""
+    if str(job.data) != WORLD:
+        read_index(job.data, Console(quiet=True))  # what it warns of is said where clips are taken
+    lora, folder = learner_of(preset, job).lora, folder_here(preset, model_path)
+    if job.stage == "detail" and folder and lora and not (folder / lora).is_file():
+        raise InputError(
+            f"the adapter {lora} of preset {preset.name} is neither beside it nor in {folder}; mend its name there"
+        )
+
+
+def check_output(output: Path, made_by: Mapping[str, str] | None = None) -> None:
+    """UsageError where the adapter would take the place of a file that no training made, or one that another made: as
+    far as this one is known by what `made_by` says of it."""
     if output.suffix != ".safetensors":
         raise UsageError(f"{output} would hold an adapter; let --output end in .safetensors")
     if not output.exists():
         return
     try:
-        made_by = tensor_file.read_header(output)[0].get("run")
+        found = tensor_file.read_header(output)[0]
     except InputError:  # no adapter
-        made_by = None
-    if made_by is None or key not in (None, made_by):
+        found = {}
+    if "run" not in found or any(found.get(name, value) != value for name, value in (made_by or {}).items()):
         raise UsageError(f"{output} exists and was made from something else; choose another --output")

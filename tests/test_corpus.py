@@ -5,13 +5,14 @@ import math
 from dataclasses import replace
 from fractions import Fraction
 from itertools import pairwise
+from types import SimpleNamespace
 
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from atlasvid_cli import corpus, footage
+from atlasvid_cli import corpus, digests, footage
 from atlasvid_cli.encode import encode_clips
 from atlasvid_cli.errors import InputError
 from atlasvid_cli.plan import Request, make_plan
@@ -116,6 +117,61 @@ def test_a_clip_of_many_pieces_has_every_ratio_the_largest_twice(session, tmp_pa
     assert sorted(ratio for _, ratio in made[:turns]) == sorted([*ratios, ratios[-1]])
 
 
+def listed(path, sha256="0", size=(160, 128)):
+    """A clip of one piece of stage 2, of which nothing is read."""
+    seconds = Fraction(21, 10)
+    return footage.Clip(path, sha256, *size, seconds, Fraction(0), Fraction(2), Fraction(16), None, False)
+
+
+def test_every_corpus_has_the_largest_ratio_however_few_its_clips(session, tmp_path, console, monkeypatch):
+    """The preset itself would not take an adapter that never saw it. Here the first clip of each cannot be read."""
+
+    def opened(path):
+        if path.stem == "!":
+            raise InputError("no video")
+        return listed(path, footage.content(path))
+
+    monkeypatch.setattr(corpus, "load_vae", lambda folder: SimpleNamespace(to=lambda device: None))
+    monkeypatch.setattr(corpus, "open_clip", opened)
+    monkeypatch.setattr(corpus, "read_clip", lambda *a, **k: iter(()))
+    monkeypatch.setattr(
+        corpus, "_detail_sample", lambda vae, frames, ratio, r: ({"latents": torch.zeros(1)}, {"ratio": str(ratio)})
+    )
+    drawn = []
+    for number in range(40):
+        folder, count = tmp_path / str(number), 1 + number % 4
+        folder.mkdir()
+        for name in ("!", *range(count)):
+            (folder / f"{name}.mp4").write_text(f"{number} {name}")
+            (folder / f"{name}.txt").write_text("a clip")
+        (folder / "index.jsonl").write_text(2 * (json.dumps({"video": "0.mp4", "caption": "a clip"}) + "\n"))
+        for data in (folder, folder / "index.jsonl", folder):  # the last from the cache
+            groups = corpus.load_samples(session, "detail", data, tmp_path / "work", console)
+            trained, _ = corpus.split_groups(groups)
+            ratios = [Fraction(sample["ratio"]) for sample in trained]
+            assert len(ratios) == (count if data is folder else 2) and max(ratios) == session.preset.training_ratios[-1]
+        drawn += ratios
+    assert len(list(tmp_path.glob("work/*/*.safetensors"))) == len(drawn)  # each clip is encoded once
+    assert set(drawn) == set(session.preset.training_ratios)
+
+
+def test_a_clip_is_read_once_to_be_known(session, tmp_path, console, monkeypatch):
+    reads, read = [], digests._read
+    monkeypatch.setattr(digests, "_read", lambda path: reads.append(path.name) or read(path))
+    corpus.load_samples(session, "proxy", pairs(tmp_path, a=1.5), tmp_path / "work", console)
+    assert reads.count("a.mp4") == 1
+
+
+def test_a_slow_clip_is_named_once_where_its_frames_are_repeated(session, tmp_path, console, capsys):
+    clip(tmp_path / "a.mp4", 2.5, fps=8)
+    index = tmp_path / "index.jsonl"
+    index.write_text("".join(json.dumps({"video": "a.mp4", "caption": told}) + "\n" for told in "xy"))
+    for stage, count in (("proxy", 0), ("detail", 1), ("detail", 1)):  # the last from the cache
+        assert len(corpus.load_samples(session, stage, index, tmp_path / "work", console)) == 2
+        said = capsys.readouterr().err
+        assert said.count("a.mp4 has 8 frames a second where training takes 16") == said.count("warning") == count
+
+
 def test_an_hdr_clip_is_named(session, tmp_path, console, capsys, monkeypatch):
     pairs(tmp_path, a=2.1)
     opened = footage.open_clip
@@ -153,10 +209,22 @@ def test_what_cannot_be_used_is_named_and_passed_over(session, tmp_path, console
         warned = capsys.readouterr().err
         assert all(f"{name}.mp4" in warned for name in ("broken", "short", "folder"))
         assert "3 of 4 clips were skipped" in warned
-    clip(tmp_path / "good.mp4", 2.5, size=(96, 64))
-    with pytest.raises(InputError, match="no clip that can be used"):
-        corpus.load_samples(session, "detail", tmp_path, tmp_path / "work", console)
-    assert "96x64" in capsys.readouterr().err
+    for stage, width, said in (("detail", 96, "96x64: detail needs"), ("proxy", 48, "48x32: its proxy needs")):
+        clip(tmp_path / "good.mp4", 2.5, size=(width, width // 3 * 2))
+        with pytest.raises(InputError, match="no clip that can be used"):
+            corpus.load_samples(session, stage, tmp_path, tmp_path / "work", console)
+        assert f"good.mp4 is {said}" in capsys.readouterr().err
+
+
+def test_footage_of_the_proxys_own_size_is_large_enough(tmp_path, monkeypatch):
+    """Of 854x480 too, for which a grid of whole tokens is a little larger."""
+    monkeypatch.setattr(corpus, "encode_stream", lambda vae, frames: torch.zeros(1))
+    monkeypatch.setattr(corpus, "read_clip", lambda *a, **k: iter(()))
+    preset = load_preset("wan2.1-1.3b")
+    for size in ((832, 480), (854, 480), (480, 854), (1920, 1080)):
+        assert corpus.encode_for_proxy(None, preset, listed(tmp_path, size=size))
+    with pytest.raises(InputError, match="640x360: its proxy needs"):
+        corpus.encode_for_proxy(None, preset, listed(tmp_path, size=(640, 360)))
 
 
 def test_latents_are_made_once_a_content_and_caption_apart(session, tmp_path, console, monkeypatch):
@@ -175,12 +243,14 @@ def test_latents_are_made_once_a_content_and_caption_apart(session, tmp_path, co
     damaged.write_bytes(damaged.read_bytes()[:100])
     mended = corpus.load_samples(session, "proxy", tmp_path, work, console)
     assert all(torch.equal(a[0]["latents"], b[0]["latents"]) for a, b in zip(again, mended, strict=True))
+    monkeypatch.setattr(corpus, "RECIPE", corpus.RECIPE + 1)  # other cuts or crops are not these
+    corpus.load_samples(session, "proxy", tmp_path, work, console)
+    assert len(list(work.glob("latents-*/*.safetensors"))) == 4
 
 
 @pytest.mark.parametrize("size", [(1280, 720), (720, 1280), (960, 720)])
 @pytest.mark.parametrize("name", preset_names())
 def test_a_proxy_is_trained_at_the_size_that_a_render_samples(name, size, tmp_path, monkeypatch):
-    made = clip(tmp_path / "a.mp4", 3, size=size, fps=4)
     preset, seen = load_preset(name), []
 
     def read(source, fps, count, pixels):
@@ -189,7 +259,7 @@ def test_a_proxy_is_trained_at_the_size_that_a_render_samples(name, size, tmp_pa
 
     monkeypatch.setattr(corpus, "read_clip", read)
     monkeypatch.setattr(corpus, "encode_stream", lambda vae, frames: torch.zeros(1))
-    corpus.encode_for_proxy(None, preset, footage.open_clip(made))
+    corpus.encode_for_proxy(None, preset, listed(tmp_path, size=(2 * size[0], 2 * size[1])))
     grid = make_plan(Request(name, 2160 * size[0] // size[1], 2160, Fraction(3))).proxy.grid
     token = preset.geometry.token_pixels
     assert seen == [(grid.w * token, grid.h * token)]

@@ -237,7 +237,7 @@ def test_a_variable_frame_rate_is_taken_by_its_time_stamps(tmp_path):
 def test_frames_without_time_stamps_are_counted(tmp_path):
     path = write(tmp_path / "a.h264", grays(12), "libx264", "yuv444p", rate=20)
     clip = footage.open_clip(path)
-    assert clip.rate and clip.seconds == 12 / clip.rate
+    assert clip.rate == clip.fps and clip.seconds == 12 / clip.rate
     assert levels(footage.read_clip(clip, clip.rate / 2, 6, (16, 16))) == [0, 2, 4, 6, 8, 10]
 
 
@@ -269,6 +269,7 @@ def test_the_length_is_exact_and_the_content_is_known_by_its_hash(tmp_path):
     a = footage.open_clip(write(tmp_path / "a.mov", grays(24), "qtrle", "rgb24", rate=Fraction(30000, 1001)))
     b = footage.open_clip(write(tmp_path / "b.mov", grays(23), "qtrle", "rgb24"))
     assert a.seconds == Fraction(24 * 1001, 30000) and b.seconds == Fraction(23, 10)
+    assert a.fps == Fraction(30000, 1001) and b.fps == 10
     assert a.sha256 != b.sha256
     (tmp_path / "c.mov").write_bytes(a.path.read_bytes())
     assert footage.open_clip(tmp_path / "c.mov").sha256 == a.sha256
@@ -315,6 +316,6 @@ def test_a_clip_that_stops_decoding_is_not_frozen_silently(tmp_path):
     clip = footage.open_clip(path)
     data = path.read_bytes()
     path.write_bytes(data[: len(data) // 2])
-    with pytest.raises(InputError, match="only"):
+    with pytest.raises(InputError, match=r"only.*cut it there"):
         list(footage.read_clip(clip, Fraction(10), 40, (32, 32)))
     assert len(list(footage.read_clip(clip, Fraction(10), 5, (32, 32)))) == 5

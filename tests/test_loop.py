@@ -92,6 +92,16 @@ def test_tensorboard_keeps_the_point_at_which_a_training_goes_on(tmp_path, board
     assert board[1:-1] == [("loss", row["loss"], row["step"]) for row in rows if row["step"] > 20]
 
 
+def test_tensorboard_is_closed_by_an_interruption_too(tmp_path, board):
+    def stop(step):
+        raise KeyboardInterrupt
+
+    model = network()
+    with pytest.raises(KeyboardInterrupt):
+        loop.run(model, Run(tmp_path, 10, 0.02, show=stop), loss_of(model), held_out_loss)
+    assert ("loss", 10) in [(told[0], told[2]) for told in board[1:-1]] and board[-1] == "closed"
+
+
 @pytest.mark.parametrize("ema", [0.0, 0.9])
 @pytest.mark.parametrize("kind", KINDS)
 def test_each_goes_on_from_a_checkpoint_as_if_never_stopped(tmp_path, monkeypatch, kind, ema):

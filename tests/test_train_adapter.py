@@ -2,6 +2,7 @@
 
 import json
 import math
+import random
 import shutil
 from dataclasses import replace
 from fractions import Fraction
@@ -23,6 +24,7 @@ from atlasvid_cli.session import Session
 from atlasvid_cli.train_adapter import embedder, make
 from atlasvid_cli.train_job import Job
 from tests.test_corpus import pairs
+from tests.test_train import details
 
 
 @pytest.fixture(scope="module")
@@ -154,12 +156,17 @@ def test_a_preset_says_what_a_step_sees(random_preset, job, monkeypatch):
     assert len(seen) == 4 and at_once >= 5 * seen[0] >= 5
 
 
-def test_other_settings_start_anew_and_do_not_overwrite(session, job):
+def test_other_settings_start_anew_and_do_not_overwrite(session, job, tmp_path, monkeypatch):
     job = replace(job, steps=2)
     make(session, job, quiet())
     make(session, job, quiet())  # finished: the same file again
-    with pytest.raises(UsageError, match="made from something else"):
+    with monkeypatch.context() as inside, pytest.raises(UsageError, match="made from something else"):
+        inside.setattr(train_adapter, "_samples", lambda *_: pytest.fail("clips were read"))
         make(session, replace(job, seed=1), quiet())
+    fewer = tmp_path / "fewer.jsonl"
+    fewer.write_text(json.dumps({"video": str(job.data / "clip0.mp4"), "caption": "clip clip0"}))
+    with pytest.raises(UsageError, match="made from something else"):
+        make(session, replace(job, data=fewer), quiet())
     other = replace(job, seed=1, output=job.output.with_name("b.safetensors"))
     make(session, other, quiet())
     a, b = (tensor_file.open_tensors(j.output)[0] for j in (job, other))
@@ -224,6 +231,40 @@ def test_where_the_adapter_is_for_the_proxy_stream_only_that_one_learns(session,
     assert tensor_file.read_header(job.output)[0]["streams"] == "proxy"
     assert all(torch.equal(before[n], p) for n, p in seen[0].state_dict().items())
     assert any(t.abs().max() > 0 for n, t in tensor_file.open_tensors(job.output)[0].items() if "lora_B" in n)
+
+
+def test_a_bare_stream_shares_the_base_and_learns_the_same(session):
+    """As beside a base of its own, which would take the memory of another model."""
+    [sample], gradients = details(), []
+    detail = replace(session.preset.detail, streams="proxy")
+    text = torch.randn(3, 16, generator=torch.Generator().manual_seed(0))
+    for shares in (True, False):
+        model = train_adapter._trainable(session, "transformer")
+        bare = (train_adapter._sharing if shares else lambda _: train_adapter._trainable(session, "transformer"))(model)
+        torch.manual_seed(0)
+        model.add_adapter(train.lora_config(2))
+        factors = {name: p for name, p in model.named_parameters() if p.requires_grad}
+        for name, factor in factors.items():
+            torch.nn.init.normal_(factor, std=0.1 if "lora_B" in name else 1.0)
+        owned = {p.data_ptr() for p in model.parameters()}
+        assert all((p.data_ptr() in owned) == shares for p in bare.parameters())
+        assert all(not p.requires_grad for p in bare.parameters())
+        loss = train.detail_loss(
+            bare, model, [sample], [text], random.Random(0), torch.Generator().manual_seed(0), detail, 4
+        )
+        gradients.append([loss, *torch.autograd.grad(loss, factors.values(), allow_unused=True)])
+    assert any(grad is not None and grad.abs().max() > 0 for grad in gradients[0][1:])
+    for ours, theirs in zip(*gradients, strict=True):
+        assert ours is theirs is None or torch.equal(ours, theirs)
+
+
+@pytest.mark.gpu
+def test_a_gpu_learns_each_stage(session, job):
+    assert session.device.type == "cuda"
+    make(session, replace(job, steps=3), quiet())
+    assert all(math.isfinite(row["loss"]) for row in rows(job))
+    tensors, _ = tensor_file.open_tensors(job.output)  # finite, as it checks
+    assert any(t.abs().max() > 0 for name, t in tensors.items() if "lora_B" in name)  # which begin at 0
 
 
 @pytest.mark.parametrize("job", ["detail"], indirect=True)
@@ -328,16 +369,6 @@ def test_proxies_are_made_once_for_all_trainings_that_depend_on_the_same(session
     assert train_once("d.safetensors")[0] == [("enlarged", 4), ("worn", 4)]  # the base is not guided
 
 
-def test_clips_without_the_largest_ratio_are_refused_before_training(session, job, monkeypatch):
-    """Its own preset would not take the adapter."""
-    monkeypatch.setattr(train_adapter, "_trained", lambda *_: pytest.fail("trained"))
-    samples = load_samples(session, "detail", job.data, job.work, quiet())
-    small = [[sample | {"ratio": "2"} for sample in group] for group in samples]
-    monkeypatch.setattr(train_adapter, "_samples", lambda *_: small)
-    with pytest.raises(UsageError, match="max_ratio = 2 "):
-        make(session, replace(job, stage="detail"), quiet())
-
-
 def test_held_out_clips_are_shown_as_sampled(session, job):
     """A picture of a row of true frames above one of made ones, at every so many steps and at the end, and the adapter
     that made them."""
@@ -371,3 +402,24 @@ def test_embeddings_are_made_once(session, tmp_path, monkeypatch):
     assert len(embed("")) == 1
     monkeypatch.setattr(session, "encode", lambda *a: pytest.fail("encoded again"))
     assert torch.equal(embedder(session, ["a zebra"], tmp_path, quiet())("a zebra"), embed("a zebra"))
+
+
+def test_embeddings_are_kept_as_they_come(session, tmp_path, monkeypatch):
+    encode, asked = session.encode, []
+
+    def recorded(prompts, console):
+        asked.append(prompts)
+        return list(encode(prompts, console))
+
+    def interrupted(prompts, console):
+        for number, embedding in enumerate(encode(prompts, console)):
+            if number == 2:
+                raise KeyboardInterrupt
+            yield embedding
+
+    monkeypatch.setattr(session, "encode", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        embedder(session, ["a red ball", "a zebra"], tmp_path, quiet())
+    monkeypatch.setattr(session, "encode", recorded)
+    embedder(session, ["a red ball", "a zebra"], tmp_path, quiet())
+    assert asked == [["a zebra"]]

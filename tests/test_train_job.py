@@ -2,14 +2,16 @@
 
 import sys
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
 
-from atlasvid_cli import tensor_file
-from atlasvid_cli.errors import UsageError
+from atlasvid_cli import session, tensor_file
+from atlasvid_cli.cli_train import train_part
+from atlasvid_cli.errors import InputError, UsageError
 from atlasvid_cli.presets import load_preset
-from atlasvid_cli.train_job import Job, check
+from atlasvid_cli.train_job import Job, check, check_files, check_output
 
 
 @pytest.fixture
@@ -44,6 +46,65 @@ def test_an_output_that_holds_something_else_is_not_overwritten(preset, job, tmp
     for name, said in (("a.pt", ".safetensors"), ("folder.safetensors", "exists"), ("other.safetensors", "exists")):
         with pytest.raises(UsageError, match=said):
             check(preset, replace(job, output=tmp_path / name))
+
+
+def test_an_output_of_other_settings_is_known_before_its_clips_are(tmp_path):
+    """One of an older version says nothing of its settings, and is known by its run."""
+    new, old = tmp_path / "new.safetensors", tmp_path / "old.safetensors"
+    tensor_file.save_tensors(new, {"x": torch.zeros(1)}, {"run": "a", "settings": "b"})
+    tensor_file.save_tensors(old, {"x": torch.zeros(1)}, {"run": "a"})
+    for path in (new, old):
+        for known in (None, {"settings": "b"}, {"settings": "b", "run": "a"}):
+            check_output(path, known)
+        with pytest.raises(UsageError, match="made from something else"):
+            check_output(path, {"settings": "b", "run": "c"})
+    with pytest.raises(UsageError, match="made from something else"):
+        check_output(new, {"settings": "c"})
+    check_output(old, {"settings": "c"})
+
+
+@pytest.fixture
+def clips(tmp_path):
+    folder = tmp_path / "clips"
+    folder.mkdir()
+    for name in ("a.mp4", "a.txt"):
+        (folder / name).write_text(name)
+    return folder
+
+
+@pytest.mark.parametrize(
+    "stage, given, error, said",
+    [
+        ("proxy", {"data": Path("absent")}, InputError, "absent cannot be read"),
+        ("proxy", {"data": Path("index.jsonl")}, InputError, "line 1 is not an entry"),
+        ("proxy", {"data": Path("empty")}, InputError, "no clip with a caption"),
+        ("proxy", {"data": Path("world"), "preset": "wan2.1-1.3b"}, UsageError, "give a folder of clips"),
+        ("detail", {"data": Path("clips"), "preset": "other.toml"}, InputError, "the adapter absent.safetensors"),
+    ],
+)
+def test_what_cannot_be_read_is_said_before_anything_is_made_or_fetched(
+    random_preset, clips, tmp_path, monkeypatch, console, stage, given, error, said
+):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(session, "Session", lambda *_: pytest.fail("weights were looked for"))
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "index.jsonl").write_text("no entry")
+    text = random_preset.read_text().replace('"proxy_lora.safetensors"', '"absent.safetensors"')
+    (tmp_path / "other.toml").write_text(text.replace('"random"', f'"{random_preset.parent / "random"}"'))
+    there = sorted(tmp_path.rglob("*"))
+    with pytest.raises(error, match=said):
+        train_part(stage, Path("work"), None, given, console)
+    assert sorted(tmp_path.rglob("*")) == there
+
+
+def test_what_is_there_passes(preset, clips, job, capsys):
+    """And whoever takes the clips says which are left out."""
+    (clips / "b.mp4").write_text("without a caption")
+    check_files(preset, replace(job, data=clips), None)
+    check_files(preset, replace(job, data=Path("world")), None)
+    later = replace(preset, proxy=replace(preset.proxy, lora="later.safetensors"))
+    check_files(later, replace(job, data=clips, stage="proxy"), None)  # what it makes
+    assert capsys.readouterr().err == ""
 
 
 def test_a_detail_adapter_needs_attention_to_the_proxy(preset, job):
