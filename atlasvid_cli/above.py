@@ -12,10 +12,13 @@ from .artefacts import (
     check_latents,
     check_replaceable,
     describe,
+    is_current,
+    is_finished,
     latents_shape,
     level_path,
     result_metadata,
     result_of_region,
+    result_path,
 )
 from .console import Console
 from .cost import check_resources
@@ -26,7 +29,7 @@ from .prompts import slug
 from .session import Session
 from .shapes import Grid
 from .store import lock, run_directory
-from .targets import check_writable, sheet_of
+from .targets import check_writable, is_made, sheet_of
 
 ASPECT_TOLERANCE = 0.06  # in logarithm: what rounding to tokens and even pixels can make of an aspect
 
@@ -89,8 +92,11 @@ def run_folder(session: Session, plan: Plan, latents: Path, runs: Path) -> Path:
 
 def refine_saved(latents: Path, plan: Plan, target: Path, run_dir: Path | None, console: Console) -> dict[str, Any]:
     """Saved latents -> video `target`, or of a region that video with a part sampled again. Returns the event."""
-    check_resources(plan, target.parent, run_dir)
+    if not (made := is_made(target)):  # what is finished needs no room
+        check_resources(plan, target.parent, run_dir)
     check_writable(target)
+    if run_dir:
+        check_writable(run_dir / "detail.safetensors", "--run-dir")
     session = Session.of(plan.request, console)
     known = check_latents(latents, session)
     for lora in plan.request.loras:
@@ -106,11 +112,19 @@ def refine_saved(latents: Path, plan: Plan, target: Path, run_dir: Path | None, 
         )
         if str(plan.request.seed) == describe(level_path(plan, folder, len(plan.levels)))["seed"]:
             console.warn("with the seed of the video the part comes out much as it was; give another --seed")
-        check_replaceable(target, result_of_region(session, plan, known, folder))
+        wanted = result_of_region(session, plan, known, folder)
     else:
-        check_replaceable(target, result_metadata(session, plan, known))
+        wanted = result_metadata(session, plan, known)
+    result = result_path(plan, folder, wanted)
+    event = {"prompt": known["prompt"], "seed": plan.request.seed, "status": "ok", "video": str(target)}
+    event |= {"preview": str(sheet_of(target)), "latents": str(result), "run_dir": str(folder)}
+    if is_current(result, wanted) and is_finished(target, wanted, plan.request.codec):
+        console.note(f"{target} was finished before")
+        return event | {"status": "skipped"}
+    if made:
+        check_resources(plan, target.parent, folder)
+    check_replaceable(target, wanted)
     with lock(run_directory(folder.parent, folder.name)):
-        result = pipeline.refine(session, plan, latents, folder, console)
+        pipeline.refine(session, plan, latents, folder, console)
         pipeline.finish(session, result, target, plan.request, console, folder)
-    event = {"video": str(target), "preview": str(sheet_of(target)), "latents": str(result), "run_dir": str(folder)}
-    return {"prompt": known["prompt"], "seed": plan.request.seed, "status": "ok", **event}
+    return event

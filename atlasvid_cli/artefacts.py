@@ -3,6 +3,7 @@
 A file's `key` is the hash of all that decides its values: plan, prompts, weights, and the key of the level below.
 """
 
+import json
 import re
 from collections.abc import Callable
 from contextlib import suppress
@@ -22,6 +23,7 @@ from .refine import Region
 from .results import state_of
 from .session import Session
 from .stages import Stage
+from .targets import sheet_of
 from .video import tags
 
 FORMAT = "atlasvid-latents/1"
@@ -275,21 +277,42 @@ def check_levels_ours(session: Session, plan: Plan, proxy: dict[str, str], run_d
 
 def check_preview_ours(path: Path) -> None:
     """UsageError where there is a file that is no video of ours: in a folder of the user's, a preview takes no name."""
-    with suppress(AtlasError):  # missing, or no video: its own sentence would name no remedy
-        if "key" in tags(path):
-            return
-    if path.exists():
+    if path.exists() and "key" not in _tags(path):
         raise UsageError(f"{path} is not of a run; give another --run-dir, or move it away")
+
+
+def record_of(run_dir: Path) -> dict[str, Any]:
+    """What the last render of a run recorded, nothing where none is done; UsageError for a file that no run wrote."""
+    path = run_dir / "run.json"
+    try:
+        record = json.loads(path.read_bytes())
+    except FileNotFoundError:
+        return {}
+    except (OSError, ValueError):
+        record = None
+    if not isinstance(record, dict) or record.get("format") != FORMAT:
+        raise UsageError(f"{path} is not of a run; give another --run-dir, or move it away")
+    return record
+
+
+def is_finished(target: Path, metadata: dict[str, str], codec: str) -> bool:
+    """Whether `target` is the video, in this codec, of the latents with this metadata; its sheet is written last."""
+    wanted = {"key": metadata["key"], "vae": metadata["vae"], "codec": codec}
+    return wanted.items() <= _tags(target).items() and sheet_of(target).exists()
+
+
+def _tags(path: Path) -> dict[str, str]:
+    """What a video says of itself; nothing where it is missing, or no video."""
+    with suppress(AtlasError):
+        return tags(path)
+    return {}
 
 
 def check_replaceable(target: Path, metadata: dict[str, str]) -> None:
     """UsageError where `target` is a file that was not made from the latents with this metadata."""
     if not target.exists():
         return
-    try:
-        found = tags(target)
-    except AtlasError:
-        found = {}
+    found = _tags(target)
     if found.get("key") == metadata["key"]:
         return
     what = "from something else"
@@ -316,3 +339,10 @@ def region_of(
 
 def level_path(plan: Plan, run_dir: Path, number: int) -> Path:
     return run_dir / ("detail.safetensors" if number == len(plan.levels) else f"level-{number}.safetensors")
+
+
+def result_path(plan: Plan, run_dir: Path, metadata: dict[str, str]) -> Path:
+    """Where the last latents of a plan, which will have this metadata, lie: each region has a file of its own."""
+    if plan.is_region:
+        return run_dir / f"detail-region-{metadata['key']}.safetensors"
+    return level_path(plan, run_dir, len(plan.levels))

@@ -2,14 +2,15 @@
 
 import dataclasses
 import traceback
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from .errors import AtlasError, UsageError, explain, stop_signals, traced
-from .prompts import Item, slug
+from .prompts import Item, select, slug
 from .show import show_plan
-from .targets import check_writable, is_folder, is_made, target_of, usable
+from .targets import check_apart, check_writable, is_folder, is_made, target_of, usable
 
 if TYPE_CHECKING:
     from .console import Console
@@ -20,16 +21,16 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class _Job:
-    """An item as the preset takes it, and where its result goes."""
+    """An item, the request that the preset takes it for, and where its result goes."""
 
     item: Item
-    prompt: str
-    negative_prompt: str
+    request: "Request"
     target: Path
 
 
 def run_batch(
     items: list[Item],
+    shard: tuple[int, int] | None,
     request: "Request",
     output: str | None,
     run_dir: Path | None,
@@ -37,35 +38,41 @@ def run_batch(
     many: bool,
     dry_run: bool,
 ) -> None:
-    """One or many items through one session: failures are reported and passed over, finished ones skipped."""
+    """One or many items, or a shard of them, through one session: failures are reported and passed over, finished ones
+    skipped."""
     from .cost import check_resources
     from .plan import make_plan
     from .session import Session, check_session
     from .video import warn_of_player
 
     plan = make_plan(request)
-    if not items:
-        return console.note("no prompt falls to this shard: there are fewer than shards")
     folder, targets = _targets(items, request, output, many)
+    check_apart(targets[0], run_dir)
+    if not (mine := select(list(zip(items, targets, strict=True)), shard)):
+        return console.note("no prompt falls to this shard: there are fewer than shards")
     if not request.proxy_only:
         warn_of_player(console, request.codec, request.width, request.height)
-    missing = sum(not is_made(target) for target in targets)
+    missing = {target for _, target in mine if not is_made(target)}
     if dry_run:
         check_session(request, console)
-        return show_plan(plan, console, folder, run_dir, max(1, missing))
+        shown = plan if many else make_plan(_job(*mine[0], plan.preset, request, console).request)
+        return show_plan(shown, console, folder, run_dir, max(1, len(missing)))
     if missing:  # what is finished needs no room
-        check_resources(plan, folder, run_dir, missing)
-    if len({target.parent for target in targets}) == 1:  # else each item finds out for itself
-        check_writable(targets[0])
+        check_resources(plan, folder, run_dir, len(missing))
+    if len({target.parent for _, target in mine}) == 1:  # else each item finds out for itself
+        check_writable(mine[0][1])
+    if run_dir:
+        check_writable(run_dir / "run.json", "--run-dir")
     session = Session.of(request, console)
-    jobs = [_job(item, target, session.preset, request, console) for item, target in zip(items, targets, strict=True)]
+    jobs = [_job(item, target, session.preset, request, console) for item, target in mine]
+    wanted = [job.request for job in jobs if job.target in missing]
     guided = any(stage.passes > 1 for _, stage in plan.own_stages())
-    session.expect([*(job.prompt for job in jobs), *(job.negative_prompt for job in jobs if guided)])
+    session.expect([*(own.prompt for own in wanted), *(own.negative_prompt for own in wanted if guided)])
     failures: list[type[Exception]] = []
     for number, job in enumerate(jobs, start=1):
         if many:
-            console.note(f"{number} of {len(jobs)}: {job.prompt or job.item.id}")
-        event, failure = _attempt(job, session, request, run_dir, console, many)
+            console.note(f"{number} of {len(jobs)}: {job.request.prompt or job.item.id}")
+        event, failure = _attempt(job, session, run_dir, console, many)
         if failure:
             failures.append(failure)
             console.error(f"{job.item.id}: {event['error']}")
@@ -89,22 +96,22 @@ def _job(item: Item, target: Path, preset: "Preset", request: "Request", console
     if prompt != item.prompt:
         console.note(f"{item.prompt!r} leaves parts of the scene out and is taken as {prompt!r}")
     negative = preset.negative_prompt if item.negative_prompt is None else item.negative_prompt
-    return _Job(item, prompt, negative, target)
+    own = dataclasses.replace(request, prompt=prompt, negative_prompt=negative, seed=item.seed)
+    return _Job(item, own, target)
 
 
 def _attempt(
-    job: _Job, session: "Session", request: "Request", run_dir: Path | None, console: "Console", many: bool
+    job: _Job, session: "Session", run_dir: Path | None, console: "Console", many: bool
 ) -> tuple[dict[str, Any], type[Exception] | None]:
     """The event of a job, and of its failure the class: the exception's traceback would keep its models in memory."""
     from .artefacts import run_hash
     from .plan import make_plan
 
-    item, target = job.item, job.target
-    own = dataclasses.replace(request, prompt=job.prompt, negative_prompt=job.negative_prompt, seed=item.seed)
-    plan = make_plan(own)
+    item, request, target = job.item, job.request, job.target
+    plan = make_plan(request)
     run = run_dir or target.parent / "runs" / f"{slug(target.stem)}-{run_hash(session, plan)}"
     event = {"id": item.id, "prompt": item.prompt, "seed": item.seed}
-    event |= {"taken_as": job.prompt} if job.prompt != item.prompt else {}
+    event |= {"taken_as": request.prompt} if request.prompt != item.prompt else {}
     kind, make = ("proxy", proxy_one) if request.proxy_only else ("video", render_one)
     try:
         check_writable(target)
@@ -113,7 +120,8 @@ def _attempt(
         if not many or stop_signals:
             raise
         if traced:
-            traceback.print_exc()
+            with suppress(OSError):  # stderr may be a log on a full disk
+                traceback.print_exc()
         error_text, _ = explain(error)
         return event | {"status": "failed", kind: None, "error": error_text}, type(error)
 

@@ -84,7 +84,7 @@ def main() -> NoReturn:
             _fail(INTERRUPTED, ExitCode.INTERRUPTED, debug)
         # typer brings its own Click, whose usage errors are only known by what they carry
         if type(error).__name__ == "NoArgsIsHelpError":
-            print(error.format_message(), file=sys.stderr)  # type: ignore[attr-defined]
+            _say(error.format_message())  # type: ignore[attr-defined]
             sys.exit(ExitCode.USAGE)
         usage = getattr(error, "exit_code", None) == 2 and hasattr(error, "format_message")
         if usage:
@@ -98,9 +98,17 @@ def main() -> NoReturn:
 
 def _fail(message: str, code: ExitCode, debug: bool) -> NoReturn:
     if debug:
-        traceback.print_exc()
-    print(f"error: {one_line(message)}", file=sys.stderr)
+        _say(traceback.format_exc().rstrip())
+    _say(f"error: {one_line(message)}")
     sys.exit(code)
+
+
+def _say(text: str) -> None:
+    """Prints on stderr. Where that takes nothing more, a log on a full disk say, the exit code has to do."""
+    try:
+        print(text, file=sys.stderr)
+    except OSError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stderr.fileno())  # what the interpreter flushes at its end
 
 
 if __name__ == "__main__":

@@ -10,10 +10,10 @@ from . import options as opt
 from .batch import run_batch
 from .errors import UsageError
 from .parse import parse_frames, parse_region
-from .prompts import items_of
+from .prompts import items_of, shard_of
 from .request import make_request, with_clip
 from .show import show_plan
-from .targets import check_writable, target_of
+from .targets import check_apart, check_writable, target_of
 
 
 def render(
@@ -71,10 +71,11 @@ def render(
     )
     console = Console(as_json)
     request = with_clip(request, from_video, seconds, prompt_file, console)
-    items = items_of(prompt, prompt_file, shard, negative_prompt, seed, from_video)
     if prompt_file and run_dir:
         raise UsageError("--run-dir names one run: leave it out with --prompt-file")
-    run_batch(items, request, output, run_dir, console, bool(prompt_file), dry_run)
+    part = shard_of(shard, prompt_file)
+    items = items_of(prompt, prompt_file, negative_prompt, seed, from_video)
+    run_batch(items, part, request, output, run_dir, console, bool(prompt_file), dry_run)
 
 
 def proxy(
@@ -128,8 +129,9 @@ def proxy(
     )
     console = Console(as_json)
     request = with_clip(request, from_video, seconds, prompt_file, console)
-    items = items_of(prompt, prompt_file, shard, negative_prompt, seed, from_video)
-    run_batch(items, request, output, None, console, bool(prompt_file), dry_run)
+    part = shard_of(shard, prompt_file)
+    items = items_of(prompt, prompt_file, negative_prompt, seed, from_video)
+    run_batch(items, part, request, output, None, console, bool(prompt_file), dry_run)
 
 
 def refine(
@@ -201,6 +203,7 @@ def refine(
     default = latents.with_name(f"{latents.stem}-{width}x{height}{own_seed}{part}")
     target = target_of(output, default, suffix_for(codec))
     check_target(target, codec, width, height)
+    check_apart(target, run_dir)
     warn_of_player(console, codec, width, height)
     make_plan(request)  # usage errors first
     plan = above.plan_from_proxy(latents, request)
@@ -240,6 +243,9 @@ def decode(
     target = target_of(output, latents.with_suffix(""), suffix)
     check_target(target, codec, width, height)
     check_writable(target)
+    if artefacts.is_finished(target, known, codec):
+        console.note(f"{target} was finished before")
+        return console.emit({"video": str(target), "status": "skipped"}, str(target))
     artefacts.check_replaceable(target, known)
     loaded = load_preset(preset or known["preset"])
     check_decode(loaded, artefacts.latents_shape(latents), size, int(known["frames"]), codec, target.parent)

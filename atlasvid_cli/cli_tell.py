@@ -54,7 +54,7 @@ def plan(
     from .plan import make_plan
 
     machine = None if vram_gib is None else machine_with_gpu(vram_gib)
-    show_plan(make_plan(request), Console(as_json), Path(), machine=machine)
+    show_plan(make_plan(request), Console(as_json), None, machine=machine)
 
 
 def bench(
@@ -150,7 +150,7 @@ def show_ablation(
 ) -> None:
     """Measures and prints what each part of the method is worth."""
     from . import ablation, quality
-    from .ablation_arms import FULL
+    from .ablation_arms import WHOLE
 
     for wanted in filter(None, (request, large)):
         quality.check(wanted, "--ablation")  # usage errors before any work
@@ -161,8 +161,8 @@ def show_ablation(
     if large:
         title = f"{found['large']['size']} x {found['large']['seconds']:g} s, one video of each arm"
         console.table(title, [ablation.row(arm) for arm in found["large"]["arms"]])
-    full = next(arm for arm in found["arms"] if arm["arm"] == FULL)
-    text = f"{FULL}: {full['adherence_percent']} % of attributes right, seam {full['seam']} ± {full['seam_chance']}"
+    full = next(arm for arm in found["arms"] if arm["arm"] == WHOLE)
+    text = f"{WHOLE}: {full['adherence_percent']} % of attributes right, seam {full['seam']} ± {full['seam_chance']}"
     console.emit(found, f"{text}, {full['seconds']} s a video")
 
 

@@ -198,7 +198,7 @@ def _text_row(plan: Plan, rate: float, machine: Machine) -> Row:
 
 def check_resources(
     plan: Plan,
-    output_dir: Path,
+    output_dir: Path | None,
     run_dir: Path | None = None,
     videos: int = 1,
     costs: list[Row] | None = None,
@@ -206,8 +206,8 @@ def check_resources(
 ) -> None:
     """Raises ResourceError, before anything is loaded, where memory will not do, or the disk for so many `videos`.
 
-    `run_dir` takes the latents; without it they lie beside the video. `costs` are the plan's `rows`, where they are
-    known. Of a `machine` that is not this one only the GPU's memory is known.
+    `run_dir` takes the latents; without it they lie beside the video, and without `output_dir` all lies here. `costs`
+    are the plan's `rows`, where they are known. Of a `machine` that is not this one only the GPU's memory is known.
     """
     machine = machine or this_machine()
     costs = rows(plan, machine) if costs is None else costs
@@ -234,15 +234,16 @@ def check_resources(
     files = videos * sum(row.video for row in costs)
     places = (output_dir, files, "--output"), (run_dir, latents, "--run-dir" if run_dir else "--output")
     for folder, size, option in places:
-        place = folder or output_dir
+        place = folder or output_dir or Path()
         if place.is_file():
             raise ResourceError(f"{place} cannot be written (it is a file); choose another {option}")
         device, free = disk_of(place)
         needs[device] = needs.get(device, 0) + size
         if needs[device] > free:
+            elsewhere = f" or choose another {option}" if output_dir else ""
             raise ResourceError(
                 f"the job writes about {needs[device] / GIB:.1f} GiB and {place} has {free / GIB:.1f} GiB free;"
-                f" free some space or choose another {option}"
+                f" free some space{elsewhere}"
             )
 
 

@@ -16,6 +16,13 @@ def _named(output: str | None) -> str | None:
     return output
 
 
+def _folder(text: str) -> Path:
+    """UsageError for a run directory without a name, which `Path` would take for the folder that one is in."""
+    if not text:
+        raise UsageError("--run-dir is empty; name a folder")
+    return Path(text)
+
+
 Res = Annotated[str, typer.Option("--res", help="Size in pixels: 3840x2160, 3840*2160, 4k, 1080p, 720p ...")]
 Seconds = Annotated[str, typer.Option("--seconds", help="Length in seconds; exactly seconds * fps frames are written.")]
 ClipSeconds = Annotated[
@@ -101,7 +108,13 @@ Output = Annotated[
     typer.Option("--output", "-o", callback=_named, help="File for the result, or folder/ for it under its own name."),
 ]
 RunDir = Annotated[
-    Path | None, typer.Option("--run-dir", help="Where intermediate results go [default: runs/ beside the output].")
+    Path | None,
+    typer.Option(
+        "--run-dir",
+        parser=_folder,
+        metavar="<path>",
+        help="Where intermediate results go [default: runs/ beside the output].",
+    ),
 ]
 Negative = Annotated[str | None, typer.Option("--negative-prompt", help="What to steer away from.")]
 PromptFile = Annotated[

@@ -3,7 +3,6 @@
 Stages are separated by files in the run directory, so resuming, rerunning a stage and bounding memory are one thing.
 """
 
-import json
 import shlex
 import time
 from collections.abc import Iterator
@@ -23,12 +22,15 @@ from .artefacts import (
     check_replaceable,
     describe,
     is_current,
-    job_hash,
+    is_finished,
     level_metadata,
     level_path,
     proxy_metadata,
     read_latents,
+    record_of,
     region_of,
+    result_metadata,
+    result_path,
     weights_of,
 )
 from .console import Console
@@ -54,6 +56,8 @@ from .video import contact_sheet, write_png, write_video
 from .weights import load_scheduler
 
 SHEET_FRAMES = 12
+# what a video says of the latents that it shows
+TOLD = ("prompt", "seed", "preset", "version", "model", "vae", "dtype", "attention", "key")
 
 
 def render(session: Session, plan: Plan, run_dir: Path, output: Path, console: Console) -> dict[str, Any]:
@@ -76,8 +80,6 @@ def render(session: Session, plan: Plan, run_dir: Path, output: Path, console: C
     record = {
         **plan.to_json(),
         **describe(latents),
-        "job": job_hash(session, plan),
-        "video_bytes": video.stat().st_size,
         "event": event,
         "weights": weights_of(session, plan),
         "versions": versions(),
@@ -89,14 +91,11 @@ def render(session: Session, plan: Plan, run_dir: Path, output: Path, console: C
 
 
 def finished_video(session: Session, plan: Plan, run_dir: Path, output: Path) -> dict[str, Any] | None:
-    """The event of an identical job that is done and whose video is still there; None otherwise."""
-    try:
-        record = json.loads((run_dir / "run.json").read_text(encoding="utf-8"))
-        same = record["job"] == job_hash(session, plan)
-        same = same and record["event"]["video"] == str(output) and output.stat().st_size == record["video_bytes"]
-        return {**record["event"], "status": "skipped"} if same else None
-    except (OSError, ValueError, KeyError, TypeError):
+    """The event of an identical job of this run whose video is there, one of several perhaps; None otherwise."""
+    record, wanted = record_of(run_dir), result_metadata(session, plan, proxy_metadata(session, plan))
+    if record.get("key") != wanted["key"] or not is_finished(output, wanted, plan.request.codec):
         return None
+    return {**record["event"], "video": str(output), "preview": str(sheet_of(output)), "status": "skipped"}
 
 
 def make_proxy(session: Session, plan: Plan, run_dir: Path, console: Console) -> Path:
@@ -182,7 +181,7 @@ def refine(session: Session, plan: Plan, proxy_path: Path, run_dir: Path, consol
         redo = None
         if plan.is_region:
             redo, metadata = region_of(session, plan, stage, path, below_metadata["key"], metadata)
-            path = run_dir / f"detail-region-{metadata['key']}.safetensors"
+            path = result_path(plan, run_dir, metadata)
         if not is_current(path, metadata):
             latents = _refine_level(session, plan, number, below, metadata, redo, path, console)
             save_latents(path, latents, metadata)
@@ -243,9 +242,7 @@ def decode(
             fps=Fraction(metadata["fps"]),
             frame_count=frames,
             codec=codec,
-            metadata={
-                k: metadata[k] for k in ("prompt", "seed", "preset", "version", "model", "dtype", "attention", "key")
-            },
+            metadata={"codec": codec, **{name: metadata[name] for name in TOLD}},
             on_frame=lambda _: None if tiles else advance(),
         )
     write_png(sheet_of(output), contact_sheet(sheet, 4))

@@ -8,18 +8,19 @@ import unicodedata
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from .errors import InputError, UsageError
 from .parse import MAX_SEED, parse_shard
 
 SLUG_CHARACTERS = 40
 KEYS = ("prompt", "id", "seed", "negative_prompt", "output")
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
 class Item:
-    """One video to make. `output` is a path relative to the output directory; None derives it from id and seed."""
+    """One video to make. `output` is a path inside the output directory; None derives it from id and seed."""
 
     id: str
     prompt: str
@@ -38,39 +39,36 @@ def slug(text: str) -> str:
     return f"{words[: SLUG_CHARACTERS - 5].rstrip('-')}-{digits}"
 
 
+def shard_of(text: str | None, prompt_file: str | None) -> tuple[int, int] | None:
+    """The part of a prompt file that is this job's: `i, n` of --shard."""
+    if text is None:
+        return None
+    if prompt_file is None:
+        raise UsageError("--shard divides the prompts of a --prompt-file; leave it out, or give the file")
+    return parse_shard(text)
+
+
 def items_of(
-    prompt: str | None,
-    prompt_file: str | None,
-    shard: str | None,
-    negative_prompt: str | None,
-    seed: int,
-    clip: Path | None = None,
+    prompt: str | None, prompt_file: str | None, negative_prompt: str | None, seed: int, clip: Path | None = None
 ) -> list[Item]:
     """The items of a command: its prompt's, its prompt file's, or that of a `clip`, which needs no prompt."""
-    if prompt_file is None and shard is not None:
-        raise UsageError("--shard divides the prompts of a --prompt-file; leave it out, or give the file")
+    if not (is_text(prompt or "") and is_text(negative_prompt or "")):
+        raise UsageError("the prompt holds bytes that are no text; give it in UTF-8")
     if clip is not None:
         name = slug(clip.stem)
-        _check_text(prompt, negative_prompt)
         return [Item(name, (prompt or "").strip(), negative_prompt, seed, f"{name}-{seed}")]
     if (prompt is None) == (prompt_file is None):
         raise UsageError('give either a prompt, as in atlasvid render "a red ball moving right", or --prompt-file')
-    if prompt_file is None:
-        return [single(prompt or "", negative_prompt, seed)]
-    return select(read_prompts(prompt_file, negative_prompt, seed), None if shard is None else parse_shard(shard))
+    if prompt_file is not None:
+        return read_prompts(prompt_file, negative_prompt, seed)
+    return [single(prompt or "", negative_prompt, seed)]
 
 
 def single(prompt: str, negative_prompt: str | None, seed: int) -> Item:
     """The item of a prompt given on the command line."""
     if not prompt.strip():
         raise UsageError('the prompt is empty: say what to show, as in atlasvid render "a red ball moving right"')
-    _check_text(prompt, negative_prompt)
     return Item(slug(prompt), prompt.strip(), negative_prompt, seed)
-
-
-def _check_text(*prompts: str | None) -> None:
-    if not all(is_text(prompt or "") for prompt in prompts):
-        raise UsageError("the prompt holds bytes that are no text; give it in UTF-8")
 
 
 def is_text(prompt: str) -> bool:
@@ -146,7 +144,7 @@ def _is_json(text: str) -> bool:
         return False
 
 
-def select(items: Sequence[Item], shard: tuple[int, int] | None) -> list[Item]:
+def select(items: Sequence[T], shard: tuple[int, int] | None) -> list[T]:
     """Every n-th item from the i-th (1-based) on; all of them without a shard."""
     return list(items) if shard is None else list(items[shard[0] - 1 :: shard[1]])
 
@@ -177,6 +175,7 @@ def _fields(line: str, place: str) -> dict:
         raise InputError(f"{place}: id must be a string or a number")
     if "id" in fields and not re.fullmatch(r"\w[\w.-]{0,99}", str(fields["id"])):
         raise InputError(f"{place}: id {fields['id']!r} must be 1 to 100 letters, digits, '.', '_' or '-'")
-    if fields.get("output") is not None and not fields["output"].strip():
-        raise InputError(f"{place}: output must be a file name")
+    path = Path(fields.get("output", "x").strip())
+    if not path.parts or path.is_absolute() or ".." in path.parts:
+        raise InputError(f"{place}: output must name a file in the folder of --output")
     return fields

@@ -2,7 +2,7 @@
 
 import hashlib
 import json
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -312,21 +312,20 @@ class Session:
             if self._is_new("cache"):
                 console.note(f"{error}; embeddings are not kept")
 
-    def encode(self, prompts: list[str], console: Console) -> list[Embedding]:
-        """What the text encoder makes of prompts; it is loaded for them, which is a step of its stage, and let go."""
+    def encode(self, prompts: list[str], console: Console) -> Iterator[Embedding]:
+        """What the text encoder makes of prompts, one by one, so that an interruption loses none that was kept. It is
+        loaded for them, which is a step of its stage, and let go."""
         self._make_room("text")
         where, length = self._text_device, self.preset.transformer.text_length
         with console.stage("text", 1 + len(prompts)) as advance:
             tokenizer, encoder = load_text(self.folder, torch.float32 if where.type == "cpu" else self.dtype)
             encoder = encoder.to(where)
             advance()
-            made = []
             for prompt in prompts:
                 [states] = encode_prompts([prompt], tokenizer, encoder, length)
                 unread = left_out(prompt, tokenizer, length)
-                made.append(Embedding(states.cpu(), tuple(unknown_words(prompt, tokenizer)), unread))
                 advance()
-        return made
+                yield Embedding(states.cpu(), tuple(unknown_words(prompt, tokenizer)), unread)
 
     def _weights(self, stage: str) -> list[tuple[str, str | None]]:
         """The folders of the weights that work in a stage, each with its adapter: of two experts both in the proxy, and

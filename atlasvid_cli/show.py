@@ -25,13 +25,13 @@ def short(flops: float) -> str:
 def show_plan(
     plan: "Plan",
     console: "Console",
-    folder: Path,
+    folder: Path | None,
     run_dir: Path | None = None,
     videos: int = 1,
     machine: "Machine | None" = None,
 ) -> None:
-    """Prints the plan of so many `videos` in `folder`, a table or with --json an object, and warns where they do not
-    fit the `machine`, by default this one, or cannot be written there."""
+    """Prints the plan of so many `videos` in `folder`, if one is named, a table or with --json an object, and warns
+    where they do not fit the `machine`, by default this one, or cannot be written there."""
     from .console import duration
     from .cost import check_resources, offload_of
     from .cost import rows as costs_of

@@ -69,6 +69,12 @@ def may_write(folder: Path) -> bool:
         return place.is_dir() and os.access(place, os.W_OK | os.X_OK)
 
 
+def check_apart(target: Path, run_dir: Path | None) -> None:
+    """UsageError where a result would take the name of its run's preview, which is made before it."""
+    if run_dir and os.path.realpath(target) == os.path.realpath(run_dir / "proxy.mp4"):
+        raise UsageError(f"{target} will be the preview of the run; choose another --output or --run-dir")
+
+
 def check_writable(target: Path, option: str = "--output") -> None:
     """Raises ResourceError for a file that cannot be written and UsageError for what is none, a pipe say, before hours
     of work; `option` says where it goes."""

@@ -18,7 +18,7 @@ import numpy as np
 import pytest
 import torch
 
-from atlasvid_cli import __version__, cli, tensor_file
+from atlasvid_cli import __version__, cli, session, store, tensor_file
 from atlasvid_cli.extend import extended
 from atlasvid_cli.footage import open_clip
 from atlasvid_cli.video import probe, write_video
@@ -118,6 +118,11 @@ def test_the_command_line_imports_nothing_heavy():
         (["render", "x", "--attention-backend", "_native_cudnn"], 2, "cannot run here"),
         (["render", "a \udcff ball"], 2, "UTF-8"),
         (["render", "x", "--negative-prompt", "a \0 ball"], 2, "UTF-8"),
+        (["render", "--prompt-file", "-", "--negative-prompt", "a \0 ball"], 2, "UTF-8"),
+        (["render", "--prompt-file", "-", "--shard", "0/8"], 2, "--shard"),  # and stdin is not read
+        (["render", "x", "--run-dir", ""], 2, "--run-dir is empty"),
+        (["render", "x", "--run-dir", "job", "-o", "job/proxy.mp4"], 2, "preview of the run"),
+        (["render", "x", "--run-dir", "job", "-o", "job/proxy.mp4", "--dry-run"], 2, "preview of the run"),
         (["render", "--prompt-file", "absent.txt"], 3, "absent.txt"),
         (["render", "--prompt-file", "/dev/null"], 3, "holds no prompts"),
         (["render", "a", "red", "ball"], 2, "put a prompt in quotes (see atlasvid render --help)"),
@@ -153,6 +158,7 @@ def test_the_command_line_imports_nothing_heavy():
         (["train", "proxy"], 2, "--data"),
         (["train", "proxy", "--data", "absent", "--preset", "nope"], 2, "preset"),
         (["train", "proxy", "--data", "absent", "--lr", "nan"], 2, "--lr"),
+        (["train", "proxy", "--data", "absent"], 3, "absent cannot be read"),
         (["frobnicate"], 2, "frobnicate"),
     ],
 )
@@ -163,11 +169,12 @@ def test_bad_input_is_one_sentence_and_leaves_nothing(run, tmp_path, arguments, 
     assert list(tmp_path.iterdir()) == []
 
 
-def test_an_error_is_no_data_where_stderr_is_closed():
-    for more in ([], ["--debug"]):
-        command = [sys.executable, "-m", "atlasvid_cli", "render", "", *more]
-        done = subprocess.run(["sh", "-c", '"$@" 2>&-', "sh", *command], stdout=subprocess.PIPE)
-        assert (done.returncode, done.stdout) == (2, b"")
+@pytest.mark.parametrize("stderr", ["&-", "/dev/full"])
+@pytest.mark.parametrize("arguments", [["render", ""], ["render", "", "--debug"], []])
+def test_an_error_is_no_data_and_keeps_its_code_where_stderr_takes_nothing(stderr, arguments):
+    command = [sys.executable, "-m", "atlasvid_cli", *arguments]
+    done = subprocess.run(["sh", "-c", f'"$@" 2>{stderr}', "sh", *command], stdout=subprocess.PIPE)
+    assert (done.returncode, done.stdout) == (2, b"")
 
 
 @pytest.mark.parametrize(
@@ -187,6 +194,36 @@ def test_an_unwritable_output_is_said_before_any_work(run, random_preset, tmp_pa
     monkeypatch.setattr("atlasvid_cli.session.Session.of", lambda *_: pytest.fail("weights were looked for"))
     code, _, err = run("render", "a ball", *RENDER, "--preset", random_preset, "-o", tmp_path / "file" / "a.mp4")
     assert code == 4 and "cannot be written" in err
+
+
+def test_an_unwritable_run_directory_is_said_before_any_work(run, random_preset, tmp_path, monkeypatch):
+    (tmp_path / "file").write_text("")
+    assert run("proxy", "a red ball", *RENDER, "--preset", random_preset, "-o", "p.safetensors")[0] == 0
+    monkeypatch.setattr("atlasvid_cli.session.Session.of", lambda *_: pytest.fail("weights were looked for"))
+    for command in (["render", "a ball", *RENDER], ["refine", "p.safetensors", *RENDER[:2]]):
+        code, _, err = run(*command, "--preset", random_preset, "--run-dir", tmp_path / "file" / "run")
+        assert code == 4 and "cannot be written" in err and "--run-dir" in err
+
+
+@pytest.mark.parametrize("kind", ["render", "proxy", "refine"])
+def test_a_run_that_another_process_holds_is_left_alone(run, random_preset, tmp_path, kind):
+    own = ["--preset", random_preset]
+    proxy = ["proxy", "a red ball", *RENDER, *own, "-o", "p.safetensors"]
+    assert run(*proxy)[0] == 0
+    [job] = (tmp_path / "runs").iterdir()
+    commands = {
+        "render": ["render", "a red ball", *RENDER, *own, "--run-dir", job],
+        "proxy": proxy,
+        "refine": ["refine", "p.safetensors", *RENDER[:2], *own, "--run-dir", job],
+    }
+    if kind == "proxy":
+        (tmp_path / "p.safetensors").unlink()
+    for file in list(job.iterdir()):
+        file.unlink()
+    with store.lock(job):
+        code, out, err = run(*commands[kind])
+    assert (code, out) == (4, "") and "in use by another" in err
+    assert [path.name for path in job.iterdir()] == [".lock"] and not list(tmp_path.glob("*.mp4"))
 
 
 def test_too_little_memory_is_said_before_loading(run, monkeypatch):
@@ -217,6 +254,20 @@ def test_a_plan_is_data_and_says_what_does_not_fit(run, monkeypatch):
     monkeypatch.setattr("atlasvid_cli.cost.available_ram", lambda: 1 << 20)
     code, out, err = run("plan", "--res", "960x540", "--json")
     assert code == 0 and json.loads(out)["fits"] is False and "of memory and" in err
+
+
+def test_a_plan_advises_no_option_that_it_lacks(run, monkeypatch):
+    monkeypatch.setattr("atlasvid_cli.cost.disk_of", lambda folder: (1, 1000))
+    monkeypatch.setattr(os, "access", lambda path, mode: False)
+    code, _, err = run("plan", "--res", "960x540")
+    assert code == 0 and err.count("\n") == 1 and err.endswith("free; free some space\n")
+
+
+def test_a_dry_run_says_what_the_prompts_are_taken_as(run):
+    prompt = ["a red ball", "--seed", "3", "--negative-prompt", "blur"]
+    code, out, _ = run("render", *prompt, *RENDER, "--dry-run", "--json")
+    asked = json.loads(out)["request"]
+    assert code == 0 and (asked["prompt"], asked["negative_prompt"]) == (extended("a red ball", 3), "blur")
 
 
 def test_a_plan_says_of_a_vae_without_room_that_it_does_not_fit(run, random_preset):
@@ -356,6 +407,32 @@ def test_a_batch_passes_over_a_failing_item(run, random_preset, tmp_path, monkey
     assert "Traceback" not in err and "fail_on_two" in run(*arguments, "--shard", "2/2", "--debug")[2]
 
 
+def test_items_of_a_batch_have_their_own_seeds_and_prompts_encoded_together(run, random_preset, tmp_path, monkeypatch):
+    monkeypatch.setenv("ATLASVID_CACHE", str(tmp_path / "cache"))
+    loads, load, encoded, encode = [], session.load_text, [], session.encode_prompts
+    monkeypatch.setattr(session, "load_text", lambda *a: loads.append(a) or load(*a))
+    monkeypatch.setattr(session, "encode_prompts", lambda p, *a: encoded.extend(p) or encode(p, *a))
+    scenes = [f"a {colour} ball moving right over a green checkerboard" for colour in ("red", "blue", "white")]
+    lines = [
+        {"prompt": scenes[0], "seed": 7, "negative_prompt": "stripes", "output": "in/a"},
+        {"prompt": scenes[1], "negative_prompt": "hills", "output": "b"},
+    ]
+    batch = tmp_path / "p.jsonl"
+    batch.write_text("\n".join(map(json.dumps, lines)))
+    command = ["proxy", "--prompt-file", batch, *RENDER, "--preset", random_preset, "--seed", "4", "-o", "out"]
+    code, _, err = run(*command)
+    assert code == 0, err
+    known = [tensor_file.read_header(path)[0] for path in tmp_path.rglob("runs/*/proxy.safetensors")]
+    found = {tuple(k[name] for name in ("prompt", "seed", "negative_prompt")) for k in known}
+    assert found == {(scenes[0], "7", "stripes"), (scenes[1], "5", "hills")}
+    assert len(loads) == 1 and sorted(encoded) == sorted([*scenes[:2], "stripes", "hills"])
+    encoded.clear()
+    shutil.rmtree(tmp_path / "cache")
+    batch.write_text("\n".join(map(json.dumps, [*lines, {"prompt": scenes[2], "negative_prompt": "hills"}])))
+    assert run(*command)[0] == 0
+    assert sorted(encoded) == sorted([scenes[2], "hills"])  # nothing of what is made
+
+
 def test_a_batch_stops_where_a_library_made_an_error_of_an_interruption(run, random_preset, tmp_path, monkeypatch):
     from atlasvid_cli import pipeline
 
@@ -405,15 +482,22 @@ def test_proxy_then_refine_then_region_then_decode(run, random_preset, tmp_path,
         code, out, _ = run(*refine, "--res", res)
         event = json.loads(out)
         assert code == 0 and event["video"] == str(tmp_path / f"p-{res}.mp4")
+        with monkeypatch.context() as patch:  # a finished one needs neither work nor room
+            patch.setattr("atlasvid_cli.pipeline.read_latents", None)
+            patch.setattr("atlasvid_cli.cost.available_ram", lambda: 1 << 28)
+            assert json.loads(run(*refine, "--res", res)[1]) == event | {"status": "skipped"}
         assert (event["prompt"], event["seed"], Path(event["preview"]).exists()) == (known["prompt"], 0, True)
     first = json.loads(out)["latents"]
     region = ["--res", "448x336", "--region", "64,64,128,128", "--frames", "0:4"]
-    code, out, err = run(*refine, *region, "--seed", "9")
+    code, out, err = run(*refine, *region, "--seed", "9", "-o", "part.mp4")
     assert code == 0 and "much as it was" not in err
+    again = json.loads(run(*refine, *region, "--seed", "9", "-o", "part.mp4")[1])
+    assert again == json.loads(out) | {"status": "skipped"}
     code, _, err = run(*refine, *region)
     assert code == 0 and "much as it was; give another --seed" in err
-    code, out, _ = run("decode", first, "--preset", random_preset, "--codec", "ffv1", "-o", "again.mkv")
-    assert code == 0 and (tmp_path / "again.mkv").exists()
+    for status in ("ok", "skipped"):
+        decode = ["decode", first, "--preset", random_preset, "--codec", "ffv1", "-o", "again.mkv", "--json"]
+        assert json.loads(run(*decode)[1]) == {"video": str(tmp_path / "again.mkv"), "status": status}
     assert json.loads(run("info", "again.mkv", "--json")[1])["codec"] == "ffv1"
     with monkeypatch.context() as patch:
         patch.setattr("atlasvid_cli.decode_cost.available_ram", lambda: 1 << 28)
@@ -503,6 +587,8 @@ def test_targets_of_a_batch_that_clash_are_refused_before_anything(run, random_p
     (tmp_path / "p.jsonl").write_text('{"prompt": "a", "output": "v"}\n{"prompt": "b", "output": "v.mp4"}\n')
     code, _, err = run("render", "--prompt-file", "p.jsonl", *RENDER, "--preset", random_preset)
     assert code == 2 and "would both be" in err and not (tmp_path / "v.mp4").exists()
+    code, _, err = run("render", "--prompt-file", "p.jsonl", *RENDER, "--preset", random_preset, "--shard", "1/2")
+    assert code == 2 and "would both be" in err  # though each is of another job
     (tmp_path / "file").write_text("")
     code, _, err = run("render", "--prompt-file", "p.jsonl", "-o", "file", *RENDER, "--preset", random_preset)
     assert code == 2 and "is a file" in err

@@ -16,7 +16,7 @@ from safetensors.torch import load_file, save_file
 
 from atlasvid_cli import above, artefacts, pipeline, tensor_file
 from atlasvid_cli import proxy as proxy_module
-from atlasvid_cli.batch import proxy_one
+from atlasvid_cli.batch import proxy_one, render_one
 from atlasvid_cli.encode import encode_clips
 from atlasvid_cli.enlarge import enlarge
 from atlasvid_cli.errors import InputError, RenderError, ResourceError, UsageError
@@ -27,6 +27,7 @@ from atlasvid_cli.presets import presets_folder
 from atlasvid_cli.refine import crop_to_stage
 from atlasvid_cli.results import state_of
 from atlasvid_cli.session import Session
+from atlasvid_cli.targets import sheet_of
 from atlasvid_cli.video import probe, read_frames, write_video
 
 PROMPT = "a red ball moving right over a green checkerboard"
@@ -236,22 +237,23 @@ def test_a_video_that_does_not_fit_says_where_its_latents_are(session, request_,
     shown(session, Path(again[2]), tmp_path / "a.mp4", "h264", console)
 
 
-@pytest.mark.parametrize("name", ["proxy.mp4", "proxy.safetensors", "detail.safetensors"])
+@pytest.mark.parametrize("name", ["proxy.mp4", "proxy.safetensors", "detail.safetensors", "run.json"])
 def test_a_file_of_the_users_is_left_alone(session, request_, console, tmp_path, name):
     """With --run-dir a run may lie in any folder: what no run has made is not taken for what one has."""
     mine = tmp_path / name
     if name == "proxy.mp4":
         frames = torch.rand(3, 3, 64, 64, generator=torch.Generator().manual_seed(0))
         write_video(mine, iter(frames), width=64, height=64, fps=Fraction(8), frame_count=3)
+    elif name == "run.json":
+        mine.write_text('{"mine": true}')
     else:
         save_file({"weight": torch.ones(3)}, mine)
     before, plan = digest(mine), make_plan(request_)
     with pytest.raises(UsageError, match="--run-dir"):
-        proxy = pipeline.make_proxy(session, plan, tmp_path, console)
-        pipeline.refine(session, plan, proxy, tmp_path, console)
+        render_one(session, plan, tmp_path, tmp_path / "a.mp4", console)
     assert digest(mine) == before
     mine.unlink()
-    pipeline.refine(session, plan, pipeline.make_proxy(session, plan, tmp_path, console), tmp_path, console)
+    assert render_one(session, plan, tmp_path, tmp_path / "a.mp4", console)["seconds"] > 0
 
 
 def test_a_level_that_starts_from_pixels_is_bound_to_what_makes_them(
@@ -370,6 +372,33 @@ def test_a_video_that_another_process_made_meanwhile_is_kept(session, request_, 
     with pytest.raises(UsageError, match="--output"):
         pipeline.decode(session, result, video, "h264", console)
     assert digest(video) == digest(run / "proxy.mp4") and not list(tmp_path.glob(".*"))
+
+
+def test_a_video_is_finished_whose_latents_vae_and_codec_are_the_same_and_whose_sheet_is_there(tmp_path):
+    made, target = {"key": "a", "vae": "v"}, tmp_path / "a.mkv"
+    frames = torch.zeros(1, 3, 64, 64)
+    tagged = made | {"codec": "ffv1"}
+    write_video(target, iter(frames), width=64, height=64, fps=8, frame_count=1, codec="ffv1", metadata=tagged)
+    assert not artefacts.is_finished(target, made, "ffv1")
+    sheet_of(target).touch()
+    assert artefacts.is_finished(target, made, "ffv1") and not artefacts.is_finished(target, made, "h264")
+    for other in ({"key": "b"}, {"vae": "w"}):
+        assert not artefacts.is_finished(target, made | other, "ffv1")
+    assert not artefacts.is_finished(tmp_path / "b.mkv", made, "ffv1")
+
+
+def test_every_video_of_a_run_is_finished(session, request_, console, tmp_path):
+    plans = {name: make_plan(replace(request_, codec=codec)) for name, codec in (("a.mp4", "h264"), ("b.mkv", "ffv1"))}
+    run = tmp_path / "run"
+    for name, plan in plans.items():
+        pipeline.render(session, plan, run, tmp_path / name, console)
+    for name, plan in plans.items():
+        event = pipeline.finished_video(session, plan, run, tmp_path / name)
+        assert event["status"] == "skipped" and event["seconds"] > 0
+        assert (event["video"], event["preview"]) == (str(tmp_path / name), str(sheet_of(tmp_path / name)))
+        assert pipeline.finished_video(session, make_plan(replace(request_, seed=4)), run, tmp_path / name) is None
+    sheet_of(tmp_path / "a.mp4").unlink()
+    assert pipeline.finished_video(session, plans["a.mp4"], run, tmp_path / "a.mp4") is None
 
 
 def test_prompts_are_encoded_before_a_model_is_loaded(random_preset, request_, console, tmp_path, monkeypatch):

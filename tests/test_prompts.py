@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from atlasvid_cli import parse
 from atlasvid_cli.errors import InputError, UsageError
 from atlasvid_cli.parse import MAX_SEED
-from atlasvid_cli.prompts import items_of, read_prompts, select, single, slug
+from atlasvid_cli.prompts import items_of, read_prompts, select, shard_of, single, slug
 
 QUICK = settings(max_examples=60, deadline=None)
 
@@ -87,6 +87,8 @@ def test_lines_end_as_on_any_system(tmp_path: Path, end: str) -> None:
         ('{"prompt": "x", "id": "a"}', "line 2: id 'a' is taken by line 1"),
         ('{"prompt": "x", "output": "o.mp4"}', r"line 2: output 'o\.mp4' is taken by line 1"),
         ('{"prompt": "x", "output": ""}', "line 2: output"),
+        ('{"prompt": "x", "output": "/tmp/a.mp4"}', "line 2: output must name a file in the folder"),
+        ('{"prompt": "x", "output": "a/../../b.mp4"}', "line 2: output must name a file in the folder"),
     ],
 )
 def test_bad_lines_are_named(tmp_path: Path, line: str, words: str) -> None:
@@ -203,6 +205,10 @@ def test_what_would_be_taken_for_prompts_is_refused(tmp_path: Path) -> None:
 
 def test_a_clips_prompt_is_checked_too() -> None:
     with pytest.raises(UsageError, match="UTF-8"):
-        items_of("a \udcff ball", None, None, None, 0, Path("a.mp4"))
-    with pytest.raises(UsageError, match="--shard"):
-        items_of(None, None, "1/2", None, 0, Path("a.mp4"))
+        items_of("a \udcff ball", None, None, 0, Path("a.mp4"))
+
+
+def test_a_shard_is_of_a_prompt_file() -> None:
+    assert shard_of("2/8", "-") == (2, 8) and shard_of(None, None) is None
+    with pytest.raises(UsageError, match="--shard divides"):
+        shard_of("1/2", None)

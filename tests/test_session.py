@@ -10,7 +10,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from atlasvid_cli import artefacts, machine, pipeline, session, tensor_file
+from atlasvid_cli import above, artefacts, machine, pipeline, session, tensor_file
 from atlasvid_cli.block import Kernels
 from atlasvid_cli.errors import InputError, UsageError
 from atlasvid_cli.model import detail_forward, text_context
@@ -191,6 +191,23 @@ def test_prompts_seen_by_an_earlier_run_need_no_text_encoder(stock_preset, conso
     assert capsys.readouterr().err.count("zebra") == 1
 
 
+def test_an_interrupted_text_stage_keeps_what_it_encoded(stock_preset, console, loaded, monkeypatch):
+    real, encoded = session.encode_prompts, []
+
+    def stopped_at_the_third(prompts, *rest):
+        encoded.extend(prompts)
+        if len(encoded) == 3:
+            raise KeyboardInterrupt
+        return real(prompts, *rest)
+
+    monkeypatch.setattr(session, "encode_prompts", stopped_at_the_third)
+    prompts = "a red ball", "a blue star", "a green ring", ""
+    with pytest.raises(KeyboardInterrupt):
+        Session(str(stock_preset)).embeddings(prompts, console)
+    Session(str(stock_preset)).embeddings(prompts, console)
+    assert encoded == [*prompts[:3], *prompts[2:]] and len(loaded) == 2
+
+
 def test_a_cache_that_cannot_be_written_stops_nothing(stock_preset, console, loaded, tmp_path, capsys):
     (tmp_path / "cache").write_text("in the way")
     assert len(Session(str(stock_preset)).embeddings(("a red ball", ""), console)) == 2
@@ -310,6 +327,22 @@ def test_a_lora_without_an_expert_is_said_to_change_both(experts_preset, console
     for second in (False, True):
         ours.transformer("proxy", "none", console, second)
     assert capsys.readouterr().err.count("changes both experts") == 1
+
+
+def test_refine_says_of_a_lora_of_the_first_expert_that_it_changes_nothing(
+    experts_preset, console, tmp_path, monkeypatch, capsys
+):
+    request = Request(str(experts_preset), 240, 128, Fraction(1), "a red ball")
+    bare = Session(str(experts_preset))
+    proxy = pipeline.make_proxy(bare, make_plan(request), tmp_path / "run", console)
+    path = _small_lora(tmp_path / "a.safetensors", bare.transformer("proxy", "none", console))
+    monkeypatch.setattr(above, "check_resources", lambda *a: None)  # counts Wan's text encoder, of 22 GiB
+    monkeypatch.setattr(pipeline, "refine", lambda *a: None)
+    monkeypatch.setattr(pipeline, "finish", lambda *a: None)
+    for expert, count in (("high", 1), ("low", 0)):
+        plan = above.plan_from_proxy(proxy, replace(request, loras=(Lora(path, expert=expert),)))
+        above.refine_saved(proxy, plan, tmp_path / "a.mp4", None, console)
+        assert capsys.readouterr().err.count("changes nothing here") == count
 
 
 def test_what_pefts_config_says_of_a_lora_is_part_of_its_identity(random_preset, console, tmp_path):

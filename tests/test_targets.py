@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from atlasvid_cli.errors import UsageError
-from atlasvid_cli.targets import check_writable, is_folder, may_write, target_of
+from atlasvid_cli.targets import check_apart, check_writable, is_folder, may_write, target_of
 
 
 @pytest.mark.parametrize(
@@ -67,3 +67,12 @@ def test_a_pipe_is_no_place_for_a_video(tmp_path: Path):
         check_writable(tmp_path / "a.mp4")
     check_writable(tmp_path / "b.mp4")
     assert [path.name for path in tmp_path.iterdir()] == ["a.mp4"]
+
+
+def test_a_video_is_not_its_runs_preview(tmp_path: Path):
+    (tmp_path / "link").symlink_to("job")
+    for run_dir in ("job", "link"):
+        with pytest.raises(UsageError, match=r"preview of the run; choose another"):
+            check_apart(tmp_path / "job" / "proxy.mp4", tmp_path / run_dir)
+        check_apart(tmp_path / "job" / "a.mp4", tmp_path / run_dir)
+    check_apart(tmp_path / "proxy.mp4", None)
