@@ -19,6 +19,7 @@ from .artefacts import (
     result_metadata,
     result_of_region,
     result_path,
+    video_tags,
 )
 from .console import Console
 from .cost import check_resources
@@ -118,7 +119,8 @@ def refine_saved(latents: Path, plan: Plan, target: Path, run_dir: Path | None, 
     result = result_path(plan, folder, wanted)
     event = {"prompt": known["prompt"], "seed": plan.request.seed, "status": "ok", "video": str(target)}
     event |= {"preview": str(sheet_of(target)), "latents": str(result), "run_dir": str(folder)}
-    if is_current(result, wanted) and is_finished(target, wanted, plan.request.codec):
+    tagged = video_tags(session, wanted, plan.target_latents, plan.request.codec)
+    if is_current(result, wanted) and is_finished(target, tagged, plan.frames):
         console.note(f"{target} was finished before")
         return event | {"status": "skipped"}
     if made:

@@ -14,7 +14,7 @@ from typing import Any, Literal
 import torch
 
 from . import __version__, store, tensor_file
-from .decode_cost import start_tile
+from .decode_cost import start_tile, vae_tile
 from .errors import AtlasError, InputError, UsageError
 from .parse import MAX_FPS, MAX_SECONDS, MAX_SEED, MAX_SIDE_PX
 from .plan import Plan
@@ -23,10 +23,10 @@ from .refine import Region
 from .results import state_of
 from .session import Session
 from .stages import Stage
-from .targets import sheet_of
-from .video import tags
+from .video import tags, whole_frames
 
 FORMAT = "atlasvid-latents/1"
+TOLD = ("prompt", "seed", "preset", "version", "model", "dtype", "attention", "key")  # by a video, of its latents
 
 
 def _number(most: int, whole: bool = True) -> Callable[[str], object]:
@@ -76,7 +76,7 @@ def run_hash(session: Session, plan: Plan) -> str:
 
 def weights_of(session: Session, plan: Plan) -> dict[str, Any]:
     """Identities of all weights that make a video; `starts` are those by which levels start in pixels."""
-    starts = [_start_of(session, plan, level) for level in plan.levels if level.in_pixels]
+    starts = [session.pixels_hash(start_tile(plan, level), level.entry) for level in plan.levels if level.in_pixels]
     return {
         "proxy": session.hash("proxy"),
         "detail": session.hash("detail"),
@@ -203,7 +203,9 @@ def stage_metadata(
     numbers, so that its preview plays everywhere."""
     weights = session.hash(kind)
     fields = {**plan.key(stage), "prompt": prompt, "negative": negative, "model": weights, "below": below or encoder}
-    fields |= session.arithmetic | ({"start": _start_of(session, plan, stage)} if stage.in_pixels else {})
+    fields |= session.arithmetic
+    if stage.in_pixels:
+        fields["start"] = session.pixels_hash(start_tile(plan, stage), stage.entry)
     geometry, grid, last = session.preset.geometry, stage.grid, stage is plan.levels[-1]
     pixels = geometry.token_pixels
     width, height = plan.request.width if last else grid.w * pixels, plan.request.height if last else grid.h * pixels
@@ -230,11 +232,6 @@ def stage_metadata(
         "below": below,
         "key": store.artefact_hash(fields),
     }
-
-
-def _start_of(session: Session, plan: Plan, stage: Stage) -> str:
-    """Identity of what makes the pixels that a level starts from: weights, dtype, and tiles, which are blended."""
-    return f"{session.start_hash(stage.entry)} {start_tile(plan, stage)}"
 
 
 def level_metadata(session: Session, plan: Plan, stage: Stage, below: dict[str, str]) -> dict[str, str]:
@@ -295,10 +292,17 @@ def record_of(run_dir: Path) -> dict[str, Any]:
     return record
 
 
-def is_finished(target: Path, metadata: dict[str, str], codec: str) -> bool:
-    """Whether `target` is the video, in this codec, of the latents with this metadata; its sheet is written last."""
-    wanted = {"key": metadata["key"], "vae": metadata["vae"], "codec": codec}
-    return wanted.items() <= _tags(target).items() and sheet_of(target).exists()
+def video_tags(session: Session, metadata: dict[str, str], latents: tuple[int, int], codec: str) -> dict[str, str]:
+    """What a video says of the latents that it shows, which have this metadata and are (h, w) large, and of how they
+    were decoded."""
+    decoder = session.pixels_hash(vae_tile(session.preset, *latents))
+    return {name: metadata[name] for name in TOLD} | {"codec": codec, "decoder": decoder}
+
+
+def is_finished(target: Path, wanted: dict[str, str], frames: int) -> bool:
+    """Whether `target` is the video with the `wanted` tags (`video_tags`), and no part of it is missing."""
+    same = {name: wanted[name] for name in ("key", "codec", "decoder")}.items() <= _tags(target).items()
+    return same and whole_frames(target) == frames
 
 
 def _tags(path: Path) -> dict[str, str]:

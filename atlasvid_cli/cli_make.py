@@ -243,13 +243,13 @@ def decode(
     target = target_of(output, latents.with_suffix(""), suffix)
     check_target(target, codec, width, height)
     check_writable(target)
-    if artefacts.is_finished(target, known, codec):
+    artefacts.check_replaceable(target, known)
+    loaded, frames = load_preset(preset or known["preset"]), int(known["frames"])
+    check_decode(loaded, shape := artefacts.latents_shape(latents), size, frames, codec, target.parent)
+    session = Session(loaded, model_path)
+    if artefacts.is_finished(target, artefacts.video_tags(session, known, shape[1:], codec), frames):
         console.note(f"{target} was finished before")
         return console.emit({"video": str(target), "status": "skipped"}, str(target))
-    artefacts.check_replaceable(target, known)
-    loaded = load_preset(preset or known["preset"])
-    check_decode(loaded, artefacts.latents_shape(latents), size, int(known["frames"]), codec, target.parent)
-    session = Session(loaded, model_path)
     warn_of_player(console, codec, width, height)
     pipeline.decode(session, latents, target, codec, console)
     console.emit({"video": str(target), "status": "ok"}, str(target))

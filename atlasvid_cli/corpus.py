@@ -34,6 +34,7 @@ Tensors = dict[str, torch.Tensor]
 Encoded = list[tuple[Tensors, dict[str, str]]]
 
 RECIPE = 1  # of cuts, crops and draws of ratios: counted up with each change, as latents are kept by it
+ENLARGED = 1.1  # as much as a clip may be for stage 1: more would teach it blur
 SLOW = 0.95  # of the rate that is taken: below, frames are repeated that one sees
 HELD_OUT = 10  # every tenth clip is not trained on
 VALIDATED = 16  # samples of held-out clips that a validation takes at most
@@ -238,10 +239,9 @@ def encode_for_proxy(vae: AutoencoderKLWan, preset: Preset, clip: Clip) -> Encod
     # the grid of a video of this aspect, as a plan would choose it
     target = shapes.video_grid(max(1, round(2160 * clip.width / clip.height)), 2160, 1, geometry)
     grid = shapes.base_grid(target, preset.proxy.base_tokens, preset.detail.max_ratio, 1)
-    token = geometry.token_pixels
-    size = grid.w * token, grid.h * token
-    # the grid is rounded up to tokens, to which a clip of the proxy's own size may lack some pixels
-    if clip.width <= size[0] - token or clip.height <= size[1] - token:
+    size = grid.w * geometry.token_pixels, grid.h * geometry.token_pixels
+    # of about `base_tokens`, rounded up: a clip of the size that the model was trained at may lack some pixels
+    if max(size[0] / clip.width, size[1] / clip.height) > ENLARGED:
         raise InputError(f"{_sized(clip)}: its proxy needs {size[0]}x{size[1]} or more")
     frames = read_clip(clip, fps, sum(pieces), size)
     return [({"latents": encode_stream(vae, islice(frames, length)).half()}, {}) for length in pieces]

@@ -31,6 +31,7 @@ from .artefacts import (
     region_of,
     result_metadata,
     result_path,
+    video_tags,
     weights_of,
 )
 from .console import Console
@@ -56,8 +57,6 @@ from .video import contact_sheet, write_png, write_video
 from .weights import load_scheduler
 
 SHEET_FRAMES = 12
-# what a video says of the latents that it shows
-TOLD = ("prompt", "seed", "preset", "version", "model", "vae", "dtype", "attention", "key")
 
 
 def render(session: Session, plan: Plan, run_dir: Path, output: Path, console: Console) -> dict[str, Any]:
@@ -93,7 +92,8 @@ def render(session: Session, plan: Plan, run_dir: Path, output: Path, console: C
 def finished_video(session: Session, plan: Plan, run_dir: Path, output: Path) -> dict[str, Any] | None:
     """The event of an identical job of this run whose video is there, one of several perhaps; None otherwise."""
     record, wanted = record_of(run_dir), result_metadata(session, plan, proxy_metadata(session, plan))
-    if record.get("key") != wanted["key"] or not is_finished(output, wanted, plan.request.codec):
+    tagged = video_tags(session, wanted, plan.target_latents, plan.request.codec)
+    if record.get("key") != wanted["key"] or not is_finished(output, tagged, plan.frames):
         return None
     return {**record["event"], "video": str(output), "preview": str(sheet_of(output)), "status": "skipped"}
 
@@ -242,7 +242,7 @@ def decode(
             fps=Fraction(metadata["fps"]),
             frame_count=frames,
             codec=codec,
-            metadata={"codec": codec, **{name: metadata[name] for name in TOLD}},
+            metadata=video_tags(session, metadata, (latents.shape[2], latents.shape[3]), codec),
             on_frame=lambda _: None if tiles else advance(),
         )
     write_png(sheet_of(output), contact_sheet(sheet, 4))

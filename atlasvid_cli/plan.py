@@ -109,6 +109,12 @@ class Plan:
         return self.levels[-1].grid
 
     @property
+    def target_latents(self) -> tuple[int, int]:
+        """Height and width of the video's latents."""
+        patch = self.preset.geometry.patch
+        return self.target.h * patch, self.target.w * patch
+
+    @property
     def region(self) -> tuple[Shape, Shape]:
         """The first and the end tokens (t, h, w) of the part of the last level that is asked for."""
         x, y, w, h = self.request.region or (0, 0, self.request.width, self.request.height)
@@ -139,7 +145,7 @@ class Plan:
         if stage is self.proxy and (clip := self.request.clip):
             shown = {"grid": _plain(stage.grid), "size": list(self.proxy_size), **self._played}
             return {**fields, "clip": clip.sha256, **shown}
-        sampled = dataclasses.replace(stage, entry=None)  # the file is known by what it holds (`Session.start_hash`)
+        sampled = dataclasses.replace(stage, entry=None)  # the file is known by what it holds (`Session.pixels_hash`)
         own = _plain(sampled)
         if not stage.is_autoguided:
             del own["autoguidance"]

@@ -74,7 +74,7 @@ def check_session(request: Request, console: Console) -> "Session | None":
     session where there is nothing to fetch."""
     preset = load_preset(request.preset)
     if folder_here(preset, request.model_path):
-        return Session.of(request, console)
+        return Session.of(request, console, identified=False)
     check_options(preset, Kernels(request.attention_backend, request.compiled), request.loras, request.weight_dtype)
     return None
 
@@ -113,8 +113,8 @@ class Session:
         self._cache_folder = cache or cache_folder()
 
     @classmethod
-    def of(cls, request: Request, console: Console) -> "Session":
-        """What a request asks for, its weights identified and its adapters checked."""
+    def of(cls, request: Request, console: Console, identified: bool = True) -> "Session":
+        """What a request asks for, its adapters checked; its weights are `identified` unless nothing will be made."""
         session = cls(
             request.preset,
             request.model_path,
@@ -123,23 +123,25 @@ class Session:
             request.strict,
             request.weight_dtype,
         )
-        session.identify(console)
+        session.check_loras()
+        if identified:
+            stages = [name for stage in ("proxy", "detail") for pair in session._weights(stage) for name in pair]
+            session.identify(console, *stages, "text_encoder", "vae")
         session.check_adapters()
         return session
 
-    def identify(self, console: Console) -> None:
-        """Reads large weights whose digests nothing keeps yet, and shows it: identities are made of them."""
-        stages = [name for stage in ("proxy", "detail") for pair in self._weights(stage) for name in pair]
-        files = weight_files(self.folder, *stages, "text_encoder", "vae")
-        if large := unread(files):
+    def identify(self, console: Console, *names: str | None) -> None:
+        """Reads the large ones of the named weights whose digests nothing keeps yet, and shows it: identities are made
+        of them."""
+        if large := unread(weight_files(self.folder, *names)):
             with console.stage("checksums", len(large)) as advance:
                 for file in large:
                     file_digest(file)
                     advance()
 
     def check_adapters(self) -> None:
-        """Raises InputError for an adapter of another stage or base, or trained otherwise than the preset says, for an
-        entry of another VAE and for a LoRA of another model: the detail would find it out after hours of the proxy."""
+        """Raises InputError for an adapter of another stage or base, or trained otherwise than the preset says, and for
+        an entry of another VAE: the detail would find it out after hours of the proxy."""
         time_ratio, detail = str(self.preset.proxy.time_ratio), self.preset.detail
         windows = json.dumps(detail.windows)
         trained_for = {
@@ -157,8 +159,11 @@ class Session:
         skeleton = load_skeleton(self.folder)
         for adapter in {adapter for stage in trained_for for _, adapter in self._weights(stage) if adapter}:
             merge_adapter(skeleton, self.folder, adapter)
+
+    def check_loras(self) -> None:
+        """Raises InputError for a LoRA of another model."""
         for lora in self.loras:
-            merge_lora(skeleton, lora, self.strict, warn=lambda text: None)
+            merge_lora(load_skeleton(self.folder), lora, self.strict, warn=lambda text: None)
 
     @property
     def arithmetic(self) -> dict[str, str]:
@@ -192,10 +197,11 @@ class Session:
             self._hashes["vae"] = model_hash(self.folder, "vae")
         return self._hashes["vae"]
 
-    def start_hash(self, entry: str | None) -> str:
-        """Identity of the weights that make what a level starts from in pixels, and of how they compute."""
+    def pixels_hash(self, tile: int | None, entry: str | None = None) -> str:
+        """Identity of what makes pixels of latents, and with an `entry` what a level starts from of those: weights,
+        dtype, and tiles, which are blended."""
         weights = model_hash(self.folder, "vae", entry) if entry else self.vae_hash
-        return f"{weights} {decode_dtype(self.preset.decode_dtype)}"
+        return f"{weights} {decode_dtype(self.preset.decode_dtype)}" + (f" {tile}" if tile else "")
 
     def transformer(self, stage: str, offload: Offload, console: Console, second: bool = False) -> Any:
         """The model with the adapter of stage `proxy` or `detail`, on the compute device as far as `offload` says;
@@ -323,9 +329,9 @@ class Session:
             advance()
             for prompt in prompts:
                 [states] = encode_prompts([prompt], tokenizer, encoder, length)
-                unread = left_out(prompt, tokenizer, length)
+                rest = left_out(prompt, tokenizer, length)
                 advance()
-                yield Embedding(states.cpu(), tuple(unknown_words(prompt, tokenizer)), unread)
+                yield Embedding(states.cpu(), tuple(unknown_words(prompt, tokenizer)), rest)
 
     def _weights(self, stage: str) -> list[tuple[str, str | None]]:
         """The folders of the weights that work in a stage, each with its adapter: of two experts both in the proxy, and

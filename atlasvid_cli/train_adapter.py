@@ -38,7 +38,8 @@ def make(session: Session, job: Job, console: Console) -> Path:
     file.
     """
     preset, learner = session.preset, check(session.preset, job)
-    session.identify(console)
+    read = learner.lora if job.stage == "detail" else None
+    session.identify(console, learner.part, "text_encoder", "vae", read)
     processes = all_processes()
     base = model_hash(session.folder, learner.part)
     if job.stage == "detail" and learner.lora:
@@ -258,8 +259,7 @@ def embedder(session: Session, prompts: list[str], work: Path, console: Console)
     """Prompt -> embedding (tokens, text_dim) fp32, of `prompts` and the empty one, encoded once and kept in `work`."""
     cache = EmbeddingCache(work / session.text_name)
     missing = [p for p in dict.fromkeys(("", *prompts)) if not cache.has(p)]
-    made = session.encode(missing, console) if missing else ()
-    for prompt, embedding in zip(missing, made, strict=True):
+    for prompt, embedding in zip(missing, session.encode(missing, console) if missing else (), strict=True):
         cache.write(prompt, embedding)  # as it comes, so that an interruption costs no more
         session.tell_ignored([embedding], console)
 

@@ -95,7 +95,7 @@ def check(preset: Preset, job: Job) -> Learner:
 def check_files(preset: Preset, job: Job, model_path: str | None) -> None:
     """Raises InputError for clips, and for an adapter that makes a detail's proxies, which are not there, before
     weights are fetched: of a repository that is not here, nothing is known of its adapters."""
-    if str(job.data) != WORLD:
+    if str(job.data) != WORLD and not job.data.is_fifo():  # a pipe is read once
         read_index(job.data, Console(quiet=True))  # what it warns of is said where clips are taken
     lora, folder = learner_of(preset, job).lora, folder_here(preset, model_path)
     if job.stage == "detail" and folder and lora and not (folder / lora).is_file():

@@ -241,6 +241,15 @@ def tags(path: Path) -> dict[str, str]:
         return {k.lower(): v for k, v in container.metadata.items() if k.lower() not in containers_own}
 
 
+def whole_frames(path: Path) -> int:
+    """Frames that a video file holds all bytes of: of one that was cut short fewer than it says."""
+    count = 0
+    with opened(path) as (container, stream), suppress(av.FFmpegError):
+        for packet in container.demux(stream):
+            count += packet.size > 0 and not packet.is_corrupt
+    return count
+
+
 def probe(path: Path) -> dict[str, Any]:
     """What a video file says of itself; its frames are counted, not decoded. `InputError` when it is not a video.
 

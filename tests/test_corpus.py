@@ -216,13 +216,16 @@ def test_what_cannot_be_used_is_named_and_passed_over(session, tmp_path, console
         assert f"good.mp4 is {said}" in capsys.readouterr().err
 
 
-def test_footage_of_the_proxys_own_size_is_large_enough(tmp_path, monkeypatch):
-    """Of 854x480 too, for which a grid of whole tokens is a little larger."""
+def test_footage_of_the_size_that_a_model_was_trained_at_is_large_enough(tmp_path, monkeypatch):
+    """Of 854x480 too: a grid of whole tokens is a little larger."""
     monkeypatch.setattr(corpus, "encode_stream", lambda vae, frames: torch.zeros(1))
     monkeypatch.setattr(corpus, "read_clip", lambda *a, **k: iter(()))
+    sizes = dict.fromkeys(preset_names(), ((832, 480), (854, 480), (480, 854), (1920, 1080)))
+    sizes |= {"wan2.2-5b": ((1280, 704), (704, 1280), (1280, 720)), "tiny": ((384, 224), (400, 225))}
+    for name, preset in ((name, load_preset(name)) for name in sizes):
+        for size in sizes[name]:
+            assert corpus.encode_for_proxy(None, preset, listed(tmp_path, size=size))
     preset = load_preset("wan2.1-1.3b")
-    for size in ((832, 480), (854, 480), (480, 854), (1920, 1080)):
-        assert corpus.encode_for_proxy(None, preset, listed(tmp_path, size=size))
     with pytest.raises(InputError, match="640x360: its proxy needs"):
         corpus.encode_for_proxy(None, preset, listed(tmp_path, size=(640, 360)))
 

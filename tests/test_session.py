@@ -10,14 +10,14 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from atlasvid_cli import above, artefacts, machine, pipeline, session, tensor_file
+from atlasvid_cli import above, artefacts, digests, machine, pipeline, session, tensor_file
 from atlasvid_cli.block import Kernels
 from atlasvid_cli.errors import InputError, UsageError
 from atlasvid_cli.model import detail_forward, text_context
 from atlasvid_cli.offload import stored
 from atlasvid_cli.parse import Lora
 from atlasvid_cli.plan import Request, make_plan
-from atlasvid_cli.session import Session
+from atlasvid_cli.session import Session, check_session
 from atlasvid_cli.shapes import Grid
 from atlasvid_cli.video import probe
 from atlasvid_cli.weights import model_hash
@@ -214,6 +214,20 @@ def test_a_cache_that_cannot_be_written_stops_nothing(stock_preset, console, loa
     assert "not kept" in capsys.readouterr().err
 
 
+def test_large_weights_are_identified_once_and_not_for_a_plan(random_preset, console, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(digests, "LARGE", 1)
+    monkeypatch.setenv("ATLASVID_CACHE", str(tmp_path))
+    request = Request(str(random_preset), 200, 120, Fraction(1))
+    assert check_session(request, console) is not None and "checksums" not in capsys.readouterr().err
+    digests._digest.cache_clear()
+    shutil.rmtree(tmp_path / "digests", ignore_errors=True)
+    Session.of(request, console)
+    files = len(list(random_preset.with_suffix("").rglob("*.safetensors"))) - 1  # without the entry
+    assert f"checksums: {files}/{files}" in capsys.readouterr().err
+    Session.of(request, console)
+    assert "checksums" not in capsys.readouterr().err
+
+
 def test_a_lora_changes_the_identity_of_the_latents(stock_preset, console, tmp_path):
     bare = Session(str(stock_preset))
     model = bare.transformer("proxy", "none", console)
@@ -290,12 +304,12 @@ def test_what_a_later_stage_would_refuse_is_said_before_the_first(stock_preset, 
     path = tmp_path / "other.safetensors"
     save_file({f"{name}.lora_A.weight": torch.zeros(2, 7), f"{name}.lora_B.weight": torch.zeros(9, 2)}, path)
     with pytest.raises(InputError, match="fit no layer"):
-        Session(str(stock_preset), loras=(Lora(path),)).check_adapters()
+        Session(str(stock_preset), loras=(Lora(path),)).check_loras()
     good = {f"{name}.lora_A.weight": torch.zeros(2, 24), f"{name}.lora_B.weight": torch.zeros(24, 2)}
     save_file(good | {f"{name}.alpha": torch.tensor(1.0), "unknown": torch.zeros(1)}, path)
-    Session(str(stock_preset), loras=(Lora(path),)).check_adapters()
+    Session(str(stock_preset), loras=(Lora(path),)).check_loras()
     with pytest.raises(InputError, match="unknown"):
-        Session(str(stock_preset), loras=(Lora(path),), strict=True).check_adapters()
+        Session(str(stock_preset), loras=(Lora(path),), strict=True).check_loras()
 
 
 def test_the_detail_of_two_experts_needs_the_second_alone(experts_preset, console, tmp_path, monkeypatch):
