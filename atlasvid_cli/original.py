@@ -99,10 +99,10 @@ def is_whole(folder: Path) -> bool:
 
 
 def config(folder: Path, part: str) -> dict[str, Any]:
-    """diffusers' config of the `vae` or of a transformer. OSError and ValueError where it cannot be read."""
+    """diffusers' config of the `vae` or of a transformer. OSError, ValueError or KeyError where it is not readable."""
     if part == "vae":
         weights = _pickled(_vae(folder))
-        sizes: dict[str, Any] = {
+        found: dict[str, Any] = {
             "base_dim": len(weights["encoder.conv1.weight"]),
             "z_dim": len(weights["conv2.weight"]),
             "dim_mult": [1, 2, 4, 4],
@@ -110,9 +110,9 @@ def config(folder: Path, part: str) -> dict[str, Any]:
             "temperal_downsample": [False, True, True],
         }
         if not _is_22(folder):
-            return sizes
-        return sizes | {
-            "decoder_base_dim": len(weights["decoder.conv1.weight"]) // sizes["dim_mult"][-1],
+            return found
+        return found | {
+            "decoder_base_dim": len(weights["decoder.conv1.weight"]) // found["dim_mult"][-1],
             "is_residual": True,
             "in_channels": 12,
             "out_channels": 12,
@@ -122,14 +122,17 @@ def config(folder: Path, part: str) -> dict[str, Any]:
             "latents_mean": MEAN22,
             "latents_std": STD22,
         }
-    home = _home(folder, part)
-    said = json.loads((home / "config.json").read_text(encoding="utf-8"))
+    return sizes(folder, part) | {"text_dim": _shape(files(folder, part), "text_embedding.0.weight")[1]}
+
+
+def sizes(folder: Path, part: str) -> dict[str, Any]:
+    """What of a transformer's `config` its config.json says: all but `text_dim`, which its weights do."""
+    said = json.loads((_home(folder, part) / "config.json").read_text(encoding="utf-8"))
     return {
         "num_attention_heads": said["num_heads"],
         "attention_head_dim": said["dim"] // said["num_heads"],
         "in_channels": said["in_dim"],
         "out_channels": said["out_dim"],
-        "text_dim": _shape(files(folder, part), "text_embedding.0.weight")[1],
         "freq_dim": said["freq_dim"],
         "ffn_dim": said["ffn_dim"],
         "num_layers": said["num_layers"],

@@ -8,7 +8,7 @@ import dataclasses
 import hashlib
 import json
 import re
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from fractions import Fraction
 from functools import partial
 from pathlib import Path
@@ -35,6 +35,7 @@ from .presets import Preset, Sampler
 from .store import FULL
 from .tensor_file import check_header, open_tensors, read_header
 
+Read = Callable[[Path, str], dict[str, Any]]  # gives the config of a folder's part
 BROKEN_OFF: Any = HfHubHTTPError.__bases__[0]  # the HTTP library's own, which the hub's lets through
 _NO_MODEL = (
     f"holds no model (it has no model_index.json, {original.VAE} or {original.VAE22}); give another --model-path"
@@ -64,6 +65,8 @@ def model_folder(preset: Preset, model_path: str | None) -> Path:
             check_config(configs, preset)
         elif not {original.VAE, original.VAE22} & set(list_repo_files(name, revision=revision)):
             raise InputError(f"the repository {name} {_NO_MODEL}")
+        else:
+            _check_transformers(configs, preset, original.sizes)
         return Path(fetch(allow_patterns=original.LIST_OF_FILES))
     except (BROKEN_OFF, HFValidationError, LocalEntryNotFoundError, OfflineModeIsEnabled, OSError) as error:
         if isinstance(error, OSError) and error.errno in FULL:
@@ -151,25 +154,7 @@ def weight_files(folder: Path, *names: str | None) -> Iterator[Path]:
 
 def check_config(folder: Path, preset: Preset) -> None:
     """Raises InputError where the transformer or VAE in `folder` is not the one that the preset plans with."""
-    if not preset.experts and ((folder / "transformer_2").is_dir() or original.has_experts(folder)):
-        raise InputError(
-            f"the model in {folder} has two experts, and preset {preset.name} knows of one transformer; choose another"
-            " --preset or another --model-path"
-        )
-    for part in ("transformer", "transformer_2") if preset.experts else ("transformer",):
-        config = _config(folder, part)
-        heads = config.get("num_attention_heads", 0)
-        found = {
-            "dim": heads * config.get("attention_head_dim", 0),
-            "ffn": config.get("ffn_dim"),
-            "layers": config.get("num_layers"),
-            "heads": heads,
-            "channels": config.get("in_channels"),
-            "text_dim": config.get("text_dim"),
-        }
-        _check_same(part, found, preset.transformer, folder, preset)
-        patch = config.get("patch_size", (1, 2, 2))
-        _check_same(part, {"patch": patch[-1]}, preset.geometry, folder, preset)
+    _check_transformers(folder, preset, _reader(folder))
     config = _config(folder, "vae")
     factors = {"temporal": ("scale_factor_temporal", 4), "spatial": ("scale_factor_spatial", 8)}
     found = {name: config.get(key, default) for name, (key, default) in factors.items()}
@@ -182,11 +167,40 @@ def check_config(folder: Path, preset: Preset) -> None:
     _check_same("vae", found, wanted, folder, preset)
 
 
-def _config(folder: Path, part: str) -> dict[str, Any]:
+def _check_transformers(folder: Path, preset: Preset, read: Read) -> None:
+    """`check_config` of the transformers alone, as far as `read` tells of them."""
+    if not preset.experts and ((folder / "transformer_2").is_dir() or original.has_experts(folder)):
+        raise InputError(
+            f"the model in {folder} has two experts, and preset {preset.name} knows of one transformer; choose another"
+            " --preset or another --model-path"
+        )
+    for part in ("transformer", "transformer_2") if preset.experts else ("transformer",):
+        config = _config(folder, part, read)
+        heads = config.get("num_attention_heads", 0)
+        found = {
+            "dim": heads * config.get("attention_head_dim", 0),
+            "ffn": config.get("ffn_dim"),
+            "layers": config.get("num_layers"),
+            "heads": heads,
+            "channels": config.get("in_channels"),
+            "text_dim": config.get("text_dim", preset.transformer.text_dim),
+        }
+        _check_same(part, found, preset.transformer, folder, preset)
+        patch = config.get("patch_size", (1, 2, 2))
+        _check_same(part, {"patch": patch[-1]}, preset.geometry, folder, preset)
+
+
+def _reader(folder: Path) -> Read:
+    return original.config if original.is_original(folder) else _diffusers_config
+
+
+def _diffusers_config(folder: Path, part: str) -> dict[str, Any]:
+    return json.loads((folder / part / "config.json").read_text(encoding="utf-8"))
+
+
+def _config(folder: Path, part: str, read: Read | None = None) -> dict[str, Any]:
     try:
-        if original.is_original(folder):
-            return original.config(folder, part)
-        return json.loads((folder / part / "config.json").read_text(encoding="utf-8"))
+        return (read or _reader(folder))(folder, part)
     except UNREADABLE as error:
         raise InputError(
             f"the config of the {part} in {folder} cannot be read ({one_line(str(error))}); give another --model-path"

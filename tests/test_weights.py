@@ -198,7 +198,13 @@ def test_a_repository_of_another_model_is_refused_before_its_weights_are_fetched
         model_folder(load_preset("wan2.1-1.3b"), "some/one")
     assert hub.asked[-1][-1] == "*.json"
     (hub.folder / VAE).touch()  # one of Wan's original checkpoints
-    assert model_folder(load_preset("wan2.1-1.3b"), "some/one") == hub.cache and hub.asked[-1][-1] == ALL
+    sizes = {"dim": 5120, "num_heads": 40, "in_dim": 16, "out_dim": 16, "freq_dim": 256, "ffn_dim": 13824, "eps": 1e-6}
+    (hub.folder / "config.json").write_text(json.dumps(sizes | {"num_layers": 40}))
+    with pytest.raises(InputError, match=r"the transformer in .* has dim = 5120 and preset wan2.1-1.3b says 1536"):
+        model_folder(load_preset("wan2.1-1.3b"), "some/one")
+    assert hub.asked[-1][-1] == "*.json"
+    for _ in range(2):  # the second time some weights are there
+        assert model_folder(load_preset("wan2.1-14b"), "some/one") == hub.cache and hub.asked[-1][-1] == ALL
 
 
 def test_a_full_disk_is_told_as_such_where_weights_are_fetched(monkeypatch):
