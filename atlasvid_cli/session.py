@@ -16,6 +16,7 @@ from .digests import file_digest, unread
 from .embeddings import Embedding, EmbeddingCache
 from .errors import ResourceError, UsageError
 from .half import HalfEncoder
+from .hub import folder_here, model_folder
 from .lora import check_lora, config_beside, merge_lora
 from .machine import available_vram, check_compiler, compute_device, decode_dtype, release_gpu
 from .memory import Offload, WeightDtype, fits_gpu, model_bytes
@@ -29,14 +30,12 @@ from .weights import (
     check_adapter,
     check_config,
     check_entry,
-    folder_here,
     load_half_encoder,
     load_skeleton,
     load_text,
     load_transformer,
     load_vae,
     merge_adapter,
-    model_folder,
     model_hash,
     weight_files,
 )

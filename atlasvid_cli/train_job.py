@@ -9,9 +9,9 @@ from . import dataset, tensor_file, train
 from .console import Console
 from .corpus import read_index
 from .errors import InputError, UsageError
+from .hub import folder_here
 from .optim import check_optimizer
 from .presets import Preset
-from .weights import folder_here
 
 WORLD = "world"
 

@@ -7,10 +7,8 @@ may be named by an absolute path instead: it then lies beside the preset.
 import dataclasses
 import hashlib
 import json
-import re
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from fractions import Fraction
-from functools import partial
 from pathlib import Path
 from pickle import UnpicklingError
 from typing import Any
@@ -18,8 +16,6 @@ from typing import Any
 import torch
 from diffusers import AutoencoderKLWan, UniPCMultistepScheduler, WanTransformer3DModel
 from diffusers.utils import logging as diffusers_logging
-from huggingface_hub import list_repo_files, snapshot_download
-from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OfflineModeIsEnabled
 from safetensors import SafetensorError, safe_open
 from transformers import AutoTokenizer, PreTrainedTokenizerBase, UMT5EncoderModel
 from transformers.utils.logging import disable_progress_bar
@@ -27,105 +23,20 @@ from transformers.utils.logging import disable_progress_bar
 from . import original
 from .causal import is_idle, is_still, last_blocks, near_pixels
 from .digests import file_digest
-from .errors import InputError, ResourceError, one_line
+from .errors import InputError, one_line
 from .half import HalfEncoder
 from .lora import merge_lora
 from .parse import Lora
 from .presets import Preset, Sampler
-from .store import FULL
 from .tensor_file import check_header, open_tensors, read_header
 
 Read = Callable[[Path, str], dict[str, Any]]  # gives the config of a folder's part
-BROKEN_OFF: Any = HfHubHTTPError.__bases__[0]  # the HTTP library's own, which the hub's lets through
-_NO_MODEL = (
-    f"holds no model (it has no model_index.json, {original.VAE} or {original.VAE22}); give another --model-path"
-)
 # what reading damaged weights raises
 UNREADABLE = (OSError, ValueError, KeyError, RuntimeError, UnpicklingError, SafetensorError)
 
 # ours are the only bars on stderr
 disable_progress_bar()
 diffusers_logging.disable_progress_bar()
-
-
-def model_folder(preset: Preset, model_path: str | None) -> Path:
-    """The folder with the weights: a local one, or a snapshot of a hub repository (`id` or `id@revision`), which is
-    fetched where the hub's cache has it not.
-
-    Raises InputError where there is none, or one of another layout or other sizes than the preset's, which its configs
-    say before its weights are fetched.
-    """
-    if found := folder_here(preset, model_path):
-        return found
-    name, revision = _repository(preset, model_path)
-    fetch = partial(snapshot_download, name, revision=revision)
-    try:
-        configs = Path(fetch(allow_patterns=["*.json"]))
-        if (configs / "model_index.json").is_file():
-            check_config(configs, preset)
-        elif not {original.VAE, original.VAE22} & set(list_repo_files(name, revision=revision)):
-            raise InputError(f"the repository {name} {_NO_MODEL}")
-        else:
-            _check_transformers(configs, preset, original.sizes)
-        return Path(fetch(allow_patterns=original.LIST_OF_FILES))
-    except (BROKEN_OFF, HFValidationError, LocalEntryNotFoundError, OfflineModeIsEnabled, OSError) as error:
-        if isinstance(error, OSError) and error.errno in FULL:
-            raise ResourceError(
-                f"the disk is full before {name} is fetched: free space, or set HF_HOME to a folder on another disk"
-            ) from None
-        raise InputError(
-            f"the weights {name} (revision {revision}) are not whole in the hub cache and cannot be fetched"
-            f" ({type(error).__name__}); run `hf download {name} --revision {revision}`, which continues a fetch,"
-            " where there is a network, or give a folder by --model-path"
-        ) from None
-
-
-def folder_here(preset: Preset, model_path: str | None) -> Path | None:
-    """The folder with the weights where that needs no network: a local one, or a whole snapshot in the hub's cache.
-    Raises InputError for what is neither a model folder nor a repository."""
-    folder = Path(model_path) if model_path else preset.folder
-    if folder.is_dir():
-        if not (folder / "model_index.json").is_file() and not original.is_original(folder):
-            raise InputError(f"{folder} {_NO_MODEL}")
-        return folder
-    if not re.fullmatch(r"\w[\w.-]*/[\w.-]+(@[\w.-]+)?", model_path or preset.model):
-        state = "is no folder" if folder.exists() else "does not exist"
-        raise InputError(f"{folder} {state}; give --model-path a model folder or a hub id")
-    name, revision = _repository(preset, model_path)
-    files = original.LIST_OF_FILES
-    try:
-        found = Path(snapshot_download(name, revision=revision, allow_patterns=files, local_files_only=True))
-    except (HFValidationError, LocalEntryNotFoundError):
-        return None
-    return found if is_whole(found) else None
-
-
-def _repository(preset: Preset, model_path: str | None) -> tuple[str, str]:
-    """A repository of the hub and its revision: the one that the preset pins, or the newest of another."""
-    name, _, revision = (model_path or preset.model).partition("@")
-    return name, revision or (preset.revision if name == preset.model else None) or "main"
-
-
-def is_whole(folder: Path) -> bool:
-    """Whether no weights of a model folder are missing, as in a snapshot of which single files were fetched."""
-    try:
-        if original.is_original(folder):
-            indices = [index for home in original.homes(folder) for index in home.glob("*.index.json")]
-            listed = all((index.parent / shard).is_file() for index in indices for shard in _shards(index))
-            return original.is_whole(folder) and listed
-        index = json.loads((folder / "model_index.json").read_text(encoding="utf-8"))
-        for part in (folder / name for name, kind in index.items() if isinstance(kind, list) and kind[0]):
-            shards = {file for index in part.glob("*.index.json") for file in _shards(index)}
-            has_weights = any(part.glob("*.safetensors")) or not (part / "config.json").is_file()
-            if not (any(part.glob("*.json")) and has_weights and all((part / file).is_file() for file in shards)):
-                return False
-    except (OSError, ValueError, KeyError, AttributeError):
-        return False
-    return True
-
-
-def _shards(index: Path) -> Iterable[str]:
-    return json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()
 
 
 def model_hash(folder: Path, *names: str | None) -> str:
@@ -154,7 +65,7 @@ def weight_files(folder: Path, *names: str | None) -> Iterator[Path]:
 
 def check_config(folder: Path, preset: Preset) -> None:
     """Raises InputError where the transformer or VAE in `folder` is not the one that the preset plans with."""
-    _check_transformers(folder, preset, _reader(folder))
+    check_transformers(folder, preset, _reader(folder))
     config = _config(folder, "vae")
     factors = {"temporal": ("scale_factor_temporal", 4), "spatial": ("scale_factor_spatial", 8)}
     found = {name: config.get(key, default) for name, (key, default) in factors.items()}
@@ -167,7 +78,7 @@ def check_config(folder: Path, preset: Preset) -> None:
     _check_same("vae", found, wanted, folder, preset)
 
 
-def _check_transformers(folder: Path, preset: Preset, read: Read) -> None:
+def check_transformers(folder: Path, preset: Preset, read: Read) -> None:
     """`check_config` of the transformers alone, as far as `read` tells of them."""
     if not preset.experts and ((folder / "transformer_2").is_dir() or original.has_experts(folder)):
         raise InputError(

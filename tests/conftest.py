@@ -199,6 +199,12 @@ def stock_preset(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
+@pytest.fixture
+def stock(stock_preset: Path, tmp_path: Path) -> Path:
+    """A copy of the stock preset's folder that a test may damage."""
+    return shutil.copytree(stock_preset.with_suffix(""), tmp_path / "model")
+
+
 @pytest.fixture(scope="session")
 def experts_preset(stock_preset: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The stock weights with a second expert, other weights of the same sizes, as Wan2.2 A14B has."""

@@ -17,6 +17,7 @@ from transformers import UMT5Config, UMT5EncoderModel
 from atlasvid_cli import original, pipeline
 from atlasvid_cli.console import Console
 from atlasvid_cli.errors import InputError
+from atlasvid_cli.hub import is_whole, model_folder
 from atlasvid_cli.plan import Request, make_plan
 from atlasvid_cli.presets import load_preset
 from atlasvid_cli.session import Session
@@ -24,12 +25,10 @@ from atlasvid_cli.train_text import build_tokenizer
 from atlasvid_cli.video import probe
 from atlasvid_cli.weights import (
     check_config,
-    is_whole,
     load_scheduler,
     load_text,
     load_transformer,
     load_vae,
-    model_folder,
 )
 
 RESIDUAL = {"norm1": "residual.0", "conv1": "residual.2", "norm2": "residual.3", "conv2": "residual.6"}

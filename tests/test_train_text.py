@@ -7,8 +7,9 @@ import torch
 from transformers import UMT5Config, UMT5EncoderModel
 
 from atlasvid_cli import captions, train_text, world
+from atlasvid_cli.hub import model_folder
 from atlasvid_cli.presets import load_preset
-from atlasvid_cli.weights import load_text, model_folder
+from atlasvid_cli.weights import load_text
 
 ATTRIBUTES = "red", "ring", "up", "white", "stripes"
 
