@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import partial
+from functools import cached_property, partial
 from typing import NamedTuple
 
 import torch
@@ -44,6 +44,69 @@ class Stream(NamedTuple):
         return Stream(self.model, [self.texts[0].first()])
 
 
+@dataclass(frozen=True)
+class _Field:
+    """The velocity of a level at any state: of its tokens `part`, from `origin` on, above the latents `below`."""
+
+    stream: Stream
+    proxy_stream: Stream
+    stage: Stage
+    detail: Detail
+    patch: int
+    below: torch.Tensor
+    part: Grid
+    origin: Shape
+    chunk: int
+    on_block: Callable[[int], None]
+    kernels: Kernels
+    states: torch.device | None
+
+    def guides(self, timestep: float, shown: Stream) -> list[ProxyContext | None]:
+        """What each forward of `shown` sees of the level below."""
+        if not self.detail.proxy_attention:
+            return [None] * len(shown.texts)
+        _, t, h, w = self.below.shape
+        tokens, grid = patchify(self.below, self.patch), Grid(t, h // self.patch, w // self.patch)
+        alignment = Alignment.of(self.detail, self.stage.ratio, self.stage.time_ratio)
+        figures = alignment, timestep, self.kernels, self.states
+        each = ((text, tokens.expand(len(text.bias), -1, -1)) for text in shown.texts)
+        return [proxy_context(shown.model, many, grid, text, *figures) for text, many in each]
+
+    @cached_property
+    def clean(self) -> list[ProxyContext | None]:
+        """Guides at timestep 0, which serve all steps."""
+        return self.guides(0.0, self.proxy_stream)
+
+    def at(self, step: int, sigma: float, x: torch.Tensor) -> torch.Tensor:
+        """The velocity (L, P) of the tokens `x` at a `sigma`, whose timestep is rounded down."""
+        guided, timestep = self.stage.is_guided(sigma), int(sigma * 1000)
+        shown, proxy_shown = (s if guided else s.unguided() for s in (self.stream, self.proxy_stream))
+        if not self.detail.clean_proxy:
+            proxies = self.guides(timestep, proxy_shown)
+        else:
+            proxies = self.clean if guided else [p and p.first() for p in self.clean[:1]]
+        velocities: list[torch.Tensor] = []  # the prompt's, and with guidance the negative prompt's
+        for text, proxy in zip(shown.texts, proxies, strict=True):
+            many = len(text.bias)
+            velocities += detail_forward(
+                shown.model,
+                x.expand(many, -1, -1),
+                self.part,
+                timestep,
+                text,
+                proxy,
+                self.detail.layouts,
+                self.chunk,
+                phase=step,
+                origin=self.origin,
+                kernels=self.kernels,
+                states=self.states,
+                on_block=partial(self.on_block, many),
+            )
+        velocity, *negative = velocities
+        return negative[0].lerp_(velocity, self.stage.guidance_scale) if guided else velocity
+
+
 @torch.no_grad()
 def sample_detail(
     stream: Stream,
@@ -80,47 +143,8 @@ def sample_detail(
     if region:
         origin, end = with_halo(region.start, region.end, grid, detail.halo)
     part = Grid(*(b - a for a, b in zip(origin, end, strict=True)))
-    steps = (1, patch, patch)
-    ranges = [range(a * p, b * p) for a, b, p in zip(origin, end, steps, strict=True)]
-
-    def guides(timestep: float, shown: Stream) -> list[ProxyContext | None]:
-        if not detail.proxy_attention:
-            return [None] * len(shown.texts)
-        _, t, h, w = below.shape
-        tokens, below_grid = patchify(below, patch), Grid(t, h // patch, w // patch)
-        figures = Alignment.of(detail, stage.ratio, stage.time_ratio), timestep, kernels, states
-        each = ((text, tokens.expand(len(text.bias), -1, -1)) for text in shown.texts)
-        return [proxy_context(shown.model, many, below_grid, text, *figures) for text, many in each]
-
-    proxies = guides(0.0, proxy_stream) if detail.clean_proxy else []
-
-    def velocity_at(step: int, sigma: float, x: torch.Tensor) -> torch.Tensor:
-        guided, timestep = stage.is_guided(sigma), int(sigma * 1000)
-        seen = stream if guided else stream.unguided()
-        if not detail.clean_proxy:
-            proxies.clear()  # never twice in memory
-            proxies.extend(guides(timestep, proxy_stream if guided else proxy_stream.unguided()))
-        velocities: list[torch.Tensor] = []  # the prompt's, and with guidance the negative prompt's
-        for text, proxy in zip(seen.texts, proxies if guided else [p and p.first() for p in proxies[:1]], strict=True):
-            many = len(text.bias)
-            velocities += detail_forward(
-                seen.model,
-                x.expand(many, -1, -1),
-                part,
-                timestep,
-                text,
-                proxy,
-                detail.layouts,
-                chunk,
-                phase=step,
-                origin=origin,
-                kernels=kernels,
-                states=states,
-                on_block=partial(on_block, many),
-            )
-        velocity, *negative = velocities
-        return negative[0].lerp_(velocity, stage.guidance_scale) if guided else velocity
-
+    ranges = [range(a * p, b * p) for a, b, p in zip(origin, end, (1, patch, patch), strict=True)]
+    field = _Field(stream, proxy_stream, stage, detail, patch, below, part, origin, chunk, on_block, kernels, states)
     start = partial(_start, stage, below, enlarged, ranges, patch, seed, level)
     done, x = (resume[0], resume[1]["tokens"]) if resume else (0, start())
     frozen = known = begun = torch.empty(0)
@@ -134,7 +158,7 @@ def sample_detail(
         now, following = schedule[i], schedule[i + 1]
         if region:
             x[frozen] = torch.lerp(known, begun, now / schedule[0])[frozen]
-        x.add_(velocity_at(i, now, x), alpha=following - now)
+        x.add_(field.at(i, now, x), alpha=following - now)
         if save:
             save(i + 1, {"tokens": x})
     if region:
