@@ -15,7 +15,7 @@ from diffusers import WanPipeline
 from . import pipeline, world
 from .artefacts import read_latents
 from .console import Console
-from .cost import offload_of
+from .cost import placement_of
 from .decode import decode_stream
 from .decode_cost import vae_tile
 from .encode import encode_stream
@@ -86,7 +86,7 @@ def arms(request: Request, console: Console) -> Iterator[Arm]:
 
 def _sampled(name: str, session: Session, trained: bool, console: Console) -> Arm:
     def warm(plan: Plan) -> None:
-        session.detail_models(offload_of(plan), console)
+        session.detail_models(placement_of(plan).offload, console)
         session.vae()
 
     def make(plan: Plan, attributes: world.Attributes, proxy: Path, video: Path) -> None:

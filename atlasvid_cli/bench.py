@@ -33,7 +33,7 @@ from .arms import (
 )
 from .causal import hold_still, make_idle
 from .console import Console
-from .cost import GIB, offload_of, rows
+from .cost import GIB, placement_of, rows
 from .errors import ResourceError
 from .machine import available_ram, compute_device, copy_rate, decode_dtype, gemm_rate, versions
 from .measure import KERNELS, random_model
@@ -301,7 +301,7 @@ def result(
         "dtype": compute_device().dtype,
         "threads": torch.get_num_threads(),
         "backend": KERNELS.attention,
-        "offload": offload_of(plan),
+        "offload": placement_of(plan).offload,
         "versions": versions(),
     }
 

@@ -13,9 +13,10 @@ from .errors import ResourceError, UsageError
 from .machine import Machine, available_ram, conv_rate, decode_dtype, disk_of, gemm_rate, this_machine
 from .memory import (
     GIB,
-    OFFLOADS,
+    PLACEMENTS,
+    WITHOUT_PROXY,
     Memory,
-    Offload,
+    Placement,
     detail_memory,
     latents_bytes,
     model_bytes,
@@ -74,11 +75,12 @@ class Row:
         }
 
 
-def memory(plan: Plan, stage: Stage, offload: Offload, machine: Machine) -> Memory:
+def memory(plan: Plan, stage: Stage, placement: Placement, machine: Machine) -> Memory:
     """What a stage needs beside the program."""
     narrow = plan.request.weight_dtype != "auto"
     if stage is plan.proxy:
-        return proxy_memory(plan.preset, stage.grid.tokens, offload, machine.device, narrow, 1 + stage.is_autoguided)
+        models = 1 + stage.is_autoguided
+        return proxy_memory(plan.preset, stage.grid.tokens, placement.offload, machine.device, narrow, models)
     from .windows import aligned_span
 
     detail, below, grid = plan.preset.detail, plan.below(stage), plan.sampled(stage)
@@ -92,7 +94,7 @@ def memory(plan: Plan, stage: Stage, offload: Offload, machine: Machine) -> Memo
         stage.passes,
         # of a region also where it starts and what surrounds it, and the whole video's, as it starts, was and becomes
         copies * grid.tokens + (3 * stage.grid.tokens if plan.is_region else 0),
-        offload,
+        placement,
         machine.device,
         narrow,
         max(map(math.prod, spans)) if detail.proxy_attention else 0,
@@ -100,16 +102,21 @@ def memory(plan: Plan, stage: Stage, offload: Offload, machine: Machine) -> Memo
     )
 
 
-def offload_of(plan: Plan, machine: Machine | None = None) -> Offload:
-    """The way to offload that was asked for, or else the least with which all that is sampled fits the machine's."""
-    if plan.request.offload:
-        return plan.request.offload
+def placement_of(plan: Plan, machine: Machine | None = None) -> Placement:
+    """The fastest placement, of those that offload as was asked for, in which all that is sampled fits the machine's
+    memory, of which another machine's host memory is not known; if none does, the smallest."""
     machine = machine or this_machine()
-    for offload in OFFLOADS[:-1]:
-        needed = max((memory(plan, stage, offload, machine).vram for _, stage in plan.own_stages()), default=0)
-        if machine.device.kind == "cpu" or needed <= machine.vram:
-            return offload
-    return OFFLOADS[-1]
+    offload = plan.request.offload or ("none" if machine.device.kind == "cpu" else None)
+    placements = PLACEMENTS if plan.preset.detail.proxy_attention else WITHOUT_PROXY
+    *larger, smallest = (p for p in placements if offload in (None, p.offload))
+
+    def fits(placement: Placement) -> bool:
+        needed = [memory(plan, stage, placement, machine) for _, stage in plan.own_stages()]
+        return all(
+            each.vram <= machine.vram and (not machine.is_here or each.ram <= available_ram()) for each in needed
+        )
+
+    return next(filter(fits, larger), smallest)
 
 
 def rows(plan: Plan, machine: Machine | None = None) -> list[Row]:
@@ -121,10 +128,10 @@ def rows(plan: Plan, machine: Machine | None = None) -> list[Row]:
         convolutions = conv_rate(decode_dtype(plan.preset.decode_dtype)) * DECODE_EFFICIENCY
     made = [] if plan.request.clip and plan.request.proxy_only else [_text_row(plan, gemm, machine)]
     made += [_encode_row(plan, convolutions, machine)] if plan.request.clip else []
-    offload = offload_of(plan, machine)
+    placement = placement_of(plan, machine)
     for name, stage in plan.own_stages():
-        grid, (convolved, needed) = plan.sampled(stage), _convolved(plan, stage, offload, machine)
-        flops = plan.flops(stage)
+        grid, (convolved, needed) = plan.sampled(stage), _convolved(plan, stage, placement, machine)
+        flops = plan.flops(stage, placement.keeps)
         seconds = flops / gemm
         if machine.device.kind == "cuda":
             seconds = max(seconds, LAUNCH * _chunks(plan, stage) * stage.forwards())
@@ -159,9 +166,9 @@ def _chunks(plan: Plan, stage: Stage) -> int:
     return sum(cycle[i % len(cycle)] for i in range(layers))
 
 
-def _convolved(plan: Plan, stage: Stage, offload: Offload, machine: Machine) -> tuple[int, Memory]:
+def _convolved(plan: Plan, stage: Stage, placement: Placement, machine: Machine) -> tuple[int, Memory]:
     """FLOPs of the VAE in a sampling stage, and all that the stage needs beside the program."""
-    needed = memory(plan, stage, offload, machine)
+    needed = memory(plan, stage, placement, machine)
     flops, held = _enlarging(plan, stage, machine) if stage.in_pixels else (0, Memory(0, 0))
     return flops, Memory(max(needed.device, held.device), max(needed.host, held.host))
 
@@ -257,8 +264,8 @@ def _remedy(plan: Plan, stage: str, where: Literal["device", "host"], missing: i
         return "close other programs, or lower decode_gib in a preset of your own"
 
     def needed(plan: Plan) -> int:
-        offload = offload_of(plan, machine)
-        return max(getattr(_convolved(plan, s, offload, machine)[1], where) for _, s in plan.own_stages())
+        placement = placement_of(plan, machine)
+        return max(getattr(_convolved(plan, s, placement, machine)[1], where) for _, s in plan.own_stages())
 
     now = needed(plan)
     helping = [option for option, changed in _smaller(plan) if now - needed(changed) >= WORTH * missing]

@@ -5,7 +5,7 @@ from collections.abc import Callable
 import torch
 
 from .console import Console
-from .cost import offload_of
+from .cost import placement_of
 from .model import text_contexts
 from .plan import Plan
 from .proxy import Expert
@@ -17,7 +17,7 @@ def experts_of(
 ) -> Callable[[float], Expert]:
     """Gives who works at a timestep in 0..1000, loaded when first asked for. `embeddings` (tokens, text_dim) are of the
     prompt and with guidance of the negative prompt; errors are those of loading."""
-    stage, offload = plan.proxy, offload_of(plan)
+    stage, offload = plan.proxy, placement_of(plan).offload
     groups, length = [[e] for e in embeddings], session.preset.transformer.text_length
     held: dict[bool, Expert] = {}  # one at a time: two do not fit
 

@@ -19,18 +19,19 @@ from diffusers.models.attention_dispatch import dispatch_attention_fn
 from diffusers.models.transformers import transformer_wan
 
 from .block import Kernels
-from .cost import EFFICIENCY, offload_of
+from .cost import EFFICIENCY, placement_of
 from .decode import decode_stream
 from .decode_cost import start_tile
 from .enlarge import enlarge
 from .flops import detail_flops, full_flops, linear_flops
 from .half import HalfEncoder
 from .machine import compute_device, conv_rate
-from .model import Alignment, detail_forward, proxy_context, text_context
+from .model import text_context
 from .plan import Plan
 from .presets import Transformer, Vae
 from .shapes import Grid
 from .stages import Stage
+from .streams import Alignment, detail_forward, proxy_context
 from .timing import Timing, extended, from_samples, timed, together
 from .vae_cost import decode_flops, space_factor
 from .video import write_video
@@ -203,7 +204,7 @@ def detail_sample(model: Any, plan: Plan, stage: Stage, budget: Budget) -> Timin
     if per_token * part.tokens * layers / size.layers > most:
         part = replace(part, t=min(part.t, max(w[0] for w in detail.windows)))
     channels = size.channels * patch**2
-    states = torch.device("cpu") if offload_of(plan) == "host" else None
+    states = torch.device("cpu") if placement_of(plan).offload == "host" else None
     # the guide of the part: as much of the level below as its windows can see
     low = Grid(below.t, min(below.h, part.h), min(below.w, part.w))
     low = crop(low, max(low.t * 4, part.tokens))

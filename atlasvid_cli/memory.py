@@ -15,7 +15,27 @@ from .shapes import Grid
 # Where weights and states live, from fastest to smallest. none: all on the compute device; block: the blocks' weights
 # in host memory; host: hidden state and the proxy's keys and values there too.
 Offload = Literal["none", "block", "host"]
-OFFLOADS: tuple[Offload, ...] = ("none", "block", "host")
+
+
+@dataclass(frozen=True)
+class Placement:
+    """Where a level's weights and states live, and whether keys and values of its proxy stream are kept, those of all
+    blocks, or computed anew beside every forward, a block's at a time."""
+
+    offload: Offload
+    keeps: bool = True
+
+
+# From fastest to smallest. The proxy stream adds a seventh to a quarter to a forward's FLOPs; to bring the keys of all
+# blocks from host memory at every forward would take no less.
+PLACEMENTS = (
+    Placement("none"),
+    Placement("block"),
+    Placement("none", keeps=False),
+    Placement("block", keeps=False),
+    Placement("host", keeps=False),
+)
+WITHOUT_PROXY = Placement("none"), Placement("block"), Placement("host")
 # How the blocks' linear layers are kept; auto: as they compute.
 WeightDtype = Literal["auto", "int8", "fp8"]
 
@@ -72,7 +92,7 @@ def detail_memory(
     chunk: int,
     passes: int,
     latents: int,
-    offload: Offload,
+    placement: Placement,
     device: Device,
     narrow: bool = False,
     guide: int = 0,
@@ -82,14 +102,17 @@ def detail_memory(
     latents of `latents` tokens; of `proxy_tokens` tokens below a window sees `guide`."""
     size, detail = preset.transformer, preset.detail
     a_token = size.dim * device.bytes_per_value
-    kept = 2 * size.layers * proxy_tokens * a_token * passes if detail.proxy_attention else 0
+    hidden, states = grid.tokens * a_token * together, 0
+    if detail.proxy_attention:  # of its stream hidden state, keys and values of a block, and what is kept of all blocks
+        beside, kept = 3 * proxy_tokens * a_token * together, 2 * size.layers * proxy_tokens * a_token * passes
+        states = kept + max(0, beside - hidden) if placement.keeps else beside
     window = max(min(grid.t, t) * min(grid.h, h) * min(grid.w, w) for t, h, w in detail.windows)
     return _placed(
         preset,
         device,
-        offload,
+        placement.offload,
         narrow,
-        states=grid.tokens * a_token * together + kept,
+        states=hidden + states,
         models=2 if detail.lora and detail.streams == "proxy" else 1,
         working=chunk * window * _block_bytes(preset, device),
         # of two chunks on their way tokens, keys and values, of two on their way back tokens

@@ -1,26 +1,20 @@
-"""The two streams that are built from Wan's blocks (DESIGN §4).
+"""What surrounds Wan's blocks, and stage 1, whole clips through them (DESIGN §3, §4).
 
-Shapes: n windows (or clips), L tokens a window, D channels. `WanTransformer3DModel` holds the weights; nothing here
+Shapes: n clips, L tokens a clip, D channels. `WanTransformer3DModel` holds the weights; nothing here or in `streams`
 owns a parameter. Parity with its `forward` is a test.
 """
 
-import dataclasses
 import math
-from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from fractions import Fraction
 
 import torch
 from diffusers import WanTransformer3DModel
-from diffusers.models.transformers.transformer_wan import WanTransformerBlock
 
-from .attention import rope, rotate
+from .attention import rope
 from .block import EAGER, Kernels, KeyValue
 from .layers import root_mean_square
-from .offload import Transfers, device_of, on_device
-from .presets import Detail, Layout, window_cycle
-from .shapes import Grid, Shape
-from .windows import Windows, aligned_proxy, block_layout
+from .offload import device_of, on_device
+from .shapes import NATIVE, Grid, Scale
 
 PART = 1 << 13  # tokens embedded or projected, or taken through the proxy stream, at a time
 
@@ -41,60 +35,11 @@ class TextContext:
 
     def of_windows(self, block: int, total: int, count: int) -> tuple[KeyValue, torch.Tensor]:
         """A block's keys and values, and the bias, for `total` windows, those of `count` samples in turn."""
-        keys, values = (_of_windows(x, total, count) for x in self.keys_values[block])
-        return (keys, values), _of_windows(self.bias, total, count)
+        keys, values = (of_each(x, total, count) for x in self.keys_values[block])
+        return (keys, values), of_each(self.bias, total, count)
 
 
-@dataclass(frozen=True)
-class Alignment:
-    """How a proxy lies below a level: r_s and r_t, the tokens seen beyond a window's own, the windows of its own
-    attention, and where its keys sit (DESIGN §4)."""
-
-    ratio: Fraction
-    time_ratio: int
-    margin: Shape
-    window: Shape
-    centre: bool = False
-    scaled: bool = True
-
-    @classmethod
-    def of(cls, detail: Detail, ratio: Fraction, time_ratio: int) -> "Alignment":
-        """As a preset has it."""
-        return cls(ratio, time_ratio, detail.margin, detail.proxy_window, detail.proxy_centre, detail.scaled_positions)
-
-
-@dataclass(frozen=True)
-class ProxyContext:
-    """What the detail stream needs of its proxy: keys (rotated at detail coordinates) and values (tokens, heads, d), of
-    several proxies one after another.
-
-    They may live in host memory: only what a chunk of windows is aligned with goes to the device.
-    """
-
-    grid: Grid
-    alignment: Alignment
-    keys_values: list[KeyValue]
-
-    def first(self) -> "ProxyContext":
-        """The first proxy alone."""
-        size = self.grid.tokens
-        return dataclasses.replace(
-            self, keys_values=[(keys[:size], values[:size]) for keys, values in self.keys_values]
-        )
-
-    def aligned(self, block: int, windows: Windows, transfers: Transfers) -> KeyValue:
-        (keys, values), at = self.keys_values[block], self.alignment
-        index = aligned_proxy(windows, self.grid, at.ratio, at.time_ratio, at.margin)
-        index = _in_each(index, self.grid.tokens, len(keys) // self.grid.tokens).to(keys.device)
-        return transfers.rows(keys, index), transfers.rows(values, index)
-
-
-def _in_each(index: torch.Tensor, size: int, count: int) -> torch.Tensor:
-    """Rows (n, l) of a sample of `size` rows -> those rows of each of `count` samples in turn, (count * n, l)."""
-    return (index + size * torch.arange(count)[:, None, None]).flatten(0, 1)
-
-
-def _of_windows(x: torch.Tensor, total: int, count: int) -> torch.Tensor:
+def of_each(x: torch.Tensor, total: int, count: int) -> torch.Tensor:
     """What `count` samples have each, (count, ...), or share, (1, ...), for `total` windows, those of each in turn."""
     return x if len(x) == 1 else x.repeat_interleave(total // count, 0)
 
@@ -182,153 +127,16 @@ def clip_forward(
     grid: Grid,
     timestep: torch.Tensor,
     text: TextContext,
-    time_ratio: int = 1,
+    scale: Scale = NATIVE,
     kernels: Kernels = EAGER,
 ) -> torch.Tensor:
-    """Stage 1 (DESIGN §3): velocity (n, L, P) of whole clips `tokens` (n, L, P) under full attention.
-
-    Positions are (time_ratio * t, y, x); time_ratio 1 is Wan's own forward.
-    """
+    """Stage 1 (DESIGN §3): velocity (n, L, P) of whole clips `tokens` (n, L, P) under full attention, at positions of a
+    `scale`; that of 1 is Wan's own forward."""
     device = device_of(model)
     t, h, w = (torch.arange(size)[None] for size in (grid.t, grid.h, grid.w))
-    rotation = rope(t * time_ratio, h, w, model.config.attention_head_dim, device)
+    rotation = rope(t * scale.time, h * scale.space, w * scale.space, model.config.attention_head_dim, device)
     temb, modulations = modulation(model, timestep)
     x = embed(model, tokens)
     for block, keys_values in zip(on_device(model.blocks, device), text.keys_values, strict=True):
         x, _, _ = kernels.run(model, block, x, modulations, rotation, keys_values, text.bias, None)
     return predict(model, x, temb).to(tokens)
-
-
-@dataclass(frozen=True)
-class _Stream:
-    """Samples on one `grid`, one after another, and what is the same to them in every block.
-
-    `modulations` (m or 1, 6, D). Windows are computed `chunk` at a time, of all samples together, or as many as have
-    PART tokens.
-    """
-
-    model: WanTransformer3DModel
-    grid: Grid
-    modulations: torch.Tensor
-    text: TextContext
-    layouts: Sequence[Layout]
-    transfers: Transfers
-    kernels: Kernels
-    phase: int = 0
-    origin: Shape = (0, 0, 0)
-    chunk: int | None = None
-    proxy: ProxyContext | None = None
-    time_ratio: int = 1
-
-    def chunks(self, i: int, count: int) -> Iterator[Windows]:
-        """The windows of block `i`, those at a time that are computed together for `count` samples: at least one."""
-        for group in block_layout(i, self.layouts, self.grid, self.phase):
-            together = PART // math.prod(group.shape) if self.chunk is None else self.chunk
-            yield from group.split(max(1, together // count))
-
-    def through(self, i: int, block: WanTransformerBlock, x: torch.Tensor, *into: torch.Tensor) -> None:
-        """Takes the hidden states `x` (m * L, D) of m samples through block `i`, a map over windows: its output, keys
-        and values, as many as there are tensors for, go `into` these. Without gradients the first may be `x`."""
-        count, transfers, head_dim = len(x) // self.grid.tokens, self.transfers, self.model.config.attention_head_dim
-
-        def fetch(windows: Windows) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, KeyValue | None]:
-            index = _in_each(windows.indices(self.grid), self.grid.tokens, count).to(transfers.home)
-            placed = windows.moved(self.origin)
-            guide = self.proxy.aligned(i, placed, transfers) if self.proxy else None
-            t, h, w = (at.repeat(count, 1) for at in placed.axes())
-            return index, transfers.rows(x, index), rope(t * self.time_ratio, h, w, head_dim, transfers.device), guide
-
-        with transfers.begun():
-            for index, part, rotation, guide in transfers.ahead(self.chunks(i, count), fetch):
-                keys_values, bias = self.text.of_windows(i, len(index), count)
-                modulations = _of_windows(self.modulations, len(index), count)
-                made = self.kernels.run(self.model, block, part, modulations, rotation, keys_values, bias, guide)
-                transfers.put(index, *zip(into, made, strict=False))
-
-
-def proxy_context(
-    model: WanTransformer3DModel,
-    tokens: torch.Tensor,
-    grid: Grid,
-    text: TextContext,
-    alignment: Alignment,
-    timestep: float = 0.0,
-    kernels: Kernels = EAGER,
-    states: torch.device | None = None,
-) -> ProxyContext:
-    """The proxy stream: clean proxy `tokens` (L, P) through all blocks, keeping each block's keys and values; or those
-    of several proxies (m, L, P), each with its own prompt.
-
-    It attends to itself, in windows no larger than its training grid, and to the text, at `timestep` (0..1000; a clean
-    proxy's is 0). For the detail's queries its keys are rotated at detail coordinates: a proxy token sits at the middle
-    of what it covers, in time at the end of its group of latents or (`centre`) at its middle; without `scaled` at its
-    own. `states` is where hidden state, keys and values live.
-    """
-    time_ratio = alignment.time_ratio
-    head_dim, device = model.config.attention_head_dim, device_of(model)
-    states = states or device
-    _, modulations = modulation(model, torch.tensor([timestep]))
-    count = tokens[..., 0].numel() // grid.tokens
-    x = embed_parts(model, tokens.flatten(0, -2), states)
-    t = torch.arange(grid.t, dtype=torch.float64) * time_ratio
-    if alignment.centre:
-        t[1:] -= (time_ratio - 1) / 2
-    scale = float(alignment.ratio) if alignment.scaled else 1.0
-    h, w = (scale * (torch.arange(size, dtype=torch.float64) + 0.5) - 0.5 for size in (grid.h, grid.w))
-    detail_rotation = rope(t[None], h[None], w[None], head_dim, states)
-    layouts, transfers = window_cycle([alignment.window]), Transfers(states, device)
-    stream = _Stream(model, grid, modulations, text, layouts, transfers, kernels, time_ratio=time_ratio)
-    kept: list[KeyValue] = []
-    for i, block in enumerate(on_device(model.blocks, device)):
-        out = torch.empty_like(x)
-        keys, values = (torch.empty_like(x).unflatten(-1, (model.config.num_attention_heads, -1)) for _ in range(2))
-        stream.through(i, block, x, out, keys, values)
-        kept.append((rotate(keys.unflatten(0, (count, -1)), detail_rotation).flatten(0, 1), values))
-        x = out
-    return ProxyContext(grid, alignment, kept)
-
-
-def detail_forward(
-    model: WanTransformer3DModel,
-    tokens: torch.Tensor,
-    grid: Grid,
-    timestep: float | torch.Tensor,
-    text: TextContext,
-    proxy: ProxyContext | None,
-    layouts: Sequence[Layout],
-    chunk: int,
-    phase: int = 0,
-    origin: Shape = (0, 0, 0),
-    kernels: Kernels = EAGER,
-    states: torch.device | None = None,
-    on_block: Callable[[], None] | None = None,
-) -> torch.Tensor:
-    """Velocity (L, P) of the detail `tokens` (L, P), on their device: a block is a map over windows.
-
-    Of several samples (m, L, P) it takes the m timesteps, prompts and proxies; about `chunk` windows, of all together,
-    are computed at a time, and at least one of each.
-    `phase` is where the blocks' cycle of `layouts` begins, `origin` places the grid in the whole video when it is
-    only a region of it, `states` is where the hidden state lives (by default where the model computes).
-
-    Windows partition the tokens and read only themselves, the cached proxy and the text, so without gradients each
-    chunk of windows is written back in place and the hidden state exists once.
-    """
-    device = device_of(model)
-    states = states or device
-    temb, modulations = modulation(model, torch.as_tensor(timestep).reshape(-1))
-    count = tokens[..., 0].numel() // grid.tokens
-    hidden = embed_parts(model, tokens.flatten(0, -2), states)
-    transfers = Transfers(states, device)
-    stream = _Stream(model, grid, modulations, text, layouts, transfers, kernels, phase, origin, chunk, proxy)
-    for i, block in enumerate(on_device(model.blocks, device)):
-        out = torch.empty_like(hidden) if torch.is_grad_enabled() else hidden
-        stream.through(i, block, hidden, out)
-        hidden = out
-        if on_block:
-            on_block()
-    velocity, hidden = tokens.new_empty(count, grid.tokens, tokens.shape[-1]), hidden.unflatten(0, (count, -1))
-    together = max(1, PART // count)
-    for first in range(0, grid.tokens, together):
-        part = hidden[:, first : first + together].to(device)
-        velocity[:, first : first + together] = predict(model, part, temb).to(tokens)
-    return velocity.view_as(tokens)

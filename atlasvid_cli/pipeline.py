@@ -35,7 +35,7 @@ from .artefacts import (
     weights_of,
 )
 from .console import Console
-from .cost import offload_of
+from .cost import placement_of
 from .decode import decode_stream, tile_steps
 from .decode_cost import start_tile, vae_tile
 from .encode import encode_stream
@@ -268,8 +268,8 @@ def _refine_level(
         enlarged = _enlarged(session, plan, stage, name, below, run_dir, console)
     used = (metadata["prompt"], metadata["negative_prompt"])[: stage.passes]
     embeddings = session.embeddings(used, console)
-    offload, length = offload_of(plan), session.preset.transformer.text_length
-    model, proxy_model = session.detail_models(offload, console)
+    placement, length = placement_of(plan), session.preset.transformer.text_length
+    model, proxy_model = session.detail_models(placement.offload, console)
     groups = [embeddings[i : i + stage.together] for i in range(0, len(embeddings), stage.together)]
     stream = Stream(model, text_contexts(model, groups, length))
     proxy_stream = stream
@@ -293,7 +293,8 @@ def _refine_level(
             save=lambda step, tensors: save_state(state, step, tensors, metadata["key"], "detail"),
             on_block=advance,
             kernels=session.kernels,
-            states=torch.device("cpu") if offload == "host" else None,
+            states=torch.device("cpu") if placement.offload == "host" else None,
+            keeps=placement.keeps,
             enlarged=enlarged,
         )
 

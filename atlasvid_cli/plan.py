@@ -159,15 +159,17 @@ class Plan:
             fields |= {"size": [self.request.width, self.request.height, self.frames, self.scale, self.fps]}
         return fields
 
-    def flops(self, stage: Stage) -> int:
-        """FLOPs of a stage over all its steps, and of a level's proxy stream, which runs once a pass."""
+    def flops(self, stage: Stage, keeps: bool = True) -> int:
+        """FLOPs of a stage over all its steps, and of a level's proxy stream, which runs once a pass, or beside every
+        forward where what it makes is not kept."""
         size, patch, grid, detail = *self._sizes, self.sampled(stage), self.preset.detail
         if stage is self.proxy:
             return full_flops(size, patch, grid.tokens) * stage.forwards()
         below = self.below(stage)
         forward = detail_flops(size, patch, detail, grid, below, stage.ratio, stage.time_ratio)
         context = context_flops(size, patch, detail.proxy_window, below) if detail.proxy_attention else 0
-        return forward * stage.forwards() + context * (stage.passes if detail.clean_proxy else stage.forwards())
+        times = stage.passes if detail.clean_proxy and keeps else stage.forwards()
+        return forward * stage.forwards() + context * times
 
     @property
     def native_grid(self) -> Grid:

@@ -13,7 +13,7 @@ from typing import Any, Literal
 import tomli
 
 from .errors import UsageError
-from .shapes import Geometry, Shape
+from .shapes import Geometry, Scale, Shape
 
 OptimizerName = Literal["muon", "adamw", "prodigy"]
 Layout = tuple[Shape, bool]  # the shape of a block's windows, and whether their grid is shifted by half a window
@@ -80,8 +80,9 @@ class Proxy:
     """Stage 1: `base_tokens` a latent frame, `time_ratio` r_t, and its sampling: by the base's own multistep `sampler`
     (UniPC), or by Euler steps, for which most few-step LoRAs were distilled.
 
-    Without `scaled_time` its positions are (t, y, x) and not (r_t t, y, x). `autoguidance` times the difference to the
-    model without the adapter is added to guided velocities (Karras et al., arXiv 2406.02507).
+    Its positions are (r_t t, s y, s x), or without `scaled_time` (t, s y, s x): s is `position_scale`, below 1 for a
+    proxy larger than the base was trained at (position interpolation, arXiv 2306.15595). `autoguidance` times the
+    difference to the model without the adapter is added to guided velocities (Karras et al., arXiv 2406.02507).
     """
 
     base_tokens: int
@@ -91,8 +92,19 @@ class Proxy:
     flow_shift: float
     sampler: Sampler = "unipc"
     scaled_time: bool = True
+    position_scale: float = 1.0
     autoguidance: float = 0.0
     lora: str | None = None
+
+    @property
+    def scale(self) -> Scale:
+        """Of its positions, as adapters are trained."""
+        return Scale(self.time_ratio, self.position_scale)
+
+    @property
+    def trained_for(self) -> dict[str, str]:
+        """What an adapter of stage 1 says that it was trained for (`train.adapter_metadata`)."""
+        return {"time_ratio": str(self.time_ratio), "position_scale": str(self.position_scale)}
 
 
 @dataclass(frozen=True)
@@ -237,7 +249,7 @@ class Preset:
 
 
 MAY_BE_ZERO = ("margin", "guidance_interval", "autoguidance", "ema", "still", "idle")
-AT_MOST_ONE = ("strength", "guidance_interval", "ema")
+AT_MOST_ONE = ("strength", "guidance_interval", "ema", "position_scale")
 
 
 def window_cycle(shapes: Sequence[Shape], shifted: bool = True) -> tuple[Layout, ...]:

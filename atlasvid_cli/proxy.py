@@ -44,7 +44,7 @@ def sample_proxy(
 ) -> torch.Tensor:
     """Latents (channels, T, H, W) fp32 of the proxy. `expert_at` gives who works at a timestep in 0..1000.
 
-    With time_ratio 1 and given `latents` this is WanPipeline's own loop.
+    With time_ratio 1, positions as they are and given `latents` this is WanPipeline's own loop.
     """
     grid = stage.grid
     scheduler.set_timesteps(stage.steps)
@@ -75,10 +75,9 @@ def sample_proxy(
 def _guided(
     expert: Expert, tokens: torch.Tensor, stage: Stage, timestep: torch.Tensor, kernels: Kernels
 ) -> torch.Tensor:
-    time_ratio = stage.time_ratio if stage.scaled_time else 1
 
     def forward(model: WanTransformer3DModel, text: TextContext) -> torch.Tensor:
-        return clip_forward(model, tokens, stage.grid, timestep, text, time_ratio, kernels)
+        return clip_forward(model, tokens, stage.grid, timestep, text, stage.scale, kernels)
 
     velocity = forward(expert.model, expert.prompt)
     if expert.guidance_scale <= 1 or expert.negative is None:

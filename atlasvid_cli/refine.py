@@ -9,11 +9,12 @@ import torch
 from diffusers import WanTransformer3DModel
 
 from .block import EAGER, Kernels
-from .model import Alignment, ProxyContext, TextContext, detail_forward, patchify, proxy_context, unpatchify
+from .model import TextContext, patchify, unpatchify
 from .presets import Detail
 from .schedule import noise, sigmas, upsample
 from .shapes import Grid, Shape, proxy_grid, with_halo
 from .stages import Stage
+from .streams import Alignment, Guide, ProxyStream, detail_forward, proxy_context
 from .tensor_file import SaveState
 
 
@@ -60,8 +61,9 @@ class _Field:
     on_block: Callable[[int], None]
     kernels: Kernels
     states: torch.device | None
+    keeps: bool
 
-    def guides(self, timestep: float, shown: Stream) -> list[ProxyContext | None]:
+    def guides(self, timestep: float, shown: Stream) -> list[Guide | None]:
         """What each forward of `shown` sees of the level below."""
         if not self.detail.proxy_attention:
             return [None] * len(shown.texts)
@@ -70,10 +72,11 @@ class _Field:
         alignment = Alignment.of(self.detail, self.stage.ratio, self.stage.time_ratio)
         figures = alignment, timestep, self.kernels, self.states
         each = ((text, tokens.expand(len(text.bias), -1, -1)) for text in shown.texts)
-        return [proxy_context(shown.model, many, grid, text, *figures) for text, many in each]
+        make = proxy_context if self.keeps else ProxyStream
+        return [make(shown.model, many, grid, text, *figures) for text, many in each]
 
     @cached_property
-    def clean(self) -> list[ProxyContext | None]:
+    def clean(self) -> list[Guide | None]:
         """Guides at timestep 0, which serve all steps."""
         return self.guides(0.0, self.proxy_stream)
 
@@ -125,6 +128,7 @@ def sample_detail(
     on_block: Callable[[int], None] = lambda prompts: None,
     kernels: Kernels = EAGER,
     states: torch.device | None = None,
+    keeps: bool = True,
     enlarged: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """Latents (C, T, H, W) fp32 of a detail level above the latents `below`.
@@ -133,7 +137,8 @@ def sample_detail(
     without it from `below` interpolated.
 
     Euler steps in place on the tokens: beside them live a hidden state for each prompt of a forward, a velocity (two
-    with guidance) and the proxy's keys and values, on `states` (by default where the model computes). With `region`,
+    with guidance) and the proxy's keys and values, on `states` (by default where the model computes), of all blocks or,
+    unless it `keeps` them, of one: then the proxy stream is computed again beside every forward. With `region`,
     its surroundings go straight from where they start to the finished video. `on_block` gets the number of prompts that
     a block was computed for.
     """
@@ -144,7 +149,9 @@ def sample_detail(
         origin, end = with_halo(region.start, region.end, grid, detail.halo)
     part = Grid(*(b - a for a, b in zip(origin, end, strict=True)))
     ranges = [range(a * p, b * p) for a, b, p in zip(origin, end, (1, patch, patch), strict=True)]
-    field = _Field(stream, proxy_stream, stage, detail, patch, below, part, origin, chunk, on_block, kernels, states)
+    field = _Field(
+        stream, proxy_stream, stage, detail, patch, below, part, origin, chunk, on_block, kernels, states, keeps
+    )
     start = partial(_start, stage, below, enlarged, ranges, patch, seed, level)
     done, x = (resume[0], resume[1]["tokens"]) if resume else (0, start())
     frozen = known = begun = torch.empty(0)

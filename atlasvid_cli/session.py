@@ -141,11 +141,11 @@ class Session:
     def check_adapters(self) -> None:
         """Raises InputError for an adapter of another stage or base, or trained otherwise than the preset says, and for
         an entry of another VAE: the detail would find it out after hours of the proxy."""
-        time_ratio, detail = str(self.preset.proxy.time_ratio), self.preset.detail
+        proxy, detail = self.preset.proxy, self.preset.detail
         windows = json.dumps(detail.windows)
         trained_for = {
-            "proxy": {"time_ratio": time_ratio},
-            "detail": {"time_ratio": f"{time_ratio},1", "windows": windows, "streams": detail.streams},
+            "proxy": proxy.trained_for,
+            "detail": {"time_ratio": f"{proxy.time_ratio},1", "windows": windows, "streams": detail.streams},
         }
         for stage, figures in trained_for.items():
             largest = self.preset.training_ratios[-1] if stage == "detail" else None

@@ -6,7 +6,7 @@ No torch here. A token covers `spatial * patch` pixels; a causal VAE turns 4k+1 
 import math
 from dataclasses import dataclass
 from fractions import Fraction
-from typing import TYPE_CHECKING, TypeVar
+from typing import TYPE_CHECKING, NamedTuple, TypeVar
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -15,6 +15,17 @@ RATIO_STEPS = 16  # ratios r_s are multiples of 1/16
 
 Shape = tuple[int, int, int]  # along t, h, w
 Latent = TypeVar("Latent", int, "Tensor")  # its number, or those of many
+
+
+class Scale(NamedTuple):
+    """Positions from one token of a clip to the next: r_t between latent frames (paper §3.2) and, within a frame, fewer
+    than one where it is larger than the base knows (position interpolation, arXiv 2306.15595)."""
+
+    time: int = 1
+    space: float = 1.0
+
+
+NATIVE = Scale()  # as bases are trained
 
 
 @dataclass(frozen=True)

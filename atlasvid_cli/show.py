@@ -33,7 +33,7 @@ def show_plan(
     """Prints the plan of so many `videos` in `folder`, if one is named, a table or with --json an object, and warns
     where they do not fit the `machine`, by default this one, or cannot be written there."""
     from .console import duration
-    from .cost import check_resources, offload_of
+    from .cost import check_resources, placement_of
     from .cost import rows as costs_of
 
     rows, misfit = [], None
@@ -70,14 +70,16 @@ def show_plan(
     if is_timed:
         title += f": about {duration(total)}"
         title += f" each, {duration(total * videos)} for {videos} videos" if videos > 1 else ""
-    offload = offload_of(plan, machine)
-    title += f", --offload {offload}" if on_gpu else ""
+    placement = placement_of(plan, machine)
+    title += f", --offload {placement.offload}" if on_gpu else ""
+    title += "" if placement.keeps else ", proxy keys anew at each step"
     title += f", {machine.device.name}" if machine else ""
     if console.json_lines:
         console.emit(
             {
                 **plan.to_json(),
-                "offload": offload,
+                "offload": placement.offload,
+                "keeps_proxy_keys": placement.keeps,
                 "rows": [r.to_json() for r in rows],
                 "videos": videos,
                 "fits": misfit is None,

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from fractions import Fraction
 
 from .presets import Detail, Experts, Level, Preset, Sampler, Upsample
-from .shapes import Grid
+from .shapes import Grid, Scale
 
 
 @dataclass(frozen=True)
@@ -23,11 +23,17 @@ class Stage:
     sampler: Sampler = "euler"
     experts: Experts | None = None
     scaled_time: bool = True
+    position_scale: float = 1.0
     autoguidance: float = 0.0
     guidance_interval: tuple[float, float] = (0.0, 1.0)
     guidance_batch: bool = False
     upsample: Upsample = "latents"
     entry: str | None = None
+
+    @property
+    def scale(self) -> Scale:
+        """Of stage 1's positions."""
+        return Scale(self.time_ratio if self.scaled_time else 1, self.position_scale)
 
     @property
     def in_pixels(self) -> bool:
@@ -78,6 +84,7 @@ def proxy_stage(preset: Preset, grid: Grid, time_ratio: int) -> Stage:
         sampler=proxy.sampler,
         experts=preset.experts,
         scaled_time=proxy.scaled_time,
+        position_scale=proxy.position_scale,
         autoguidance=proxy.autoguidance,
     )
 

@@ -16,10 +16,11 @@ from diffusers import WanTransformer3DModel
 from peft import LoraConfig, get_peft_model_state_dict
 
 from .loop import Run, run
-from .model import Alignment, clip_forward, detail_forward, patchify, proxy_context, text_context
-from .presets import Detail
+from .model import clip_forward, patchify, text_context
+from .presets import Detail, Proxy
 from .schedule import shift_sigma, unshift_sigma, upsample
-from .shapes import Grid
+from .shapes import NATIVE, Grid, Scale
+from .streams import Alignment, detail_forward, proxy_context
 from .tensor_file import save_tensors
 
 TEXT_LENGTH = 512
@@ -60,7 +61,7 @@ def clip_loss(
     samples: list[torch.Tensor],
     prompts: list[torch.Tensor],
     generator: torch.Generator,
-    time_ratio: int,
+    scale: Scale,
     shift: float,
     near: torch.Tensor | None = None,
     within: tuple[float, float] = (0.0, 1.0),
@@ -72,7 +73,7 @@ def clip_loss(
     sigma = torch.tensor([draw_sigma(generator, shift, within=within) for _ in samples])
     noisy = torch.lerp(clean, noise, sigma.view(-1, 1, 1))
     text = text_context(model, prompts, TEXT_LENGTH)
-    out = clip_forward(model, noisy, grid_of(samples[0]), (sigma * 1000).round(), text, time_ratio)
+    out = clip_forward(model, noisy, grid_of(samples[0]), (sigma * 1000).round(), text, scale)
     return _weighted((out - (noise - clean)).square(), near)
 
 
@@ -221,8 +222,8 @@ def train_clips(
     clips: list[dict],
     embed: Embed,
     *,
-    time_ratio: int,
     tokens: int,
+    scale: Scale = NATIVE,
     stills: tuple[float, float] = (0.0, 0.0),
     shift_of: Callable[[int], float] = lambda latents: 3.0,
     within: tuple[float, float] = (0.0, 1.0),
@@ -239,14 +240,12 @@ def train_clips(
         picked, latents = draw_batch(stills_by_shape if still else clips_by_shape, rng, tokens)
         prompts = [pick_prompt(s, embed, rng) for s in picked]
         length = latents[0].shape[1]
-        return clip_loss(
-            model, latents, prompts, generator, time_ratio, shift_of(length), _near(picked, length), within
-        )
+        return clip_loss(model, latents, prompts, generator, scale, shift_of(length), _near(picked, length), within)
 
     def held_out_loss(sample: dict, rng: random.Random, generator: torch.Generator) -> torch.Tensor:
         latents, prompts = sample["latents"].float(), [embed(sample["caption"])]
         length = latents.shape[1]
-        figures = time_ratio, shift_of(length), _near([sample], length), within
+        figures = scale, shift_of(length), _near([sample], length), within
         return clip_loss(model, [latents], prompts, generator, *figures)
 
     run(model, told, loss_at, held_out_loss)
@@ -282,21 +281,21 @@ def train_detail(
 def adapter_metadata(
     stage: str,
     base: str,
-    time_ratio: int,
+    proxy: Proxy,
     ratios: Iterable[Any] = (),
     windows: Sequence[Sequence[int]] = (),
     streams: str = "both",
 ) -> dict[str, str]:
     """What an adapter says of itself: its stage, the hash of the base that it fits, and what it was trained for."""
-    metadata = {"stage": stage, "base": base, "time_ratio": str(time_ratio)}
-    if stage == "detail":
-        metadata |= {
-            "time_ratio": f"{time_ratio},1",
-            "ratio": ",".join(map(str, sorted(set(ratios)))),
-            "windows": json.dumps(windows),
-            "streams": streams,
-        }
-    return metadata
+    metadata = {"stage": stage, "base": base}
+    if stage == "proxy":
+        return metadata | proxy.trained_for
+    return metadata | {
+        "time_ratio": f"{proxy.time_ratio},1",
+        "ratio": ",".join(map(str, sorted(set(ratios)))),
+        "windows": json.dumps(windows),
+        "streams": streams,
+    }
 
 
 def save_adapter(model: WanTransformer3DModel, path: Path, metadata: dict[str, str]) -> None:

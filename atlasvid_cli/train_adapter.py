@@ -21,6 +21,7 @@ from .embeddings import EmbeddingCache
 from .loop import Run, all_processes
 from .presets import Preset
 from .session import Session
+from .shapes import NATIVE
 from .train_job import WORLD, Job, Learner, check, check_output
 from .train_samples import Sampler
 from .wear import Stage1
@@ -43,8 +44,7 @@ def make(session: Session, job: Job, console: Console) -> Path:
     processes = all_processes()
     base = model_hash(session.folder, learner.part)
     if job.stage == "detail" and learner.lora:
-        figures = {"time_ratio": str(preset.proxy.time_ratio)}  # as a render will ask
-        check_adapter(session.folder, learner.lora, "proxy", learner.part, figures)
+        check_adapter(session.folder, learner.lora, "proxy", learner.part, preset.proxy.trained_for)  # as a render will
     if job.stage == "proxy" and preset.proxy.time_ratio == 1:
         console.warn(
             f"preset {preset.name} has time_ratio = 1, so that this adapter makes no longer videos; for those set"
@@ -69,7 +69,7 @@ def make(session: Session, job: Job, console: Console) -> Path:
         )
     ratios: Sequence[object] = [s["ratio"] for s in trained] if job.stage == "detail" else ()
     metadata = train.adapter_metadata(
-        job.stage, base, preset.proxy.time_ratio, ratios, preset.detail.windows, preset.detail.streams
+        job.stage, base, preset.proxy, ratios, preset.detail.windows, preset.detail.streams
     )
     folder = store.run_directory(job.work, f"{job.stage}-{key}")
     with store.lock(folder) if processes.is_main_process else contextlib.nullcontext():
@@ -96,6 +96,7 @@ def _settings(session: Session, job: Job, learner: Learner, lr: float) -> dict[s
         "weights": [model_hash(session.folder, learner.part, "text_encoder", "vae"), below],
         "preset": [
             proxy.time_ratio,
+            proxy.position_scale,
             proxy.flow_shift,
             learner.guidance_scale,
             preset.negative_prompt,
@@ -154,7 +155,7 @@ def _trained(
                 [],
                 samples,
                 embed,
-                time_ratio=preset.proxy.time_ratio,
+                scale=preset.proxy.scale,
                 tokens=preset.training.batch * preset.proxy.base_tokens * corpus.proxy_latents(preset),
                 shift_of=lambda latents: preset.proxy.flow_shift,
                 within=learner.sigmas,
@@ -175,17 +176,17 @@ def _trained(
 
 def _makers(preset: Preset, learner: Learner) -> list[Stage1]:
     """How the proxies that stage 2 meets are made: those of upper levels stand for what the bare base makes."""
-    adapters = {1: None, preset.proxy.time_ratio: learner.lora}
+    adapters = {NATIVE: None, preset.proxy.scale: learner.lora}
     return [
         Stage1(
-            time_ratio,
+            scale,
             lambda latents: preset.proxy.flow_shift,
             adapter,
             1.0 if adapter is None else learner.guidance_scale,
             preset.negative_prompt,
             learner.sigmas[1],
         )
-        for time_ratio, adapter in adapters.items()
+        for scale, adapter in adapters.items()
     ]
 
 
@@ -195,7 +196,7 @@ def _proxies_folder(session: Session, part: str, stage1: Stage1, data: list[list
     guidance = stage1.guidance_scale, stage1.negative
     key = {
         "weights": model_hash(session.folder, part, "text_encoder", "vae", stage1.adapter),
-        "stage 1": [stage1.time_ratio, guidance, session.preset.proxy.flow_shift, stage1.largest],
+        "stage 1": [list(stage1.scale), guidance, session.preset.proxy.flow_shift, stage1.largest],
         "wear": wear.recipe(),
         "samples": corpus.figures(session, "detail"),
         "data": [corpus.HELD_OUT, corpus.VALIDATED, data],
@@ -224,7 +225,7 @@ def _add_proxies(
 
     detail = session.preset.detail
     levels = ((detail.upper, 1), (detail.first, session.preset.proxy.time_ratio))
-    pixels = any(level.upsample == "pixels" and r == stage1.time_ratio for level, r in levels)
+    pixels = any(level.upsample == "pixels" and r == stage1.scale.time for level, r in levels)
     wear.complete_proxies(folder, samples, embed, stage1, model, vae if pixels else None, console)
 
 

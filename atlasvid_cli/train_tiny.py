@@ -25,6 +25,7 @@ from .console import Console
 from .encode import encode_clips
 from .loop import Run
 from .presets import load_preset
+from .shapes import NATIVE
 from .store import artefact_hash, write_json
 from .tensor_file import save_tensors
 from .text import encode_prompts
@@ -228,7 +229,7 @@ def make_base(work: Path, out: Path, vae: AutoencoderKLWan, embed: train.Embed) 
     model = WanTransformer3DModel(**TRANSFORMER_CONFIG)
     for i, (steps, lr, stills) in enumerate(BASE_CYCLES):
         course: dict[str, Any] = {"steps": steps, "lr": lr, "seed": i, "accumulate": 2}
-        seen: dict[str, Any] = {"time_ratio": 1, "tokens": 1440, "stills": stills}
+        seen: dict[str, Any] = {"tokens": 1440, "stills": stills}
         told = Run(runs.folder(f"base-{i}", course | seen), **course)
         train.train_clips(model, told, images, clips, embed, shift_of=clip_shift, **seen)
     save_folder(model.half(), out / "transformer")
@@ -248,10 +249,11 @@ def make_proxy_adapter(work: Path, out: Path, vae: AutoencoderKLWan, embed: trai
     model = trainable(out, PROXY_RANK, seed=1)
     runs = Runs(work, [{"rank": PROXY_RANK, **learnt_from(work, out, ["proxy"], "transformer")}])
     course: dict[str, Any] = {"steps": PROXY_STEPS, "lr": 2.5e-3, "accumulate": 2}
-    seen: dict[str, Any] = {"time_ratio": 4, "tokens": 2200}
+    proxy = load_preset("tiny").proxy
+    seen: dict[str, Any] = {"scale": proxy.scale, "tokens": 2200}
     told = Run(runs.folder("proxy", course | seen), **course)
     train.train_clips(model, told, [], data, embed, shift_of=clip_shift, **seen)
-    metadata = train.adapter_metadata("proxy", model_hash(out, "transformer"), 4)
+    metadata = train.adapter_metadata("proxy", model_hash(out, "transformer"), proxy)
     train.save_adapter(model, out / PROXY_ADAPTER, metadata)
 
 
@@ -260,11 +262,11 @@ def make_detail_adapter(work: Path, out: Path, vae: AutoencoderKLWan, embed: tra
     preset = load_preset("tiny")
     detail, kinds = preset.detail, ("first_still", "first", "upper_still", "upper")
     data = [s for kind in kinds for s in dataset.build(kind, SAMPLES[kind], samples_folder(work, out), vae)]
-    guided = Stage1(4, clip_shift, PROXY_ADAPTER, preset.proxy.guidance_scale)
+    guided = Stage1(preset.proxy.scale, clip_shift, PROXY_ADAPTER, preset.proxy.guidance_scale)
     proxies = []
-    for level, stage1 in ((detail.upper, Stage1(1, clip_shift)), (detail.first, guided)):
+    for level, stage1 in ((detail.upper, Stage1(NATIVE, clip_shift)), (detail.first, guided)):
         source = learnt_from(work, out, kinds, "transformer", stage1.adapter)
-        settings = {"ratio": stage1.time_ratio, "guidance": stage1.guidance_scale, "wear": wear.recipe()}
+        settings = {"scale": stage1.scale, "guidance": stage1.guidance_scale, "wear": wear.recipe()}
         folder = Runs(work, [source]).folder("proxies", settings)
         proxies.append(folder.name)
         wear.complete_proxies(
@@ -283,5 +285,5 @@ def make_detail_adapter(work: Path, out: Path, vae: AutoencoderKLWan, embed: tra
     told = Run(runs.folder("detail", course | seen), **course)
     train.train_detail(model, model, told, data, embed, detail)
     fits = model_hash(out, "transformer")
-    metadata = train.adapter_metadata("detail", fits, 4, dataset.DETAIL_RATIOS, detail.windows)
+    metadata = train.adapter_metadata("detail", fits, preset.proxy, dataset.DETAIL_RATIOS, detail.windows)
     train.save_adapter(model, out / DETAIL_ADAPTER, metadata)

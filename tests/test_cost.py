@@ -13,10 +13,11 @@ from atlasvid_cli.cost import check_resources, rows
 from atlasvid_cli.decode_cost import ENCODER_BYTES, VIDEO_BYTES
 from atlasvid_cli.errors import ResourceError
 from atlasvid_cli.machine import Device, Machine, machine_with_gpu, this_machine
-from atlasvid_cli.memory import model_bytes
-from atlasvid_cli.model import TextContext, detail_forward
+from atlasvid_cli.memory import Placement, model_bytes
+from atlasvid_cli.model import TextContext
 from atlasvid_cli.plan import Request, make_plan
 from atlasvid_cli.presets import load_preset
+from atlasvid_cli.streams import detail_forward
 from atlasvid_cli.video import CODECS
 from atlasvid_cli.weights import load_transformer
 
@@ -128,11 +129,45 @@ def test_keys_and_values_of_the_proxy_are_counted():
     def needed(attends):
         changed = dataclasses.replace(preset, detail=dataclasses.replace(preset.detail, proxy_attention=attends))
         plan = make_plan(Request("wan2.1-1.3b", 3840, 2160, Fraction(4)), preset=changed)
-        return plan, cost.memory(plan, plan.levels[-1], "none", gpu).device
+        return plan, cost.memory(plan, plan.levels[-1], Placement("none"), gpu).device
 
     (plan, with_proxy), (_, without) = needed(True), needed(False)
     level, size = plan.levels[-1], preset.transformer
     assert with_proxy - without == 2 * size.layers * plan.below(level).tokens * size.dim * 2 * level.passes
+
+
+def adapted(fields, preset="wan2.1-1.3b"):
+    """A plan of 4K x 12 s, of the whole method."""
+    whole = load_preset(preset)
+    detail = dataclasses.replace(whole.detail, proxy_attention=True)
+    return make_plan(
+        Request(preset, 3840, 2160, Fraction(12), **fields), preset=dataclasses.replace(whole, detail=detail)
+    )
+
+
+def test_a_proxy_stream_beside_the_detail_takes_a_block_of_it():
+    plan, gpu = adapted({}), machine_with_gpu(80)
+    level, size = plan.levels[-1], plan.preset.transformer
+    states = plan.below(level).tokens * size.dim * 2
+    kept, beside = (cost.memory(plan, level, Placement("none", keeps), gpu).device for keeps in (True, False))
+    assert kept - beside == 2 * size.layers * states * level.passes - 3 * states
+    context = plan.flops(level, keeps=False) - plan.flops(level)
+    assert 0 < context < 0.3 * plan.flops(level)
+
+
+@pytest.mark.parametrize(
+    ("gib", "fields", "offload", "keeps"),
+    [
+        (141, {}, "none", True),
+        (80, {}, "none", False),
+        (16, {}, "none", False),
+        (12, {}, "block", False),
+        (141, {"offload": "block"}, "block", True),
+        (8, {}, "host", False),
+    ],
+)
+def test_where_keys_of_the_proxy_have_no_room_they_are_computed_anew(gib, fields, offload, keeps):
+    assert cost.placement_of(adapted(fields), machine_with_gpu(gib)) == Placement(offload, keeps)
 
 
 def test_the_embedded_text_encoder_is_as_large_as_its_preset_says():
@@ -156,7 +191,7 @@ def test_wan_14b_fits_a_48_gib_gpu_in_fp8_and_not_without():
         request = Request("wan2.1-14b", 3840, 2160, Fraction(12), offload="none", weight_dtype=dtype)
         plan = make_plan(request)
         needed[dtype] = max(
-            cost.memory(plan, stage, "none", machine_with_gpu(80)).vram for _, stage in plan.own_stages()
+            cost.memory(plan, stage, Placement("none"), machine_with_gpu(80)).vram for _, stage in plan.own_stages()
         )
     assert needed["fp8"] < 48 * cost.GIB < needed["auto"] < 80 * cost.GIB
 
@@ -168,7 +203,7 @@ def test_guidance_in_one_batch_takes_another_hidden_state():
         first = dataclasses.replace(preset.detail.first, guidance_batch=batch)
         changed = dataclasses.replace(preset, detail=dataclasses.replace(preset.detail, first=first))
         plan = make_plan(Request("wan2.1-1.3b", 1920, 1080, Fraction(4)), preset=changed)
-        return plan, cost.memory(plan, plan.levels[0], "none", machine_with_gpu(80)).device
+        return plan, cost.memory(plan, plan.levels[0], Placement("none"), machine_with_gpu(80)).device
 
     (plan, apart), (_, together) = needed(False), needed(True)
     assert together - apart == plan.levels[0].grid.tokens * preset.transformer.dim * 2
@@ -178,9 +213,9 @@ def test_autoguidance_takes_the_weights_twice():
     plan = make_plan(Request("tiny", 960, 544, Fraction(4)))
     gpu = machine_with_gpu(80)
     plain = dataclasses.replace(plan, proxy=dataclasses.replace(plan.proxy, autoguidance=0.0))
-    two, one = (cost.memory(p, p.proxy, "none", gpu).device for p in (plan, plain))
+    two, one = (cost.memory(p, p.proxy, Placement("none"), gpu).device for p in (plan, plain))
     assert two - one == model_bytes(plan.preset, gpu.device)
-    two, one = (cost.memory(p, p.proxy, "block", gpu) for p in (plan, plain))
+    two, one = (cost.memory(p, p.proxy, Placement("block"), gpu) for p in (plan, plain))
     assert 0 < two.device - one.device < model_bytes(plan.preset, gpu.device)  # what is no block
     assert two.host - one.host >= 0.9 * model_bytes(plan.preset, gpu.device)
 
@@ -210,7 +245,7 @@ def test_a_plan_for_another_gpu_offloads_as_little_as_fits_it(tmp_path, monkeypa
     costs = rows(plan, machine)
     assert all(math.isnan(row.seconds) for row in costs)
     if offload:
-        assert cost.offload_of(plan, machine) == offload
+        assert cost.placement_of(plan, machine).offload == offload
         check_resources(plan, tmp_path, costs=costs, machine=machine)
     else:
         with pytest.raises(ResourceError, match="GPU memory"):

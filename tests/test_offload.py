@@ -6,10 +6,11 @@ from threading import Event
 import pytest
 import torch
 
-from atlasvid_cli.model import Alignment, detail_forward, proxy_context, text_context
+from atlasvid_cli.model import text_context
 from atlasvid_cli.offload import Transfers, narrow, on_device, place, stored
 from atlasvid_cli.presets import window_cycle
 from atlasvid_cli.shapes import Grid
+from atlasvid_cli.streams import Alignment, detail_forward, proxy_context
 
 GRID, LAYOUTS = Grid(3, 6, 7), window_cycle([(3, 4, 4), (2, 3, 7)])
 

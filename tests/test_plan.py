@@ -7,6 +7,7 @@ import pytest
 
 from atlasvid_cli.cost import memory
 from atlasvid_cli.machine import this_machine
+from atlasvid_cli.memory import Placement
 from atlasvid_cli.plan import Request, make_plan
 from atlasvid_cli.presets import load_preset
 from atlasvid_cli.shapes import Grid
@@ -69,7 +70,10 @@ def test_a_region_is_planned_as_what_is_sampled_of_it():
     assert (part.t, part.h, part.w) == (min(9 + t, stage.grid.t), 10 + 2 * h, 10 + 2 * w)
     assert plan.flops(stage) < 0.4 * whole.flops(stage) and plan.windows(stage) < 0.4 * whole.windows(stage)
     machine = this_machine()
-    assert memory(plan, stage, "none", machine).host < memory(whole, whole.levels[-1], "none", machine).host
+    assert (
+        memory(plan, stage, Placement("none"), machine).host
+        < memory(whole, whole.levels[-1], Placement("none"), machine).host
+    )
     assert whole.sampled(whole.levels[-1]) == whole.target
 
 

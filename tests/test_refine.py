@@ -56,6 +56,18 @@ def test_a_proxy_stream_that_is_kept_is_as_good_as_one_made_at_every_step(sample
     assert len(made) == 1
 
 
+@pytest.mark.parametrize("clean_proxy", [True, False])
+@pytest.mark.parametrize("interval", [(0.0, 1.0), (0.7, 0.9)])
+def test_a_proxy_stream_computed_beside_every_forward_gives_the_same_bytes(sample, monkeypatch, clean_proxy, interval):
+    detail, guided = (
+        replace(DETAIL, clean_proxy=clean_proxy),
+        replace(STAGE, guidance_scale=4.0, guidance_interval=interval),
+    )
+    kept = sample(guided, detail=detail)
+    monkeypatch.setattr(refine, "proxy_context", lambda *given: pytest.fail("it was kept"))
+    assert torch.equal(sample(guided, detail=detail, keeps=False), kept)
+
+
 def test_the_same_seed_gives_the_same_bytes_and_another_does_not(sample):
     assert torch.equal(sample(), sample())
     assert (sample() - sample(seed=6)).abs().max() > 0.1

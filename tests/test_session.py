@@ -13,12 +13,13 @@ from safetensors.torch import load_file, save_file
 from atlasvid_cli import above, artefacts, digests, machine, pipeline, session, tensor_file
 from atlasvid_cli.block import Kernels
 from atlasvid_cli.errors import InputError, UsageError
-from atlasvid_cli.model import detail_forward, text_context
+from atlasvid_cli.model import text_context
 from atlasvid_cli.offload import stored
 from atlasvid_cli.parse import Lora
 from atlasvid_cli.plan import Request, make_plan
 from atlasvid_cli.session import Session, check_session
 from atlasvid_cli.shapes import Grid
+from atlasvid_cli.streams import detail_forward
 from atlasvid_cli.video import probe
 from atlasvid_cli.weights import model_hash
 

@@ -21,6 +21,7 @@ from atlasvid_cli.corpus import load_samples
 from atlasvid_cli.errors import InputError, UsageError
 from atlasvid_cli.presets import Training, load_preset
 from atlasvid_cli.session import Session
+from atlasvid_cli.shapes import NATIVE
 from atlasvid_cli.train_adapter import embedder, make
 from atlasvid_cli.train_job import Job
 from tests.test_corpus import pairs
@@ -89,7 +90,9 @@ def test_an_adapter_is_trained_validated_and_loads(session, job, tmp_path):
     metadata, _ = tensor_file.read_header(job.output)
     assert metadata["stage"] == job.stage and metadata["base"] == weights.model_hash(session.folder, "transformer")
     assert metadata["time_ratio"] == ("4" if job.stage == "proxy" else "4,1")
-    if job.stage == "detail":
+    if job.stage == "proxy":
+        assert metadata["position_scale"] == str(session.preset.proxy.position_scale)
+    else:
         assert json.loads(metadata["windows"]) == [[2, 3, 3], [3, 2, 2]] and set(metadata["ratio"].split(",")) <= {
             *"24"
         }
@@ -275,15 +278,16 @@ def test_stage_2_learns_from_proxies_as_the_preset_makes_them(session, job, monk
     seen, real = {}, wear.add_worn
 
     def recorded(model, data, embed, stage1, on_done):
-        seen[stage1.time_ratio] = model
+        seen[stage1.scale] = model
         real(model, data, embed, stage1, on_done)
 
     monkeypatch.setattr(wear, "add_worn", recorded)
     make(session, replace(job, steps=1), quiet())
-    for time_ratio, adapter in ((1, None), (4, session.preset.proxy.lora)):
+    for scale, adapter in ((NATIVE, None), (session.preset.proxy.scale, session.preset.proxy.lora)):
         expected = weights.load_transformer(session.folder, adapter, "proxy", session.dtype)
-        assert torch.equal(seen[time_ratio].blocks[0].attn1.to_q.weight, expected.blocks[0].attn1.to_q.weight)
-    assert not torch.equal(seen[1].blocks[0].attn1.to_q.weight, seen[4].blocks[0].attn1.to_q.weight)
+        assert torch.equal(seen[scale].blocks[0].attn1.to_q.weight, expected.blocks[0].attn1.to_q.weight)
+    bare, adapted = seen.values()
+    assert not torch.equal(bare.blocks[0].attn1.to_q.weight, adapted.blocks[0].attn1.to_q.weight)
 
 
 @pytest.mark.parametrize("stage, expert", [("proxy", "high"), ("proxy", "low"), ("detail", None)])
@@ -328,7 +332,7 @@ def test_what_cannot_be_used_is_said_before_clips_are_encoded(session, job, tmp_
     with pytest.raises(UsageError, match="an adapter"):
         make(session, replace(job, output=tmp_path / "a.pt"), quiet())
     tensors, preset = tensor_file.open_tensors(session.folder / session.preset.proxy.lora)[0], session.preset
-    for name, other in (("time_ratio", "2"), ("base", "0" * 16), ("stage", "detail")):
+    for name, other in (("time_ratio", "2"), ("position_scale", "0.5"), ("base", "0" * 16), ("stage", "detail")):
         lora = tmp_path / f"{name}.safetensors"
         tensor_file.save_tensors(lora, tensors, {name: other})
         session.preset = replace(preset, proxy=replace(preset.proxy, lora=str(lora)))
@@ -342,7 +346,7 @@ def test_proxies_are_made_once_for_all_trainings_that_depend_on_the_same(session
     preset, seen, made = session_of_pixels.preset, [], []
     real, worn, enlarged = train.train_detail, wear.add_worn, wear.add_enlarged
     monkeypatch.setattr(train, "train_detail", lambda *a, **k: seen.append(a[3]) or real(*a, **k))
-    monkeypatch.setattr(wear, "add_worn", lambda *a: made.append(("worn", a[3].time_ratio)) or worn(*a))
+    monkeypatch.setattr(wear, "add_worn", lambda *a: made.append(("worn", a[3].scale.time)) or worn(*a))
     monkeypatch.setattr(wear, "add_enlarged", lambda *a: made.append(("enlarged", a[2])) or enlarged(*a))
     monkeypatch.setattr(train_adapter.Sampler, "show", lambda *_: None)
 
