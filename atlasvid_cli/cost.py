@@ -199,7 +199,7 @@ def _text_row(plan: Plan, rate: float, machine: Machine) -> Row:
     """The text encoder on a prompt of full length, as if no embedding were cached."""
     text, tokens = plan.preset.text, plan.preset.transformer.text_length
     flops = 2 * (text.parameters - text.looked_up) * tokens
-    needed = text_memory(plan.preset, machine.vram, machine.device)
+    needed = text_memory(plan.preset, machine.device)
     return Row("text", flops, needed, flops / rate, tokens=tokens)
 
 

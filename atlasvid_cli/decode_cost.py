@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING
 
 from .errors import ResourceError
 from .machine import Machine, available_ram, decode_dtype, disk_of, this_machine
-from .memory import GIB, PROGRAM_VRAM, Memory
+from .memory import GIB, GPU_SHARE, PROGRAM_VRAM, Memory
 from .presets import Preset
 
 if TYPE_CHECKING:
@@ -22,9 +22,6 @@ ENCODER_BYTES = {"h264": (3, 5), "hevc10": (9, 15), "av1": (8, 8), "prores": (2,
 # what the allocator and the convolutions' scratch make of the VAE's tensors, by bytes a value: measured in fp32
 # (docs/LOG.md); in bf16 not measured with this decoder: its predecessor's measured peak over today's estimate
 KEPT = {4: 1.25, 2: 1.95}
-
-# of a GPU's memory, what tiles are cut for: whatever is free at the moment, the same GPU cuts the same tiles
-GPU_SHARE = 0.9
 
 
 def file_bytes(width: int, height: int, frames: int, codec: str) -> int:

@@ -42,6 +42,9 @@ WeightDtype = Literal["auto", "int8", "fp8"]
 GIB = 1 << 30
 PROGRAM_BYTES = int(0.6 * GIB)  # torch, diffusers and transformers, imported, before any weight
 PROGRAM_VRAM = GIB  # the CUDA context and what its allocator cannot reuse
+# Of a GPU's memory, what prompts and tiles are placed by: whatever is free at the moment, the same GPU gives the same
+# values, and an interrupted job ends with the bytes that it would have had.
+GPU_SHARE = 0.9
 
 
 @dataclass(frozen=True)
@@ -62,17 +65,18 @@ class Memory:
         return PROGRAM_BYTES + self.host
 
 
-def text_memory(preset: Preset, free: int, device: Device) -> Memory:
-    """The text encoder, alone in memory: on the GPU where it fits in `free` bytes, else on the CPU in fp32."""
-    weights = preset.text.parameters * device.bytes_per_value
-    if device.kind == "cuda" and fits_gpu(weights, free):
+def text_memory(preset: Preset, device: Device) -> Memory:
+    """The text encoder, alone in memory: on a GPU that has room for it, else on the CPU in fp32."""
+    if encodes_text(preset, device):
+        weights = preset.text.parameters * device.bytes_per_value
         return Memory(weights, weights)  # read into host memory first
     return Memory(0, 4 * preset.text.parameters)
 
 
-def fits_gpu(weights: int, free: int) -> bool:
-    """Whether a text encoder of `weights` bytes, with what it computes, fits in `free` bytes of GPU memory."""
-    return weights * 1.2 < free
+def encodes_text(preset: Preset, device: Device) -> bool:
+    """Whether prompts are encoded on a GPU: where the encoder, with what it computes, fits in its share of that."""
+    weights = preset.text.parameters * device.bytes_per_value
+    return device.kind == "cuda" and weights * 1.2 < GPU_SHARE * device.memory
 
 
 def proxy_memory(

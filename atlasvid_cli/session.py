@@ -18,8 +18,8 @@ from .errors import ResourceError, UsageError
 from .half import HalfEncoder
 from .hub import folder_here, model_folder
 from .lora import check_lora, config_beside, merge_lora
-from .machine import available_vram, check_compiler, compute_device, decode_dtype, release_gpu
-from .memory import Offload, WeightDtype, fits_gpu, model_bytes
+from .machine import check_compiler, compute_device, decode_dtype, release_gpu
+from .memory import Offload, WeightDtype, encodes_text, model_bytes
 from .offload import check_weight_dtype, narrow, place
 from .parse import Lora
 from .plan import Request
@@ -300,10 +300,8 @@ class Session:
 
     @cached_property
     def _text_device(self) -> torch.device:
-        """Where prompts are encoded, decided once: a GPU without room leaves it to the CPU, in fp32."""
-        size = self.preset.text.parameters * self.dtype.itemsize
-        on_gpu = self.device.type == "cuda" and fits_gpu(size, available_vram())
-        return self.device if on_gpu else torch.device("cpu")
+        """Where prompts are encoded: a GPU without room leaves it to the CPU, in fp32."""
+        return self.device if encodes_text(self.preset, compute_device()) else torch.device("cpu")
 
     def _kept(self, prompt: str) -> Embedding | None:
         return self._embeddings.get(prompt) or self._cache.read(prompt)
