@@ -2,6 +2,7 @@
 
 import dataclasses
 import math
+import time
 from fractions import Fraction
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,7 @@ from .artefacts import (
     is_finished,
     latents_shape,
     level_path,
+    record_of,
     result_metadata,
     result_of_region,
     result_path,
@@ -125,8 +127,14 @@ def refine_saved(latents: Path, plan: Plan, target: Path, run_dir: Path | None, 
         return event | {"status": "skipped"}
     if made:
         check_resources(plan, target.parent, folder)
-    check_replaceable(target, wanted)
+    check_replaceable(target, wanted, plan.request.codec)
     with lock(run_directory(folder.parent, folder.name)):
+        record_of(folder)  # which may be of no run
+        begun = time.monotonic()
         pipeline.refine(session, plan, latents, folder, console)
+        refined = time.monotonic()
         pipeline.finish(session, result, target, plan.request, console, folder)
+        if not plan.is_region:  # whose run is the whole video's
+            spent = {"detail": refined - begun, "decode": time.monotonic() - refined}
+            pipeline.keep_record(session, plan, folder, result, target, spent)
     return event

@@ -312,12 +312,14 @@ def _tags(path: Path) -> dict[str, str]:
     return {}
 
 
-def check_replaceable(target: Path, metadata: dict[str, str]) -> None:
-    """UsageError where `target` is a file that was not made from the latents with this metadata."""
+def check_replaceable(target: Path, metadata: dict[str, str], codec: str) -> None:
+    """UsageError where `target` is a file that was not made from the latents with this metadata, with that `codec`."""
     if not target.exists():
         return
     found = _tags(target)
     if found.get("key") == metadata["key"]:
+        if (other := found.get("codec", codec)) != codec:
+            raise UsageError(f"{target} exists, the same video in {other}; choose another --output, or move it away")
         return
     what = "from something else"
     if all(found.get(name) == metadata[name] for name in ("prompt", "seed", "model")):

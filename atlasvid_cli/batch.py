@@ -171,7 +171,7 @@ def render_one(session: "Session", plan: "Plan", run: Path, target: Path, consol
     if target.exists():  # but its run is gone, and all is made again
         check_resources(plan, target.parent, run)
     proxy = artefacts.proxy_metadata(session, plan)
-    artefacts.check_replaceable(target, artefacts.result_metadata(session, plan, proxy))
+    artefacts.check_replaceable(target, artefacts.result_metadata(session, plan, proxy), plan.request.codec)
     with store.lock(store.run_directory(run.parent, run.name)):
         return pipeline.render(session, plan, run, target, console)
 

@@ -1,6 +1,7 @@
 """The commands that make something: flags -> Request -> Plan -> pipeline. Heavy imports are in the bodies."""
 
 import dataclasses
+from functools import partial
 from pathlib import Path
 from typing import Annotated
 
@@ -13,7 +14,7 @@ from .parse import parse_frames, parse_region
 from .prompts import items_of, shard_of
 from .request import make_request, with_clip
 from .show import show_plan
-from .targets import check_apart, check_writable, target_of
+from .targets import check_apart, check_writable, is_made, target_of
 
 
 def render(
@@ -211,6 +212,7 @@ def refine(
         raise UsageError(f"--frames {frames} ends after the video's {plan.frames} frames; end it there")
     if dry_run:
         if session := check_session(request, console):
+            session.identify(console, *session.parts)  # which the file is bound to
             artefacts.check_latents(latents, session)
         return show_plan(plan, console, target.parent, run_dir)
     console.emit(above.refine_saved(latents, plan, target, run_dir, console), str(target))
@@ -243,13 +245,17 @@ def decode(
     target = target_of(output, latents.with_suffix(""), suffix)
     check_target(target, codec, width, height)
     check_writable(target)
-    artefacts.check_replaceable(target, known)
-    loaded, frames = load_preset(preset or known["preset"]), int(known["frames"])
-    check_decode(loaded, shape := artefacts.latents_shape(latents), size, frames, codec, target.parent)
+    artefacts.check_replaceable(target, known, codec)
+    loaded, frames, made = load_preset(preset or known["preset"]), int(known["frames"]), is_made(target)
+    room = partial(check_decode, loaded, shape := artefacts.latents_shape(latents), size, frames, codec, target.parent)
+    if not made:  # what is finished needs no room
+        room()
     session = Session(loaded, model_path)
     if artefacts.is_finished(target, artefacts.video_tags(session, known, shape[1:], codec), frames):
         console.note(f"{target} was finished before")
         return console.emit({"video": str(target), "status": "skipped"}, str(target))
+    if made:
+        room()
     warn_of_player(console, codec, width, height)
     pipeline.decode(session, latents, target, codec, console)
     console.emit({"video": str(target), "status": "ok"}, str(target))

@@ -14,7 +14,7 @@ from .attention import rope
 from .block import EAGER, Kernels, KeyValue
 from .layers import root_mean_square
 from .offload import device_of, on_device
-from .shapes import NATIVE, Grid, Scale
+from .shapes import NATIVE, Grid, Spacing
 
 PART = 1 << 13  # tokens embedded or projected, or taken through the proxy stream, at a time
 
@@ -127,14 +127,14 @@ def clip_forward(
     grid: Grid,
     timestep: torch.Tensor,
     text: TextContext,
-    scale: Scale = NATIVE,
+    spacing: Spacing = NATIVE,
     kernels: Kernels = EAGER,
 ) -> torch.Tensor:
     """Stage 1 (DESIGN §3): velocity (n, L, P) of whole clips `tokens` (n, L, P) under full attention, at positions of a
-    `scale`; that of 1 is Wan's own forward."""
+    `spacing`; NATIVE is Wan's own forward."""
     device = device_of(model)
     t, h, w = (torch.arange(size)[None] for size in (grid.t, grid.h, grid.w))
-    rotation = rope(t * scale.time, h * scale.space, w * scale.space, model.config.attention_head_dim, device)
+    rotation = rope(t * spacing.time, h * spacing.space, w * spacing.space, model.config.attention_head_dim, device)
     temb, modulations = modulation(model, timestep)
     x = embed(model, tokens)
     for block, keys_values in zip(on_device(model.blocks, device), text.keys_values, strict=True):

@@ -42,7 +42,13 @@ RefineFps = Annotated[
 ]
 Seed = Annotated[int, typer.Option("--seed", min=0, max=MAX_SEED, help="Seed; in a batch each item adds its index.")]
 Steps = Annotated[
-    int | None, typer.Option("--steps", min=1, max=1000, help="Denoising steps of the proxy [default: the preset's].")
+    int | None,
+    typer.Option(
+        "--steps",
+        min=1,
+        max=1000,
+        help="Denoising steps of the proxy [default: the preset's]; `refine` has those of levels.",
+    ),
 ]
 LevelSteps = Annotated[
     int | None, typer.Option("--steps", min=1, max=1000, help="Denoising steps of every level [default: the preset's].")

@@ -68,8 +68,16 @@ def render(session: Session, plan: Plan, run_dir: Path, output: Path, console: C
     marks.append(time.monotonic())
     video = finish(session, latents, output, plan.request, console, run_dir)
     marks.append(time.monotonic())
-    spent = {name: round(b - a, 2) for name, (a, b) in zip(("proxy", "detail", "decode"), pairwise(marks), strict=True)}
-    seconds = round(marks[-1] - marks[0], 2)
+    spent = {name: b - a for name, (a, b) in zip(("proxy", "detail", "decode"), pairwise(marks), strict=True)}
+    return keep_record(session, plan, run_dir, latents, video, spent)
+
+
+def keep_record(
+    session: Session, plan: Plan, run_dir: Path, latents: Path, video: Path, spent: dict[str, float]
+) -> dict[str, Any]:
+    """Writes run.json: how `latents` and `video` were made, in so many seconds a stage. Returns the event that it
+    holds."""
+    seconds = round(sum(spent.values()), 2)
     event = {
         "video": str(video),
         "preview": str(sheet_of(video)),
@@ -82,7 +90,7 @@ def render(session: Session, plan: Plan, run_dir: Path, output: Path, console: C
         "event": event,
         "weights": weights_of(session, plan),
         "versions": versions(),
-        "stage_seconds": spent,
+        "stage_seconds": {name: round(each, 2) for name, each in spent.items()},
         "render_seconds": seconds,
     }
     store.write_json(run_dir / "run.json", record)
@@ -231,7 +239,7 @@ def decode(
                     small = frame[:, :height, :width]
                     sheet.append(F.interpolate(small[None], size=_thumbnail(width, height), mode="area")[0])
                 if index == frames - 1:
-                    check_replaceable(output, metadata)  # another process may have been quicker
+                    check_replaceable(output, metadata, codec)  # another process may have been quicker
                 yield frame
 
         write_video(

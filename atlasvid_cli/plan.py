@@ -22,18 +22,8 @@ if TYPE_CHECKING:
 
 ALGORITHM = 2  # raised by whoever changes what the same plan and weights give: kept work is not taken for the new
 MAX_LATENTS = 1 << 14  # latent frames: beyond, noise would repeat (`schedule.noise`)
-# what of a preset's `Detail` decides latents, beside the sampling of its levels
-METHOD = (
-    "windows",
-    "shifted",
-    "proxy_attention",
-    "margin",
-    "proxy_window",
-    "proxy_centre",
-    "scaled_positions",
-    "clean_proxy",
-    "streams",
-)
+# what of a preset's `Detail` is in a level's grid, ratio and sampling, or in the hash of weights, or changes no latents
+ELSEWHERE = {"min_ratio", "max_ratio", "flow_shift", "first", "upper", "lora", "chunk"}
 
 
 @dataclass(frozen=True)
@@ -153,8 +143,8 @@ class Plan:
         if stage is self.proxy:
             fields |= {"shown": list(self.proxy_size), **self._played}  # by its preview, and by what refine makes of it
         else:
-            detail = self.preset.detail
-            fields |= {n: _plain(getattr(detail, n)) for n in METHOD}
+            method = (f.name for f in dataclasses.fields(self.preset.detail) if f.name not in ELSEWHERE)
+            fields |= {name: _plain(getattr(self.preset.detail, name)) for name in method}
         if stage is self.levels[-1]:
             fields |= {"size": [self.request.width, self.request.height, self.frames, self.scale, self.fps]}
         return fields

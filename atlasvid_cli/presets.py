@@ -13,7 +13,7 @@ from typing import Any, Literal
 import tomli
 
 from .errors import UsageError
-from .shapes import Geometry, Scale, Shape
+from .shapes import Geometry, Shape, Spacing
 
 OptimizerName = Literal["muon", "adamw", "prodigy"]
 Layout = tuple[Shape, bool]  # the shape of a block's windows, and whether their grid is shifted by half a window
@@ -97,9 +97,9 @@ class Proxy:
     lora: str | None = None
 
     @property
-    def scale(self) -> Scale:
+    def spacing(self) -> Spacing:
         """Of its positions, as adapters are trained."""
-        return Scale(self.time_ratio, self.position_scale)
+        return Spacing(self.time_ratio, self.position_scale)
 
     @property
     def trained_for(self) -> dict[str, str]:

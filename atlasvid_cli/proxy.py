@@ -77,7 +77,7 @@ def _guided(
 ) -> torch.Tensor:
 
     def forward(model: WanTransformer3DModel, text: TextContext) -> torch.Tensor:
-        return clip_forward(model, tokens, stage.grid, timestep, text, stage.scale, kernels)
+        return clip_forward(model, tokens, stage.grid, timestep, text, stage.spacing, kernels)
 
     velocity = forward(expert.model, expert.prompt)
     if expert.guidance_scale <= 1 or expert.negative is None:

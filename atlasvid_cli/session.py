@@ -124,10 +124,15 @@ class Session:
         )
         session.check_loras()
         if identified:
-            stages = [name for stage in ("proxy", "detail") for pair in session._weights(stage) for name in pair]
-            session.identify(console, *stages, "text_encoder", "vae")
-        session.check_adapters()
+            session.identify(console, *session.parts)
+        session.check_adapters(identified)
         return session
+
+    @property
+    def parts(self) -> list[str]:
+        """The weights of all stages, by the names of their folders or files."""
+        stages = (name for stage in ("proxy", "detail") for pair in self._weights(stage) for name in pair if name)
+        return [*stages, "text_encoder", "vae"]
 
     def identify(self, console: Console, *names: str | None) -> None:
         """Reads the large ones of the named weights whose digests nothing keeps yet, and shows it: identities are made
@@ -138,9 +143,10 @@ class Session:
                     file_digest(file)
                     advance()
 
-    def check_adapters(self) -> None:
-        """Raises InputError for an adapter of another stage or base, or trained otherwise than the preset says, and for
-        an entry of another VAE: the detail would find it out after hours of the proxy."""
+    def check_adapters(self, identified: bool = True) -> None:
+        """Raises InputError for an adapter of another stage, or trained otherwise than the preset says, and where
+        weights are `identified` of another base, and for an entry of another VAE: the detail would find it out after
+        hours of the proxy."""
         proxy, detail = self.preset.proxy, self.preset.detail
         windows = json.dumps(detail.windows)
         trained_for = {
@@ -151,10 +157,10 @@ class Session:
             largest = self.preset.training_ratios[-1] if stage == "detail" else None
             for part, adapter in self._weights(stage):
                 if adapter:
-                    check_adapter(self.folder, adapter, stage, part, figures, largest)
+                    check_adapter(self.folder, adapter, stage, part if identified else None, figures, largest)
         for level in (detail.first, detail.upper):
             if level.entry:
-                check_entry(self.folder, level.entry)
+                check_entry(self.folder, level.entry, identified)
         skeleton = load_skeleton(self.folder)
         for adapter in {adapter for stage in trained_for for _, adapter in self._weights(stage) if adapter}:
             merge_adapter(skeleton, self.folder, adapter)

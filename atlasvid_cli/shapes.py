@@ -17,7 +17,7 @@ Shape = tuple[int, int, int]  # along t, h, w
 Latent = TypeVar("Latent", int, "Tensor")  # its number, or those of many
 
 
-class Scale(NamedTuple):
+class Spacing(NamedTuple):
     """Positions from one token of a clip to the next: r_t between latent frames (paper §3.2) and, within a frame, fewer
     than one where it is larger than the base knows (position interpolation, arXiv 2306.15595)."""
 
@@ -25,7 +25,7 @@ class Scale(NamedTuple):
     space: float = 1.0
 
 
-NATIVE = Scale()  # as bases are trained
+NATIVE = Spacing()  # as bases are trained
 
 
 @dataclass(frozen=True)

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from fractions import Fraction
 
 from .presets import Detail, Experts, Level, Preset, Sampler, Upsample
-from .shapes import Grid, Scale
+from .shapes import Grid, Spacing
 
 
 @dataclass(frozen=True)
@@ -31,9 +31,9 @@ class Stage:
     entry: str | None = None
 
     @property
-    def scale(self) -> Scale:
+    def spacing(self) -> Spacing:
         """Of stage 1's positions."""
-        return Scale(self.time_ratio if self.scaled_time else 1, self.position_scale)
+        return Spacing(self.time_ratio if self.scaled_time else 1, self.position_scale)
 
     @property
     def in_pixels(self) -> bool:

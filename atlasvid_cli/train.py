@@ -19,7 +19,7 @@ from .loop import Run, run
 from .model import clip_forward, patchify, text_context
 from .presets import Detail, Proxy
 from .schedule import shift_sigma, unshift_sigma, upsample
-from .shapes import NATIVE, Grid, Scale
+from .shapes import NATIVE, Grid, Spacing
 from .streams import Alignment, detail_forward, proxy_context
 from .tensor_file import save_tensors
 
@@ -32,6 +32,11 @@ WORN = 0.5  # how often the proxy is a worn one, where the sample has one (`wear
 LORA_TARGETS = ["to_q", "to_k", "to_v", "to_out.0", "ffn.net.0.proj", "ffn.net.2"]
 
 Embed = Callable[[str], torch.Tensor]
+
+
+def recipe() -> list[Any]:
+    """What decides a training beside its settings: a checkpoint of another one is not gone on with."""
+    return [TEXT_LENGTH, PROXY_DROP, TEXT_DROP, PROXY_NOISE, OBJECT_WEIGHT, WORN, LORA_TARGETS]
 
 
 def lora_config(rank: int) -> LoraConfig:
@@ -61,7 +66,7 @@ def clip_loss(
     samples: list[torch.Tensor],
     prompts: list[torch.Tensor],
     generator: torch.Generator,
-    scale: Scale,
+    spacing: Spacing,
     shift: float,
     near: torch.Tensor | None = None,
     within: tuple[float, float] = (0.0, 1.0),
@@ -73,7 +78,7 @@ def clip_loss(
     sigma = torch.tensor([draw_sigma(generator, shift, within=within) for _ in samples])
     noisy = torch.lerp(clean, noise, sigma.view(-1, 1, 1))
     text = text_context(model, prompts, TEXT_LENGTH)
-    out = clip_forward(model, noisy, grid_of(samples[0]), (sigma * 1000).round(), text, scale)
+    out = clip_forward(model, noisy, grid_of(samples[0]), (sigma * 1000).round(), text, spacing)
     return _weighted((out - (noise - clean)).square(), near)
 
 
@@ -223,7 +228,7 @@ def train_clips(
     embed: Embed,
     *,
     tokens: int,
-    scale: Scale = NATIVE,
+    spacing: Spacing = NATIVE,
     stills: tuple[float, float] = (0.0, 0.0),
     shift_of: Callable[[int], float] = lambda latents: 3.0,
     within: tuple[float, float] = (0.0, 1.0),
@@ -240,12 +245,12 @@ def train_clips(
         picked, latents = draw_batch(stills_by_shape if still else clips_by_shape, rng, tokens)
         prompts = [pick_prompt(s, embed, rng) for s in picked]
         length = latents[0].shape[1]
-        return clip_loss(model, latents, prompts, generator, scale, shift_of(length), _near(picked, length), within)
+        return clip_loss(model, latents, prompts, generator, spacing, shift_of(length), _near(picked, length), within)
 
     def held_out_loss(sample: dict, rng: random.Random, generator: torch.Generator) -> torch.Tensor:
         latents, prompts = sample["latents"].float(), [embed(sample["caption"])]
         length = latents.shape[1]
-        figures = scale, shift_of(length), _near([sample], length), within
+        figures = spacing, shift_of(length), _near([sample], length), within
         return clip_loss(model, [latents], prompts, generator, *figures)
 
     run(model, told, loss_at, held_out_loss)

@@ -110,7 +110,7 @@ def _settings(session: Session, job: Job, learner: Learner, lr: float) -> dict[s
         "windows": [detail.layouts, detail.margin, detail.proxy_window],
         "centre": detail.proxy_centre,
         "job": [job.stage, job.steps, lr, job.rank, job.seed],
-        "training": [astuple(preset.training), train.OBJECT_WEIGHT],
+        "training": [astuple(preset.training), train.recipe()],
         "samples": corpus.figures(session, job.stage),
         **({"sigmas": learner.sigmas} if preset.experts else {}),
     }
@@ -155,7 +155,7 @@ def _trained(
                 [],
                 samples,
                 embed,
-                scale=preset.proxy.scale,
+                spacing=preset.proxy.spacing,
                 tokens=preset.training.batch * preset.proxy.base_tokens * corpus.proxy_latents(preset),
                 shift_of=lambda latents: preset.proxy.flow_shift,
                 within=learner.sigmas,
@@ -176,17 +176,17 @@ def _trained(
 
 def _makers(preset: Preset, learner: Learner) -> list[Stage1]:
     """How the proxies that stage 2 meets are made: those of upper levels stand for what the bare base makes."""
-    adapters = {NATIVE: None, preset.proxy.scale: learner.lora}
+    adapters = {NATIVE: None, preset.proxy.spacing: learner.lora}
     return [
         Stage1(
-            scale,
+            spacing,
             lambda latents: preset.proxy.flow_shift,
             adapter,
             1.0 if adapter is None else learner.guidance_scale,
             preset.negative_prompt,
             learner.sigmas[1],
         )
-        for scale, adapter in adapters.items()
+        for spacing, adapter in adapters.items()
     ]
 
 
@@ -196,7 +196,7 @@ def _proxies_folder(session: Session, part: str, stage1: Stage1, data: list[list
     guidance = stage1.guidance_scale, stage1.negative
     key = {
         "weights": model_hash(session.folder, part, "text_encoder", "vae", stage1.adapter),
-        "stage 1": [list(stage1.scale), guidance, session.preset.proxy.flow_shift, stage1.largest],
+        "stage 1": [list(stage1.spacing), guidance, session.preset.proxy.flow_shift, stage1.largest],
         "wear": wear.recipe(),
         "samples": corpus.figures(session, "detail"),
         "data": [corpus.HELD_OUT, corpus.VALIDATED, data],
@@ -225,7 +225,7 @@ def _add_proxies(
 
     detail = session.preset.detail
     levels = ((detail.upper, 1), (detail.first, session.preset.proxy.time_ratio))
-    pixels = any(level.upsample == "pixels" and r == stage1.scale.time for level, r in levels)
+    pixels = any(level.upsample == "pixels" and r == stage1.spacing.time for level, r in levels)
     wear.complete_proxies(folder, samples, embed, stage1, model, vae if pixels else None, console)
 
 

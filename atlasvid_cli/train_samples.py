@@ -70,7 +70,7 @@ class Sampler:
         low, high = self.sigmas
         inside = [s for s in sigmas(stage.steps, 1.0, stage.flow_shift) if low <= s < high]
         schedule = [high, *(s for s in inside if s > 0), 0.0]
-        figures = stage.scale, [schedule], torch.Generator().manual_seed(SEED)
+        figures = stage.spacing, [schedule], torch.Generator().manual_seed(SEED)
         negative = self.embed(self.session.preset.negative_prompt)
         latents, prompts = sample["latents"].float()[None], [self.embed(sample["caption"])]
         return wear(self.model, latents, prompts, *figures, self.guidance_scale, negative)[0]

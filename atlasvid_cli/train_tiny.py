@@ -211,7 +211,7 @@ def learnt_from(work: Path, out: Path, kinds: Sequence[str], *weights: str | Non
     return {
         "weights": model_hash(out, "text_encoder", "vae", *weights),
         "samples": [samples_folder(work, out).name, [(kind, SAMPLES[kind]) for kind in kinds]],
-        "draws": [train.TEXT_DROP, train.OBJECT_WEIGHT],
+        "draws": train.recipe(),
         "shifts": [clip_shift(latents) for latents in (1, 9)],
     }
 
@@ -250,7 +250,7 @@ def make_proxy_adapter(work: Path, out: Path, vae: AutoencoderKLWan, embed: trai
     runs = Runs(work, [{"rank": PROXY_RANK, **learnt_from(work, out, ["proxy"], "transformer")}])
     course: dict[str, Any] = {"steps": PROXY_STEPS, "lr": 2.5e-3, "accumulate": 2}
     proxy = load_preset("tiny").proxy
-    seen: dict[str, Any] = {"scale": proxy.scale, "tokens": 2200}
+    seen: dict[str, Any] = {"spacing": proxy.spacing, "tokens": 2200}
     told = Run(runs.folder("proxy", course | seen), **course)
     train.train_clips(model, told, [], data, embed, shift_of=clip_shift, **seen)
     metadata = train.adapter_metadata("proxy", model_hash(out, "transformer"), proxy)
@@ -262,11 +262,11 @@ def make_detail_adapter(work: Path, out: Path, vae: AutoencoderKLWan, embed: tra
     preset = load_preset("tiny")
     detail, kinds = preset.detail, ("first_still", "first", "upper_still", "upper")
     data = [s for kind in kinds for s in dataset.build(kind, SAMPLES[kind], samples_folder(work, out), vae)]
-    guided = Stage1(preset.proxy.scale, clip_shift, PROXY_ADAPTER, preset.proxy.guidance_scale)
+    guided = Stage1(preset.proxy.spacing, clip_shift, PROXY_ADAPTER, preset.proxy.guidance_scale)
     proxies = []
     for level, stage1 in ((detail.upper, Stage1(NATIVE, clip_shift)), (detail.first, guided)):
         source = learnt_from(work, out, kinds, "transformer", stage1.adapter)
-        settings = {"scale": stage1.scale, "guidance": stage1.guidance_scale, "wear": wear.recipe()}
+        settings = {"spacing": stage1.spacing, "guidance": stage1.guidance_scale, "wear": wear.recipe()}
         folder = Runs(work, [source]).folder("proxies", settings)
         proxies.append(folder.name)
         wear.complete_proxies(
@@ -281,7 +281,7 @@ def make_detail_adapter(work: Path, out: Path, vae: AutoencoderKLWan, embed: tra
     model = trainable(out, DETAIL_RANK, seed=2)
     runs = Runs(work, [{"rank": DETAIL_RANK, "proxies": proxies, **learnt_from(work, out, kinds, "transformer")}])
     course: dict[str, Any] = {"steps": DETAIL_STEPS, "lr": 3e-3, "accumulate": 4}
-    seen = {"detail": asdict(detail), "draws": [train.PROXY_DROP, train.PROXY_NOISE]}
+    seen = {"detail": asdict(detail)}
     told = Run(runs.folder("detail", course | seen), **course)
     train.train_detail(model, model, told, data, embed, detail)
     fits = model_hash(out, "transformer")

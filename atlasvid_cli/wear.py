@@ -26,7 +26,7 @@ from .loop import CHECKPOINT_SECONDS
 from .machine import cpu_autocast
 from .model import clip_forward, text_context, unpatchify
 from .schedule import shift_sigma, sigmas
-from .shapes import Scale
+from .shapes import Spacing
 from .store import run_directory
 from .tensor_file import open_tensors, save_tensors
 from .train import PATCH, TEXT_LENGTH, WORN, Embed, by_shape, grid_of, patchified
@@ -40,11 +40,11 @@ BATCH_TOKENS = 2000
 
 @dataclass(frozen=True)
 class Stage1:
-    """How stage 1 makes proxies of a time ratio, that of its positions' `scale`, and so wears them: by the base with an
+    """How stage 1 makes proxies of a time ratio, that of its `spacing`, and so wears them: by the base with an
     `adapter` or without, at the flow shift that `shift_of` gives a clip by its latent frames, guided away from
     `negative` where `guidance_scale` is above 1, from sigmas of `largest` at most."""
 
-    scale: Scale
+    spacing: Spacing
     shift_of: Callable[[int], float]
     adapter: str | None = None
     guidance_scale: float = 1.0
@@ -69,7 +69,7 @@ def complete_proxies(
     """Gives samples of stage 2 the worn proxies of a time ratio, by stage 1's `model`, and with a `vae` what a level
     starts from in pixels, which leaves them one proxy (`settle_worn`). Both are kept in `folder` as they are made, and
     what makes them is loaded where some are missing."""
-    time_ratio = stage1.scale.time
+    time_ratio = stage1.spacing.time
     run_directory(folder.parent, folder.name)
 
     def wear_them(on_done: Callable[[int], None]) -> None:
@@ -163,7 +163,7 @@ def wear(
     model: WanTransformer3DModel,
     latents: torch.Tensor,
     prompts: list[torch.Tensor],
-    scale: Scale,
+    spacing: Spacing,
     schedules: list[list[float]],
     generator: torch.Generator,
     guidance_scale: float = 1.0,
@@ -179,9 +179,9 @@ def wear(
     away = None if guidance_scale == 1 or negative is None else text_context(model, [negative] * len(x), TEXT_LENGTH)
     for now, then in pairwise(schedule.unbind(1)):
         timestep = (now.flatten() * 1000).floor()
-        velocity = clip_forward(model, x, grid, timestep, text, scale).float()
+        velocity = clip_forward(model, x, grid, timestep, text, spacing).float()
         if away is not None:
-            base = clip_forward(model, x, grid, timestep, away, scale).float()
+            base = clip_forward(model, x, grid, timestep, away, spacing).float()
             velocity = base + guidance_scale * (velocity - base)
         x = x + (then - now) * velocity
     return torch.stack([unpatchify(each, grid, PATCH) for each in x])
@@ -196,7 +196,7 @@ def add_worn(
 ) -> None:
     """Gives every sample of stage 2 that has a proxy of that time ratio a worn copy of it, `worn_<time_ratio>` fp16,
     where it lacks one: always the same one for the same samples. `on_done` gets how many are newly made."""
-    time_ratio = stage1.scale.time
+    time_ratio = stage1.spacing.time
     proxy, worn, whole = (f"{name}_{time_ratio}" for name in ("proxy", "worn", "whole"))
     views = [s | {"latents": s[whole if whole in s else proxy], "sample": s} for s in data if proxy in s]
     for group in by_shape(views):
@@ -214,7 +214,7 @@ def add_worn(
             strengths = [min(stage1.largest, shift_sigma(rng.uniform(*UNSHIFTED), shift)) for _ in batch]
             schedules = [sigmas(STEPS, strength, shift) for strength in strengths]
             guidance = stage1.guidance_scale, embed(stage1.negative)
-            made = wear(model, latents, prompts, stage1.scale, schedules, generator, *guidance)
+            made = wear(model, latents, prompts, stage1.spacing, schedules, generator, *guidance)
             for sample, each in zip((view["sample"] for view in batch), made, strict=True):
                 sample[worn] = (own_part(sample, each) if whole in sample else each).half()
             on_done(len(batch))

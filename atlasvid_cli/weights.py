@@ -131,13 +131,13 @@ def check_adapter(
     folder: Path,
     lora: str,
     stage: str,
-    part: str = "transformer",
+    part: str | None = "transformer",
     trained_for: Mapping[str, str] | None = None,
     ratio: Fraction | None = None,
 ) -> None:
-    """Raises InputError for an adapter that says it belongs to another stage or another base, the one in `part`, that
-    it was trained otherwise than `trained_for` says (`train.adapter_metadata`), or for no ratio r_s as large as
-    `ratio`."""
+    """Raises InputError for an adapter that says it belongs to another stage or another base, the one in `part` (whose
+    weights are read, if it is given), that it was trained otherwise than `trained_for` says (`train.adapter_metadata`),
+    or for no ratio r_s as large as `ratio`."""
     try:
         with safe_open(folder / lora, "pt") as file:
             metadata = file.metadata() or {}
@@ -145,7 +145,10 @@ def check_adapter(
         raise InputError(
             f"the adapter {folder / lora} cannot be read ({one_line(str(error))}); make it again"
         ) from None
-    for name, found in {"stage": stage, "base": model_hash(folder, part), **(trained_for or {})}.items():
+    expected = {"stage": stage, **(trained_for or {})}
+    if part and "base" in metadata:
+        expected["base"] = model_hash(folder, part)
+    for name, found in expected.items():
         if metadata.get(name, found) != found:
             raise InputError(
                 f"{folder / lora} was trained for {name} {metadata[name]} and this is {name} {found};"
@@ -212,14 +215,14 @@ def load_vae(folder: Path, dtype: torch.dtype = torch.float32, still: int = 0, i
     return vae
 
 
-def check_entry(folder: Path, entry: str) -> None:
+def check_entry(folder: Path, entry: str, identified: bool = True) -> None:
     """Raises InputError where the file `entry` in `folder` is not there, or is no first level for the VAE's encoder
-    (`half`)."""
+    (`half`), whose weights are read for it where they are `identified`."""
     path, remedy = folder / entry, "leave `entry` out in a preset of your own, or give another --model-path"
     if not path.is_file():
         raise InputError(f"{path} does not exist; {remedy}")
     metadata, _ = read_header(path)
-    if (metadata.get("stage"), metadata.get("base")) != ("entry", model_hash(folder, "vae")):
+    if metadata.get("stage") != "entry" or (identified and metadata.get("base") != model_hash(folder, "vae")):
         raise InputError(f"{path} is no first level for the vae in {folder}; {remedy}")
     with torch.device("meta"):
         vae = AutoencoderKLWan.from_config(_config(folder, "vae"))

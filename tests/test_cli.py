@@ -482,6 +482,8 @@ def test_proxy_then_refine_then_region_then_decode(run, random_preset, tmp_path,
         code, out, _ = run(*refine, "--res", res)
         event = json.loads(out)
         assert code == 0 and event["video"] == str(tmp_path / f"p-{res}.mp4")
+        record = json.loads((Path(event["run_dir"]) / "run.json").read_text())
+        assert record["stage_seconds"].keys() == {"detail", "decode"} and record["event"]["video"] == event["video"]
         with monkeypatch.context() as patch:  # a finished one needs neither work nor room
             patch.setattr("atlasvid_cli.pipeline.read_latents", None)
             patch.setattr("atlasvid_cli.cost.available_ram", lambda: 1 << 28)
@@ -495,9 +497,14 @@ def test_proxy_then_refine_then_region_then_decode(run, random_preset, tmp_path,
     assert again == json.loads(out) | {"status": "skipped"}
     code, _, err = run(*refine, *region)
     assert code == 0 and "much as it was; give another --seed" in err
-    for status in ("ok", "skipped"):
-        decode = ["decode", first, "--preset", random_preset, "--codec", "ffv1", "-o", "again.mkv", "--json"]
-        assert json.loads(run(*decode)[1]) == {"video": str(tmp_path / "again.mkv"), "status": status}
+    decode = ["decode", first, "--preset", random_preset, "--codec", "ffv1", "-o", "again.mkv", "--json"]
+    assert json.loads(run(*decode)[1]) == {"video": str(tmp_path / "again.mkv"), "status": "ok"}
+    with monkeypatch.context() as patch:  # nor does this
+        patch.setattr("atlasvid_cli.decode_cost.available_ram", lambda: 1 << 28)
+        assert json.loads(run(*decode)[1]) == {"video": str(tmp_path / "again.mkv"), "status": "skipped"}
+    decode[decode.index("ffv1")] = "hevc10"
+    code, _, err = run(*decode)
+    assert code == 2 and "the same video in ffv1" in err
     assert json.loads(run("info", "again.mkv", "--json")[1])["codec"] == "ffv1"
     with monkeypatch.context() as patch:
         patch.setattr("atlasvid_cli.decode_cost.available_ram", lambda: 1 << 28)

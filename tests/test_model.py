@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from atlasvid_cli.model import clip_forward, patchify, text_context, unpatchify
-from atlasvid_cli.shapes import NATIVE, Grid, Scale
+from atlasvid_cli.shapes import NATIVE, Grid, Spacing
 
 GRID = Grid(5, 6, 7)
 
@@ -51,22 +51,22 @@ def test_batched_clips_with_prompts_of_different_lengths_equal_diffusers(transfo
         torch.testing.assert_close(unpatchify(a, GRID, 2), b, atol=1e-5, rtol=0)
 
 
-@pytest.mark.parametrize("scale", [NATIVE, Scale(4), Scale(3, 2.0)])
-def test_positions_of_a_scale_are_some_of_a_larger_clip(transformer, latents, text, padded, scale, monkeypatch):
+@pytest.mark.parametrize("spacing", [NATIVE, Spacing(4), Spacing(3, 2.0)])
+def test_positions_of_a_spacing_are_some_of_a_larger_clip(transformer, latents, text, padded, spacing, monkeypatch):
     """Diffusers' own positions of a clip so many times as large, of which every so many-th token is there."""
-    whole, space = transformer.rope.forward, int(scale.space)
+    whole, space = transformer.rope.forward, int(spacing.space)
 
     def spread(latents):
         t, h, w = latents.shape[2:]
-        larger = latents.new_empty(1, 1, t * scale.time, h * space, w * space)
-        sizes = t * scale.time, h // 2 * space, w // 2 * space
-        return [x.unflatten(1, sizes)[:, :: scale.time, ::space, ::space].flatten(1, 3) for x in whole(larger)]
+        larger = latents.new_empty(1, 1, t * spacing.time, h * space, w * space)
+        sizes = t * spacing.time, h // 2 * space, w // 2 * space
+        return [x.unflatten(1, sizes)[:, :: spacing.time, ::space, ::space].flatten(1, 3) for x in whole(larger)]
 
     monkeypatch.setattr(transformer.rope, "forward", spread)
     expected = transformer(latents[None], torch.tensor([700]), padded, return_dict=False)[0][0]
-    out = clip_forward(transformer, patchify(latents, 2)[None], GRID, torch.tensor([700]), text, scale)
+    out = clip_forward(transformer, patchify(latents, 2)[None], GRID, torch.tensor([700]), text, spacing)
     torch.testing.assert_close(unpatchify(out[0], GRID, 2), expected, atol=1e-5, rtol=0)
-    if scale != NATIVE:
+    if spacing != NATIVE:
         assert (
             out - clip_forward(transformer, patchify(latents, 2)[None], GRID, torch.tensor([700]), text)
         ).abs().max() > 1e-4

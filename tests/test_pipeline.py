@@ -580,10 +580,20 @@ def test_a_video_that_is_kept_says_how_it_differs(tmp_path, changed, said):
     }
     frames = torch.zeros(1, 3, 64, 64)
     write_video(tmp_path / "a.mp4", iter(frames), width=64, height=64, fps=8, frame_count=1, metadata=made | changed)
-    artefacts.check_replaceable(tmp_path / "a.mp4", made | changed)
-    artefacts.check_replaceable(tmp_path / "b.mp4", made)
+    artefacts.check_replaceable(tmp_path / "a.mp4", made | changed, "h264")
+    artefacts.check_replaceable(tmp_path / "b.mp4", made, "h264")
     with pytest.raises(UsageError, match=said):
-        artefacts.check_replaceable(tmp_path / "a.mp4", made | {"key": "b"})
+        artefacts.check_replaceable(tmp_path / "a.mp4", made | {"key": "b"}, "h264")
+
+
+def test_a_master_is_not_replaced_by_the_same_video_in_another_codec(tmp_path):
+    tagged = {"key": "a", "codec": "ffv1"}
+    write_video(
+        tmp_path / "a.mkv", iter(torch.zeros(1, 3, 64, 64)), width=64, height=64, fps=8, frame_count=1, metadata=tagged
+    )
+    artefacts.check_replaceable(tmp_path / "a.mkv", tagged, "ffv1")
+    with pytest.raises(UsageError, match="the same video in ffv1"):
+        artefacts.check_replaceable(tmp_path / "a.mkv", tagged, "hevc10")
 
 
 def test_each_stage_keeps_its_state_beside_its_latents(tmp_path):

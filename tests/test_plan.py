@@ -107,6 +107,16 @@ def test_autoguidance_is_part_of_a_key_where_it_acts():
     assert "autoguidance" not in str(plan.key(plan.levels[0]))
 
 
+@pytest.mark.parametrize("field", dataclasses.fields(load_preset("tiny").detail), ids=lambda field: field.name)
+def test_what_a_preset_says_of_the_detail_is_part_of_a_key(field):
+    """But for what is there already: in the level's own sampling, or the hash of weights."""
+    plan = make_plan(Request("tiny", 960, 544, Fraction(4)))
+    detail = dataclasses.replace(plan.preset.detail, **{field.name: "another"})
+    changed = dataclasses.replace(plan, preset=dataclasses.replace(plan.preset, detail=detail))
+    same = changed.key(changed.levels[0]) == plan.key(plan.levels[0])
+    assert same == (field.name in {"min_ratio", "max_ratio", "flow_shift", "first", "upper", "lora", "chunk"})
+
+
 def test_a_proxy_stream_at_the_detail_timestep_is_paid_for_at_every_step():
     # with steps n: n forwards, and the proxy stream once or n times
     first = load_preset("tiny").detail.first

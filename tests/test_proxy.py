@@ -9,7 +9,7 @@ from diffusers import AutoencoderKLWan, UniPCMultistepScheduler, WanPipeline
 from atlasvid_cli.model import clip_forward, patchify, text_context, unpatchify
 from atlasvid_cli.proxy import Expert, sample_proxy
 from atlasvid_cli.schedule import noise, sigmas
-from atlasvid_cli.shapes import Grid, Scale
+from atlasvid_cli.shapes import Grid, Spacing
 from atlasvid_cli.stages import Stage
 from atlasvid_cli.weights import load_scheduler
 
@@ -101,7 +101,7 @@ def test_euler_steps_follow_the_velocity(sample, experts, euler):
     for timestep, (at, after) in zip(by.timesteps, itertools.pairwise(by.sigmas), strict=True):
         tokens = patchify(x, 2)[None]
         prompt, negative = (
-            clip_forward(experts[0].model, tokens, first.grid, timestep[None], text, Scale(4))[0]
+            clip_forward(experts[0].model, tokens, first.grid, timestep[None], text, Spacing(4))[0]
             for text in (experts[0].prompt, experts[0].negative)
         )
         x = x - (at - after) * unpatchify(negative + 3.0 * (prompt - negative), first.grid, 2)
@@ -140,7 +140,7 @@ def test_autoguidance_leads_guided_velocities_away_from_the_weaker_model_too(exp
     x = noise(0, 0, 4, range(3), range(8), range(10))
 
     def velocity(of, text):
-        tokens = clip_forward(of.model, patchify(x, 2)[None], stage().grid, by.timesteps, text, Scale(4))[0]
+        tokens = clip_forward(of.model, patchify(x, 2)[None], stage().grid, by.timesteps, text, Spacing(4))[0]
         return unpatchify(tokens, stage().grid, 2)
 
     prompt, negative, weaker = (

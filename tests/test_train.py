@@ -14,7 +14,7 @@ from atlasvid_cli.errors import InputError
 from atlasvid_cli.loop import Run
 from atlasvid_cli.presets import Detail, Level
 from atlasvid_cli.schedule import upsample
-from atlasvid_cli.shapes import Scale
+from atlasvid_cli.shapes import Spacing
 from atlasvid_cli.weights import load_transformer
 
 CONFIG = {
@@ -184,7 +184,7 @@ def test_a_resumed_training_ends_with_the_same_weights(tmp_path, monkeypatch, ki
         torch.manual_seed(0)
         fresh, told = model(), Run(folder, 25, 5e-3)
         if kind == "clips":
-            train.train_clips(fresh, told, clips(1), clips(), embed, scale=Scale(4), tokens=18, stills=(0.9, 0.4))
+            train.train_clips(fresh, told, clips(1), clips(), embed, spacing=Spacing(4), tokens=18, stills=(0.9, 0.4))
         else:
             fresh.add_adapter(train.lora_config(2))
             train.train_detail(fresh, fresh, told, details(), embed, DETAIL)

@@ -278,14 +278,14 @@ def test_stage_2_learns_from_proxies_as_the_preset_makes_them(session, job, monk
     seen, real = {}, wear.add_worn
 
     def recorded(model, data, embed, stage1, on_done):
-        seen[stage1.scale] = model
+        seen[stage1.spacing] = model
         real(model, data, embed, stage1, on_done)
 
     monkeypatch.setattr(wear, "add_worn", recorded)
     make(session, replace(job, steps=1), quiet())
-    for scale, adapter in ((NATIVE, None), (session.preset.proxy.scale, session.preset.proxy.lora)):
+    for spacing, adapter in ((NATIVE, None), (session.preset.proxy.spacing, session.preset.proxy.lora)):
         expected = weights.load_transformer(session.folder, adapter, "proxy", session.dtype)
-        assert torch.equal(seen[scale].blocks[0].attn1.to_q.weight, expected.blocks[0].attn1.to_q.weight)
+        assert torch.equal(seen[spacing].blocks[0].attn1.to_q.weight, expected.blocks[0].attn1.to_q.weight)
     bare, adapted = seen.values()
     assert not torch.equal(bare.blocks[0].attn1.to_q.weight, adapted.blocks[0].attn1.to_q.weight)
 
@@ -346,7 +346,7 @@ def test_proxies_are_made_once_for_all_trainings_that_depend_on_the_same(session
     preset, seen, made = session_of_pixels.preset, [], []
     real, worn, enlarged = train.train_detail, wear.add_worn, wear.add_enlarged
     monkeypatch.setattr(train, "train_detail", lambda *a, **k: seen.append(a[3]) or real(*a, **k))
-    monkeypatch.setattr(wear, "add_worn", lambda *a: made.append(("worn", a[3].scale.time)) or worn(*a))
+    monkeypatch.setattr(wear, "add_worn", lambda *a: made.append(("worn", a[3].spacing.time)) or worn(*a))
     monkeypatch.setattr(wear, "add_enlarged", lambda *a: made.append(("enlarged", a[2])) or enlarged(*a))
     monkeypatch.setattr(train_adapter.Sampler, "show", lambda *_: None)
 

@@ -9,14 +9,14 @@ import torch
 
 from atlasvid_cli import train, wear
 from atlasvid_cli.schedule import sigmas
-from atlasvid_cli.shapes import NATIVE, Scale
+from atlasvid_cli.shapes import NATIVE, Spacing
 from atlasvid_cli.train import PATCH, patchify
 from atlasvid_cli.wear import Stage1
 from tests.test_train import DETAIL, clips, details, embed, model
 
 
 def stage1(time_ratio):
-    return Stage1(Scale(time_ratio), lambda latents: 3.0)
+    return Stage1(Spacing(time_ratio), lambda latents: 3.0)
 
 
 def test_a_model_that_knows_the_truth_wears_nothing(monkeypatch):
@@ -30,7 +30,7 @@ def test_a_model_that_knows_the_truth_wears_nothing(monkeypatch):
 
     monkeypatch.setattr(wear, "clip_forward", knowing)
     schedules = [sigmas(4, strength, 2.0) for strength in (0.3, 0.8, 1.0)]
-    made = wear.wear(model(), latents, [embed("x")] * 3, Scale(4), schedules, torch.Generator())
+    made = wear.wear(model(), latents, [embed("x")] * 3, Spacing(4), schedules, torch.Generator())
     torch.testing.assert_close(made, latents, atol=2e-2, rtol=0)  # timesteps are whole thousandths
     assert seen[0].tolist() == pytest.approx([0.3, 0.8, 1.0], abs=1e-3)
     assert all((now > then).all() for now, then in pairwise(seen))
@@ -185,7 +185,7 @@ def test_wear_is_guided_as_stage_1_is(monkeypatch):
     schedule = [sigmas(4, 0.5, 3.0)]
     made = [
         wear.wear(
-            model(), latents, [torch.zeros(3)], Scale(4), schedule, torch.Generator().manual_seed(0), scale, negative
+            model(), latents, [torch.zeros(3)], Spacing(4), schedule, torch.Generator().manual_seed(0), scale, negative
         )
         for scale, negative in ((1.0, torch.zeros(1)), (3.0, torch.zeros(1)))
     ]
