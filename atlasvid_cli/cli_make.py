@@ -250,7 +250,7 @@ def decode(
     room = partial(check_decode, loaded, shape := artefacts.latents_shape(latents), size, frames, codec, target.parent)
     if not made:  # what is finished needs no room
         room()
-    session = Session(loaded, model_path)
+    session = Session(loaded, model_path, only="vae")
     if artefacts.is_finished(target, artefacts.video_tags(session, known, shape[1:], codec), frames):
         console.note(f"{target} was finished before")
         return console.emit({"video": str(target), "status": "skipped"}, str(target))

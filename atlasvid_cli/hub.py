@@ -5,7 +5,7 @@ import re
 from collections.abc import Iterable
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from huggingface_hub import list_repo_files, snapshot_download
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OfflineModeIsEnabled
@@ -22,14 +22,14 @@ _NO_MODEL = (
 )
 
 
-def model_folder(preset: Preset, model_path: str | None) -> Path:
-    """The folder with the weights: a local one, or a snapshot of a hub repository (`id` or `id@revision`), which is
-    fetched where the hub's cache has it not.
+def model_folder(preset: Preset, model_path: str | None, only: Literal["vae"] | None = None) -> Path:
+    """The folder with the weights, or `only` with some: a local one, or a snapshot of a hub repository (`id` or
+    `id@revision`), which is fetched where the hub's cache has it not.
 
     Raises InputError where there is none, or one of another layout or other sizes than the preset's, which its configs
     say before its weights are fetched.
     """
-    if found := folder_here(preset, model_path):
+    if found := folder_here(preset, model_path, only):
         return found
     name, revision = _repository(preset, model_path)
     fetch = partial(snapshot_download, name, revision=revision)
@@ -41,7 +41,7 @@ def model_folder(preset: Preset, model_path: str | None) -> Path:
             raise InputError(f"the repository {name} {_NO_MODEL}")
         else:
             check_transformers(configs, preset, original.sizes)
-        return Path(fetch(allow_patterns=original.LIST_OF_FILES))
+        return Path(fetch(allow_patterns=original.LIST_FOR_VAE if only else original.LIST_OF_FILES))
     except (BROKEN_OFF, HFValidationError, LocalEntryNotFoundError, OfflineModeIsEnabled, OSError) as error:
         if isinstance(error, OSError) and error.errno in FULL:
             raise ResourceError(
@@ -54,9 +54,9 @@ def model_folder(preset: Preset, model_path: str | None) -> Path:
         ) from None
 
 
-def folder_here(preset: Preset, model_path: str | None) -> Path | None:
-    """The folder with the weights where that needs no network: a local one, or a whole snapshot in the hub's cache.
-    Raises InputError for what is neither a model folder nor a repository."""
+def folder_here(preset: Preset, model_path: str | None, only: Literal["vae"] | None = None) -> Path | None:
+    """The folder with the weights, or `only` with some, where that needs no network: a local one, or a snapshot in the
+    hub's cache that has them all. Raises InputError for what is neither a model folder nor a repository."""
     folder = Path(model_path) if model_path else preset.folder
     if folder.is_dir():
         if not (folder / "model_index.json").is_file() and not original.is_original(folder):
@@ -71,7 +71,7 @@ def folder_here(preset: Preset, model_path: str | None) -> Path | None:
         found = Path(snapshot_download(name, revision=revision, allow_patterns=files, local_files_only=True))
     except (HFValidationError, LocalEntryNotFoundError):
         return None
-    return found if is_whole(found) else None
+    return found if is_whole(found, only) else None
 
 
 def _repository(preset: Preset, model_path: str | None) -> tuple[str, str]:
@@ -80,15 +80,19 @@ def _repository(preset: Preset, model_path: str | None) -> tuple[str, str]:
     return name, revision or (preset.revision if name == preset.model else None) or "main"
 
 
-def is_whole(folder: Path) -> bool:
-    """Whether no weights of a model folder are missing, as in a snapshot of which single files were fetched."""
+def is_whole(folder: Path, only: Literal["vae"] | None = None) -> bool:
+    """Whether no weights of a model folder, or `only` of its VAE, are missing, as in a snapshot of which single files
+    were fetched."""
     try:
         if original.is_original(folder):
+            if only:
+                return True
             indices = [index for home in original.homes(folder) for index in home.glob("*.index.json")]
             listed = all((index.parent / shard).is_file() for index in indices for shard in _shards(index))
             return original.is_whole(folder) and listed
         index = json.loads((folder / "model_index.json").read_text(encoding="utf-8"))
-        for part in (folder / name for name, kind in index.items() if isinstance(kind, list) and kind[0]):
+        parts = [name for name, kind in index.items() if isinstance(kind, list) and kind[0]]
+        for part in (folder / name for name in parts if only in (None, name)):
             shards = {file for index in part.glob("*.index.json") for file in _shards(index)}
             has_weights = any(part.glob("*.safetensors")) or not (part / "config.json").is_file()
             if not (any(part.glob("*.json")) and has_weights and all((part / file).is_file() for file in shards)):

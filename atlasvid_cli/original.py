@@ -21,7 +21,9 @@ VAE, VAE22 = "Wan2.1_VAE.pth", "Wan2.2_VAE.pth"
 TEXT, TOKENIZER = "models_t5_umt5-xxl-enc-bf16.pth", "google/umt5-xxl"
 EXPERTS = {"transformer": "high_noise_model", "transformer_2": "low_noise_model"}
 PARTS = ("vae", "text_encoder", *EXPERTS)
-LIST_OF_FILES = ["*.json", "*.safetensors", "*.model", VAE, VAE22, TEXT]  # all that a folder of either layout needs
+# what a folder of either layout needs, in all and for its VAE alone
+LIST_OF_FILES = ["*.json", "*.safetensors", "*.model", VAE, VAE22, TEXT]
+LIST_FOR_VAE = ["*.json", "vae/*.safetensors", VAE, VAE22]
 
 # what a layer of UMT5 is called by Wan -> by transformers
 TEXT_NAMES = (

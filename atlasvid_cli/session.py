@@ -5,7 +5,7 @@ import json
 from collections.abc import Iterable, Iterator
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 
@@ -83,7 +83,8 @@ def _where() -> tuple[torch.device, torch.dtype]:
 
 
 class Session:
-    """The model of a preset, loaded part by part when first needed and kept for the batch where it fits.
+    """The model of a preset, `only` its VAE where nothing is sampled, loaded part by part when first needed and kept
+    for the batch where it fits.
 
     The text encoder encodes the whole batch and is let go. On a GPU one stage's models are in its memory at a time.
     """
@@ -97,12 +98,13 @@ class Session:
         strict: bool = False,
         weight_dtype: WeightDtype = "auto",
         cache: Path | None = None,
+        only: Literal["vae"] | None = None,
     ):
         self.preset = load_preset(preset) if isinstance(preset, str) else preset
         self.kernels, self.loras, self.strict, self.weight_dtype = kernels, loras, strict, weight_dtype
         check_options(self.preset, kernels, loras, weight_dtype)
-        self.folder = model_folder(self.preset, model_path)
-        check_config(self.folder, self.preset)
+        self.folder = model_folder(self.preset, model_path, only)
+        check_config(self.folder, self.preset, only)
         self.device, self.dtype = _where()
         self._parts: dict[tuple[str, ...], Any] = {}
         self._hashes: dict[str, str] = {}

@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator, Mapping
 from fractions import Fraction
 from pathlib import Path
 from pickle import UnpicklingError
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from diffusers import AutoencoderKLWan, UniPCMultistepScheduler, WanTransformer3DModel
@@ -63,9 +63,11 @@ def weight_files(folder: Path, *names: str | None) -> Iterator[Path]:
             yield file
 
 
-def check_config(folder: Path, preset: Preset) -> None:
-    """Raises InputError where the transformer or VAE in `folder` is not the one that the preset plans with."""
-    check_transformers(folder, preset, _reader(folder))
+def check_config(folder: Path, preset: Preset, only: Literal["vae"] | None = None) -> None:
+    """Raises InputError where the transformer or VAE in `folder`, or the VAE where `only` that is needed, is not the
+    one that the preset plans with."""
+    if not only:
+        check_transformers(folder, preset, _reader(folder))
     config = _config(folder, "vae")
     factors = {"temporal": ("scale_factor_temporal", 4), "spatial": ("scale_factor_spatial", 8)}
     found = {name: config.get(key, default) for name, (key, default) in factors.items()}

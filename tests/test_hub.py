@@ -70,6 +70,16 @@ def test_hub_weights_are_sought_at_the_pinned_revision_in_the_cache_first_and_co
     assert model_folder(preset, "someone/else") == hub.cache and hub.asked[-1] == ("someone/else", "main", ALL)
 
 
+def test_of_a_repository_the_vae_alone_is_fetched_where_that_is_all(monkeypatch, stock, stock_preset, tmp_path):
+    hub = Hub(monkeypatch, stock, tmp_path / "cache")
+    preset = dataclasses.replace(load_preset(str(stock_preset)), model="some/one", folder=Path("some/one"))
+    for _ in range(2):
+        assert model_folder(preset, None, only="vae") == hub.cache
+        assert {path.parent.name for path in hub.cache.rglob("*.safetensors")} == {"vae"}
+    assert hub.asked[-1][-1] == "cache"  # the second time
+    assert model_folder(preset, None) == hub.cache and is_whole(hub.cache)
+
+
 def test_a_snapshot_of_single_files_is_completed(monkeypatch, stock, stock_preset, tmp_path):
     hub = Hub(monkeypatch, stock, shutil.copytree(stock, tmp_path / "cache"))
     preset = dataclasses.replace(load_preset(str(stock_preset)), model="some/one", folder=Path("some/one"))

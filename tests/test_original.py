@@ -317,3 +317,11 @@ def test_the_vae_of_wan22_5b_arrives(tmp_path):
     torch.save(state, tmp_path / original.VAE22)
     with pytest.raises(InputError, match=r"encoder\.mid_block\.attentions\.0\.proj\.bias"):
         load_vae(tmp_path)
+
+
+def test_the_vae_of_an_original_is_enough_to_decode(checkpoint, preset, tmp_path):
+    (tmp_path / "vae").mkdir()
+    shutil.copy(checkpoint / original.VAE, tmp_path / "vae")
+    whole, alone = Session(str(preset), str(checkpoint)), Session(str(preset), str(tmp_path / "vae"), only="vae")
+    assert alone.vae_hash == whole.vae_hash
+    assert torch.equal(alone.vae().encoder.conv_in.weight, whole.vae().encoder.conv_in.weight)

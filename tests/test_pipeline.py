@@ -21,6 +21,7 @@ from atlasvid_cli.encode import encode_clips
 from atlasvid_cli.enlarge import enlarge
 from atlasvid_cli.errors import InputError, RenderError, ResourceError, UsageError
 from atlasvid_cli.footage import open_clip
+from atlasvid_cli.memory import Placement
 from atlasvid_cli.parse import Lora
 from atlasvid_cli.plan import Request, make_plan
 from atlasvid_cli.presets import presets_folder
@@ -80,6 +81,17 @@ def test_render_makes_exactly_what_was_asked(session, request_, console, tmp_pat
     assert {"torch", "diffusers", "av"} <= record["versions"].keys() and record["weights"]["vae"] == session.vae_hash
     assert sum(record["stage_seconds"].values()) == pytest.approx(record["render_seconds"], abs=0.05)
     assert not list((tmp_path / "run").glob("*.state.*"))
+
+
+@pytest.mark.parametrize("streams", ["both", "proxy"])
+def test_a_video_is_the_same_where_keys_of_the_proxy_have_no_room(request_, console, tmp_path, monkeypatch, streams):
+    ours, plan = Session(request_.preset), make_plan(request_)
+    ours.preset = replace(ours.preset, detail=replace(ours.preset.detail, streams=streams))
+    proxy = pipeline.make_proxy(ours, plan, tmp_path / "kept", console)
+    kept = latents(pipeline.refine(ours, plan, proxy, tmp_path / "kept", console))
+    monkeypatch.setattr(pipeline, "placement_of", lambda plan: Placement("none", keeps=False))
+    monkeypatch.setattr("atlasvid_cli.refine.proxy_context", lambda *given: pytest.fail("they were kept"))
+    assert torch.equal(latents(pipeline.refine(ours, plan, proxy, tmp_path / "anew", console)), kept)
 
 
 def test_the_preview_shows_of_the_proxy_what_the_video_will(session, request_, console, tmp_path):
