@@ -85,8 +85,7 @@ def run(
     mine = range(processes.process_index, draws, processes.num_processes)
     named = [(n, p) for n, p in model.named_parameters() if p.requires_grad]
     trained = [p for _, p in named]
-    threads = torch.get_num_threads()
-    on_cpu = trained[0].device.type == "cpu"
+    threads, on_cpu = torch.get_num_threads(), trained[0].device.type == "cpu"
     workers = min(len(mine), threads) if on_cpu else 1
     validate = validation(told.held_out, held_out_loss)
     optimizer = Optimizer(named, told.lr, HEADS, told.training.optimizer)
@@ -100,34 +99,16 @@ def run(
             loss = loss_at(step, rng, generator) / draws
         return loss.item(), torch.autograd.grad(loss, trained, allow_unused=True)
 
-    @contextmanager
-    def averaged() -> Iterator[None]:
-        """The model with the average of its weights, where there is one."""
-        if average:
-            average.store(trained)
-            average.copy_to(trained)
-        try:
-            with cpu_autocast(on_cpu):
-                yield
-        finally:
-            if average:
-                average.restore(trained)
-
     processes.wait_for_everyone()  # who is ahead must not save what another has yet to read
-    if processes.is_main_process:
-        cut_log(folder / "log.jsonl", step)
     told.on_step(step, before=True)
-    board = _board(folder, step) if processes.is_main_process else None
     started = saved = time.monotonic()
     pool = ThreadPoolExecutor(workers, initializer=torch.set_num_threads, initargs=(threads // workers,))
-    with closing(board) if board else nullcontext(), pool:
+    with _log(folder, step) if processes.is_main_process else nullcontext(lambda row: None) as log, pool:
         while step < steps:
             total = 0.0
             for loss, grads in pool.map(gradients, [f"{told.seed}/{step}/{part}" for part in mine]):
                 total += loss
-                for p, grad in zip(trained, grads, strict=True):
-                    if grad is not None:
-                        p.grad = grad if p.grad is None else p.grad.add_(grad)
+                _add(trained, grads)
             if processes.num_processes > 1:
                 total = _summed(trained, total)
             norm = torch.nn.utils.clip_grad_norm_(trained, 1.0)
@@ -148,24 +129,56 @@ def run(
                 row = {"step": step, "loss": round(sum(recent) / len(recent), 5)}
                 recent.clear()
                 if step % VALIDATION_STEPS == 0 or step == steps:
-                    with averaged():
+                    with _averaged(trained, average), cpu_autocast(on_cpu):
                         held_out = validate()
                     row |= {} if held_out is None else {"validation_loss": round(held_out, 5)}
-                with (folder / "log.jsonl").open("a") as log:
-                    log.write(json.dumps(row | {"seconds": round(time.monotonic() - started, 1)}) + "\n")
-                if board:
-                    for name in row.keys() & {"loss", "validation_loss"}:
-                        board.add_scalar(name, row[name], step)
+                log(row | {"seconds": round(time.monotonic() - started, 1)})
             due = time.monotonic() - saved > CHECKPOINT_SECONDS
             shown = step % SAMPLE_STEPS == 0 or step == steps
             if step % CHECKPOINT_STEPS == 0 or shown or due:  # first: who dies of showing would die there every time
                 save_checkpoint(folder, model, optimizer, step, average, recent)
                 saved = time.monotonic()
             if shown:
-                with averaged():
+                with _averaged(trained, average), cpu_autocast(on_cpu):
                     told.show(step)
     if average:
         average.copy_to(trained)
+
+
+def _add(trained: list[torch.nn.Parameter], grads: Sequence[torch.Tensor | None]) -> None:
+    for p, grad in zip(trained, grads, strict=True):
+        if grad is not None:
+            p.grad = grad if p.grad is None else p.grad.add_(grad)
+
+
+@contextmanager
+def _averaged(trained: list[torch.nn.Parameter], average: EMAModel | None) -> Iterator[None]:
+    """The model with the average of its weights, where there is one."""
+    if not average:
+        yield
+        return
+    average.store(trained)
+    average.copy_to(trained)
+    try:
+        yield
+    finally:
+        average.restore(trained)
+
+
+@contextmanager
+def _log(folder: Path, step: int) -> Iterator[Callable[[dict[str, Any]], None]]:
+    """Gives what appends a row to log.jsonl and its losses to TensorBoard, which go on after `step`."""
+    path, board = folder / "log.jsonl", _board(folder, step)
+    cut_log(path, step)
+
+    def append(row: dict[str, Any]) -> None:
+        with path.open("a") as log:
+            log.write(json.dumps(row) + "\n")
+        for name in row.keys() & {"loss", "validation_loss"} if board else ():
+            board.add_scalar(name, row[name], row["step"])
+
+    with closing(board) if board else nullcontext():
+        yield append
 
 
 def _saved(folder: Path) -> str:
