@@ -129,12 +129,12 @@ def refine_saved(latents: Path, plan: Plan, target: Path, run_dir: Path | None, 
         check_resources(plan, target.parent, folder)
     check_replaceable(target, wanted, plan.request.codec)
     with lock(run_directory(folder.parent, folder.name)):
-        record_of(folder)  # which may be of no run
+        record = record_of(folder)
         begun = time.monotonic()
         pipeline.refine(session, plan, latents, folder, console)
         refined = time.monotonic()
         pipeline.finish(session, result, target, plan.request, console, folder)
-        if not plan.is_region:  # whose run is the whole video's
+        if not plan.is_region and record.get("key") != wanted["key"]:  # a region's run is the whole video's
             spent = {"detail": refined - begun, "decode": time.monotonic() - refined}
             pipeline.keep_record(session, plan, folder, result, target, spent)
     return event

@@ -302,6 +302,7 @@ def result(
         "threads": torch.get_num_threads(),
         "backend": KERNELS.attention,
         "offload": placement_of(plan).offload,
+        "keeps_proxy_keys": placement_of(plan).keeps,
         "versions": versions(),
     }
 

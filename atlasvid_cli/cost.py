@@ -10,9 +10,19 @@ from typing import Any, Literal
 
 from .decode_cost import KEPT, decode_memory, file_bytes, start_tile, vae_itemsize, vae_tile
 from .errors import ResourceError, UsageError
-from .machine import Machine, available_ram, conv_rate, decode_dtype, disk_of, gemm_rate, this_machine
+from .machine import (
+    Machine,
+    available_ram,
+    conv_rate,
+    decode_dtype,
+    disk_of,
+    gemm_rate,
+    this_machine,
+    total_ram,
+)
 from .memory import (
     GIB,
+    HOST_SHARE,
     PLACEMENTS,
     WITHOUT_PROXY,
     Memory,
@@ -89,7 +99,7 @@ def memory(plan: Plan, stage: Stage, placement: Placement, machine: Machine) -> 
     return detail_memory(
         plan.preset,
         grid,
-        below.tokens,
+        below,
         plan.chunk,
         stage.passes,
         # of a region also where it starts and what surrounds it, and the whole video's, as it starts, was and becomes
@@ -103,18 +113,20 @@ def memory(plan: Plan, stage: Stage, placement: Placement, machine: Machine) -> 
 
 
 def placement_of(plan: Plan, machine: Machine | None = None) -> Placement:
-    """The fastest placement, of those that offload as was asked for, in which all that is sampled fits the machine's
-    memory, of which another machine's host memory is not known; if none does, the smallest."""
+    """The fastest placement, of those that offload as was asked for, with which all that is sampled fits the GPU; if
+    none does, the smallest. Keys go to host memory where it is as large: how much of it is free changes as models come
+    and go, and another machine's is not known."""
     machine = machine or this_machine()
-    offload = plan.request.offload or ("none" if machine.device.kind == "cpu" else None)
+    on_cpu = machine.device.kind == "cpu"
+    offload = plan.request.offload or ("none" if on_cpu else None)
     placements = PLACEMENTS if plan.preset.detail.proxy_attention else WITHOUT_PROXY
     *larger, smallest = (p for p in placements if offload in (None, p.offload))
+    host = HOST_SHARE * total_ram() if machine.is_here else 0
 
     def fits(placement: Placement) -> bool:
         needed = [memory(plan, stage, placement, machine) for _, stage in plan.own_stages()]
-        return all(
-            each.vram <= machine.vram and (not machine.is_here or each.ram <= available_ram()) for each in needed
-        )
+        keys_in_host = placement.keeps and (on_cpu or placement.offload == "host")
+        return all(each.vram <= machine.vram and (not keys_in_host or each.ram <= host) for each in needed)
 
     return next(filter(fits, larger), smallest)
 

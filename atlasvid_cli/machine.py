@@ -255,6 +255,15 @@ def available_ram() -> int:
     return max(0, free)
 
 
+def total_ram() -> int:
+    """Bytes of host memory that this process may have in all: the machine's, or its container's."""
+    total = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    for folder, (limit, *_) in _memory_cgroups():
+        with contextlib.suppress(OSError, ValueError):  # not there, or without a limit ("max")
+            total = min(total, int((folder / limit).read_text()))
+    return total
+
+
 def _memory_cgroups() -> Iterator[tuple[Path, tuple[str, str, tuple[str, str]]]]:
     """The folders of the cgroups that may bound this process's memory, its own and all above, with what their files are
     called: a container has them, a batch system, systemd."""

@@ -4,13 +4,15 @@ Latents are fp32 in host memory; weights, hidden state, keys and values have the
 fp32.
 """
 
+import dataclasses
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
 from .machine import Device
 from .presets import Preset
-from .shapes import Grid
+from .shapes import Grid, Shape
 
 # Where weights and states live, from fastest to smallest. none: all on the compute device; block: the blocks' weights
 # in host memory; host: hidden state and the proxy's keys and values there too.
@@ -26,13 +28,13 @@ class Placement:
     keeps: bool = True
 
 
-# From fastest to smallest. The proxy stream adds a seventh to a quarter to a forward's FLOPs; to bring the keys of all
-# blocks from host memory at every forward would take no less.
+# from fastest to smallest: the proxy stream adds a seventh to a quarter to a forward's FLOPs
 PLACEMENTS = (
     Placement("none"),
     Placement("block"),
     Placement("none", keeps=False),
     Placement("block", keeps=False),
+    Placement("host"),
     Placement("host", keeps=False),
 )
 WITHOUT_PROXY = Placement("none"), Placement("block"), Placement("host")
@@ -40,11 +42,12 @@ WITHOUT_PROXY = Placement("none"), Placement("block"), Placement("host")
 WeightDtype = Literal["auto", "int8", "fp8"]
 
 GIB = 1 << 30
+PART = 1 << 13  # tokens embedded or projected, or taken through the proxy stream, at a time
 PROGRAM_BYTES = int(0.6 * GIB)  # torch, diffusers and transformers, imported, before any weight
 PROGRAM_VRAM = GIB  # the CUDA context and what its allocator cannot reuse
 # Of a GPU's memory, what prompts and tiles are placed by: whatever is free at the moment, the same GPU gives the same
-# values, and an interrupted job ends with the bytes that it would have had.
-GPU_SHARE = 0.9
+# values, and an interrupted job ends with the bytes that it would have had. Of host memory, what keys are kept by.
+GPU_SHARE = HOST_SHARE = 0.9
 
 
 @dataclass(frozen=True)
@@ -92,7 +95,7 @@ def proxy_memory(
 def detail_memory(
     preset: Preset,
     grid: Grid,
-    proxy_tokens: int,
+    below: Grid,
     chunk: int,
     passes: int,
     latents: int,
@@ -103,26 +106,39 @@ def detail_memory(
     together: int = 1,
 ) -> Memory:
     """A detail level of `grid`, `chunk` windows at a time, with `together` of its `passes` in one forward, beside
-    latents of `latents` tokens; of `proxy_tokens` tokens below a window sees `guide`."""
+    latents of `latents` tokens; of the grid `below` a window sees `guide` tokens."""
     size, detail = preset.transformer, preset.detail
     a_token = size.dim * device.bytes_per_value
+    computed = chunk * max(_tokens(grid, window) for window in detail.windows)
     hidden, states = grid.tokens * a_token * together, 0
-    if detail.proxy_attention:  # of its stream hidden state, keys and values of a block, and what is kept of all blocks
-        beside, kept = 3 * proxy_tokens * a_token * together, 2 * size.layers * proxy_tokens * a_token * passes
+    moving = [computed * a_token] * 4  # tokens of two chunks on their way, and of two on their way back
+    models = 2 if detail.lora and detail.streams == "proxy" else 1
+    if detail.proxy_attention:
+        # of the proxy stream hidden state, keys and values of a block, and rotations; what is kept of all blocks
+        beside = 3 * below.tokens * a_token * together + 4 * below.tokens * size.dim // size.heads * passes
+        kept = 2 * size.layers * below.tokens * a_token * passes
         states = kept + max(0, beside - hidden) if placement.keeps else beside
-    window = max(min(grid.t, t) * min(grid.h, h) * min(grid.w, w) for t, h, w in detail.windows)
+        own = max(PART, _tokens(below, detail.proxy_window) * together)
+        computed = max(computed, own)
+        # of two chunks also the keys and values that they see, or of the stream those that it makes
+        moving = [computed * a_token] * 4 + [max(chunk * guide, own) * a_token] * 4
     return _placed(
         preset,
         device,
         placement.offload,
         narrow,
         states=hidden + states,
-        models=2 if detail.lora and detail.streams == "proxy" else 1,
-        working=chunk * window * _block_bytes(preset, device),
-        # of two chunks on their way tokens, keys and values, of two on their way back tokens
-        moving=[chunk * window * a_token] * 4 + [chunk * guide * a_token] * 4,
+        models=models,
+        on_device=2 * (1 if placement.keeps else models),
+        working=computed * _block_bytes(preset, device),
+        moving=moving,
         latents=latents_bytes(preset, latents),
     )
+
+
+def _tokens(grid: Grid, window: Shape) -> int:
+    """Of a window, which is no larger than its grid."""
+    return math.prod(map(min, dataclasses.astuple(grid), window))
 
 
 def _placed(
@@ -134,6 +150,7 @@ def _placed(
     working: int,
     latents: int,
     models: int = 1,
+    on_device: int = 2,
     moving: Sequence[int] = (),
 ) -> Memory:
     size, width = preset.transformer, device.bytes_per_value
@@ -148,7 +165,7 @@ def _placed(
         return Memory(0, max(loading, weights + states + working + latents))
     if offload == "none":
         return Memory(weights + states + working, max(read, latents))
-    loaded = 2 * block + models * rest  # the block that computes and the one on its way
+    loaded = on_device * block + models * rest  # the block that computes and the one on its way
     pinned = size.layers * (8 * _pinned(size.dim**2 * kept) + 2 * _pinned(size.dim * size.ffn * kept))
     home = max((models - 1) * pinned + read, models * pinned + latents)
     if offload == "block":

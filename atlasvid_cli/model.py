@@ -13,10 +13,9 @@ from diffusers import WanTransformer3DModel
 from .attention import rope
 from .block import EAGER, Kernels, KeyValue
 from .layers import root_mean_square
+from .memory import PART
 from .offload import device_of, on_device
 from .shapes import NATIVE, Grid, Spacing
-
-PART = 1 << 13  # tokens embedded or projected, or taken through the proxy stream, at a time
 
 
 @dataclass(frozen=True)

@@ -4,7 +4,7 @@ A block is a map over all windows, so its weights are loaded once a forward howe
 states that live in host memory the next chunk's come while one computes, and the last one's go.
 """
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager, nullcontext
 from importlib.metadata import PackageNotFoundError, version
@@ -71,7 +71,7 @@ def place(model: WanTransformer3DModel, device: torch.device, offload: Offload) 
     return model
 
 
-def on_device(blocks: Sequence[nn.Module], device: torch.device) -> Iterator[Any]:
+def on_device(blocks: Sequence[nn.Module], device: torch.device) -> Generator[Any]:
     """Each block with its weights on `device`. Those that live elsewhere are copied while the block before computes.
 
     A GPU's host waits for the block before that one: it would run ahead, and hold the weights of many.

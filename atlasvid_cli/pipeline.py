@@ -84,11 +84,14 @@ def keep_record(
         "run_dir": str(run_dir),
         "seconds": seconds,
     }
+    weights = weights_of(session, plan)
+    if plan.given_proxy:  # which other weights may have made
+        del weights["proxy"]
     record = {
         **plan.to_json(),
         **describe(latents),
         "event": event,
-        "weights": weights_of(session, plan),
+        "weights": weights,
         "versions": versions(),
         "stage_seconds": {name: round(each, 2) for name, each in spent.items()},
         "render_seconds": seconds,

@@ -139,6 +139,8 @@ class Plan:
         own = _plain(sampled)
         if not stage.is_autoguided:
             del own["autoguidance"]
+        if stage.position_scale == 1:
+            del own["position_scale"]
         fields |= {"stage": own, "text_length": self.preset.transformer.text_length}
         if stage is self.proxy:
             fields |= {"shown": list(self.proxy_size), **self._played}  # by its preview, and by what refine makes of it
@@ -222,7 +224,7 @@ class Plan:
         return list(zip(names, (self.proxy, *self.levels), strict=True))
 
     def to_json(self) -> dict[str, Any]:
-        stages = [{"stage": name, **_plain(stage)} for name, stage in self.named_stages()]
+        stages = [{"stage": name, **_plain(stage)} for name, stage in self.own_stages()]
         return {"summary": self.summary, "request": _plain(self.request), "stages": stages}
 
     def below(self, stage: Stage) -> Grid:

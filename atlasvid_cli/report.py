@@ -23,6 +23,8 @@ def sentences(result: Result) -> str:
     )
     if result["offload"] != "none":
         rests_on += f", with all weights resident where render takes --offload {result['offload']}"
+    if not result["keeps_proxy_keys"]:
+        rests_on += ", with proxy keys kept where render computes them anew"
     equal = f"{result['steps']} steps at every level"
     fewer = f"{' + '.join(map(str, few['steps']))} steps as the preset renders"
     lines = [

@@ -5,7 +5,7 @@ Shapes: n windows, L tokens a sample, m samples, D channels.
 
 import dataclasses
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from dataclasses import dataclass, field
 from fractions import Fraction
 from functools import cached_property
@@ -17,7 +17,8 @@ from diffusers.models.transformers.transformer_wan import WanTransformerBlock
 
 from .attention import rope, rotate
 from .block import EAGER, Kernels, KeyValue
-from .model import PART, TextContext, embed_parts, modulation, of_each, predict
+from .memory import PART
+from .model import TextContext, embed_parts, modulation, of_each, predict
 from .offload import Transfers, device_of, on_device
 from .presets import Detail, Layout, window_cycle
 from .shapes import Grid, Shape
@@ -165,7 +166,7 @@ class ProxyStream:
     kernels: Kernels = EAGER
     states: torch.device | None = None
     _hidden: torch.Tensor | None = field(default=None, init=False)
-    _blocks: Iterator[WanTransformerBlock] | None = field(default=None, init=False)
+    _blocks: Generator[WanTransformerBlock] | None = field(default=None, init=False)
 
     def first(self) -> "ProxyStream":
         return dataclasses.replace(
@@ -183,7 +184,11 @@ class ProxyStream:
         out = torch.empty_like(x) if torch.is_grad_enabled() else x
         keys, values = (torch.empty_like(x).unflatten(-1, self._heads) for _ in range(2))
         self._stream.through(i, next(self._blocks) if self._blocks else block, x, out, keys, values)
-        self._hidden = None if i == len(self.model.blocks) - 1 else out
+        self._hidden = out
+        if i == len(self.model.blocks) - 1:
+            self._hidden = None
+            if self._blocks:
+                self._blocks.close()  # the last one's weights go home before another stream takes them
         return self._rotated(keys), values
 
     @property
@@ -192,7 +197,7 @@ class ProxyStream:
 
     @cached_property
     def _stream(self) -> "_Stream":
-        """In windows of its own, rotated as stage 1 rotates."""
+        """In windows of its own, as far apart in time as in stage 1; in space as the base knows windows so large."""
         device = device_of(self.model)
         _, modulations = modulation(self.model, torch.tensor([self.timestep]))
         layouts, transfers = window_cycle([self.alignment.window]), Transfers(self.states or device, device)

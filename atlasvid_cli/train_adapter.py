@@ -176,7 +176,7 @@ def _trained(
 
 def _makers(preset: Preset, learner: Learner) -> list[Stage1]:
     """How the proxies that stage 2 meets are made: those of upper levels stand for what the bare base makes."""
-    adapters = {NATIVE: None, preset.proxy.spacing: learner.lora}
+    proxies = {1: (NATIVE, None), preset.proxy.time_ratio: (preset.proxy.spacing, learner.lora)}
     return [
         Stage1(
             spacing,
@@ -186,7 +186,7 @@ def _makers(preset: Preset, learner: Learner) -> list[Stage1]:
             preset.negative_prompt,
             learner.sigmas[1],
         )
-        for spacing, adapter in adapters.items()
+        for spacing, adapter in proxies.values()
     ]
 
 

@@ -143,6 +143,8 @@ def check_adapter(
     try:
         with safe_open(folder / lora, "pt") as file:
             metadata = file.metadata() or {}
+        if metadata.get("stage") == "proxy":
+            metadata = {"position_scale": "1.0"} | metadata  # of ours that are older
     except UNREADABLE as error:
         raise InputError(
             f"the adapter {folder / lora} cannot be read ({one_line(str(error))}); make it again"

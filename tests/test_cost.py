@@ -133,7 +133,8 @@ def test_keys_and_values_of_the_proxy_are_counted():
 
     (plan, with_proxy), (_, without) = needed(True), needed(False)
     level, size = plan.levels[-1], preset.transformer
-    assert with_proxy - without == 2 * size.layers * plan.below(level).tokens * size.dim * 2 * level.passes
+    kept = 2 * size.layers * plan.below(level).tokens * size.dim * 2 * level.passes
+    assert kept <= with_proxy - without < 1.02 * kept
 
 
 def adapted(fields, preset="wan2.1-1.3b"):
@@ -150,7 +151,8 @@ def test_a_proxy_stream_beside_the_detail_takes_a_block_of_it():
     level, size = plan.levels[-1], plan.preset.transformer
     states = plan.below(level).tokens * size.dim * 2
     kept, beside = (cost.memory(plan, level, Placement("none", keeps), gpu).device for keeps in (True, False))
-    assert kept - beside == 2 * size.layers * states * level.passes - 3 * states
+    difference = 2 * size.layers * states * level.passes - 3 * states
+    assert 0.98 * difference < kept - beside < difference  # rotations are beside them
     context = plan.flops(level, keeps=False) - plan.flops(level)
     assert 0 < context < 0.3 * plan.flops(level)
 
@@ -168,6 +170,30 @@ def test_a_proxy_stream_beside_the_detail_takes_a_block_of_it():
 )
 def test_where_keys_of_the_proxy_have_no_room_they_are_computed_anew(gib, fields, offload, keeps):
     assert cost.placement_of(adapted(fields), machine_with_gpu(gib)) == Placement(offload, keeps)
+
+
+def test_the_windows_of_a_proxy_stream_are_counted_where_they_are_larger_than_the_details():
+    """As in docs/TRAINING.md's preset: with small windows, a few at a time, they are what computes most."""
+    plan, gpu = adapted({"chunk": 1}), machine_with_gpu(80)
+    small = dataclasses.replace(plan.preset.detail, windows=((13, 16, 16),))
+    fine = dataclasses.replace(plan, preset=dataclasses.replace(plan.preset, detail=small))
+    without = dataclasses.replace(small, proxy_window=(1, 1, 1))
+    stock = dataclasses.replace(plan, preset=dataclasses.replace(plan.preset, detail=without))
+    given = plan.levels[-1], Placement("none", keeps=False), gpu
+    assert cost.memory(fine, *given).device - cost.memory(stock, *given).device > 2 * cost.GIB
+
+
+def test_keys_of_the_proxy_go_to_host_memory_that_is_as_large(monkeypatch):
+    """Whatever of it is free: that changes as models come and go, and the job would change its placement with it."""
+    here = dataclasses.replace(machine_with_gpu(8), is_here=True)
+    monkeypatch.setattr(cost, "available_ram", lambda: pytest.fail("free memory was asked for"))
+    for gib, keeps in ((64, False), (512, True)):
+        monkeypatch.setattr(cost, "total_ram", lambda gib=gib: gib * cost.GIB)
+        assert cost.placement_of(adapted({}), here) == Placement("host", keeps)
+    cpu = dataclasses.replace(this_machine(), device=Device("cpu", "cpu", "float32", 4, "test"), vram=0)
+    for gib, keeps in ((64, False), (512, True)):
+        monkeypatch.setattr(cost, "total_ram", lambda gib=gib: gib * cost.GIB)
+        assert cost.placement_of(adapted({}), cpu) == Placement("none", keeps)
 
 
 def test_the_embedded_text_encoder_is_as_large_as_its_preset_says():

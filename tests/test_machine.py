@@ -22,6 +22,7 @@ def test_a_containers_limit_bounds_the_memory(monkeypatch, tmp_path):
         for name, text in files.items():
             (tmp_path / place / f"memory.{name}").write_text(text)
     assert machine.available_ram() == 9000 - 5000 + 1500  # that of a group above
+    assert machine.total_ram() == 9000
     (tmp_path / "slice" / "job" / "memory.max").write_text("max")
     (tmp_path / "slice" / "memory.max").write_text("max")
     assert machine.available_ram() > whole / 2

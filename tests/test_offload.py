@@ -1,16 +1,18 @@
 """Where weights live must not change what is computed. Copies to another device need one: `pytest -m gpu`."""
 
+import copy
 from fractions import Fraction
 from threading import Event
 
 import pytest
 import torch
 
+from atlasvid_cli import streams
 from atlasvid_cli.model import text_context
 from atlasvid_cli.offload import Transfers, narrow, on_device, place, stored
 from atlasvid_cli.presets import window_cycle
 from atlasvid_cli.shapes import Grid
-from atlasvid_cli.streams import Alignment, detail_forward, proxy_context
+from atlasvid_cli.streams import Alignment, ProxyStream, detail_forward, proxy_context
 
 GRID, LAYOUTS = Grid(3, 6, 7), window_cycle([(3, 4, 4), (2, 3, 7)])
 
@@ -64,6 +66,23 @@ def forward(model, prompt, states=None):
 def test_states_that_live_elsewhere_are_computed_as_here(transformer, prompt):
     expected = forward(transformer, prompt)
     torch.testing.assert_close(forward(transformer, prompt, torch.device("cpu:0")), expected, atol=0, rtol=0)
+
+
+@torch.no_grad()
+def test_a_proxy_stream_beside_the_detail_gives_its_weights_back(transformer, prompt, monkeypatch):
+    """Each prompt has one, of one model, whose blocks come to the device at every forward."""
+    monkeypatch.setattr(streams, "device_of", lambda model: torch.device("cpu:0"))
+    generator, below = torch.Generator().manual_seed(4), Grid(3, 3, 4)
+    tokens, guide = (torch.randn(grid.tokens, 16, generator=generator) for grid in (GRID, below))
+    text, alignment = text_context(transformer, [prompt], 512), Alignment(Fraction(2), 1, (0, 1, 1), (2, 2, 3))
+    model = copy.deepcopy(transformer)
+    parameters = list(map(id, model.blocks.parameters()))
+    beside = [ProxyStream(model, guide, below, text, alignment) for _ in range(2)]
+    seen = [detail_forward(transformer, tokens, GRID, 500, text, each, LAYOUTS, 2) for each in beside * 2]
+    assert list(map(id, model.blocks.parameters())) == parameters
+    expected = forward(transformer, prompt)
+    for each in seen:
+        torch.testing.assert_close(each, expected, atol=0, rtol=0)
 
 
 def test_the_next_chunk_comes_while_one_computes():

@@ -291,8 +291,17 @@ def test_what_a_later_stage_would_refuse_is_said_before_the_first(stock_preset, 
         save_file(tensors, adapter, {"stage": "detail", figure: other})
         with pytest.raises(InputError, match=f"trained for {figure}"):
             preset.check_adapters()
-    entry = preset.folder / preset.preset.detail.upper.entry
     save_file(tensors, adapter, {})
+    whole, first = preset.preset, preset.folder / preset.preset.proxy.lora
+    save_file(load_file(first), first, {"stage": "proxy"})  # as before positions had a scale
+    preset.preset = replace(whole, proxy=replace(whole.proxy, position_scale=0.5))
+    with pytest.raises(InputError, match=r"trained for position_scale 1\.0"):
+        preset.check_adapters()
+    preset.preset = replace(whole, proxy=replace(whole.proxy, position_scale=1.0))
+    preset.check_adapters()
+    preset.preset = whole
+    save_file(load_file(first), first, {})
+    entry = preset.folder / preset.preset.detail.upper.entry
     kept = entry.read_bytes()
     save_file(load_file(entry), entry, {"stage": "entry", "base": "0" * 16})
     with pytest.raises(InputError, match="no first level"):
@@ -358,6 +367,7 @@ def test_refine_says_of_a_lora_of_the_first_expert_that_it_changes_nothing(
     monkeypatch.setattr(above, "check_resources", lambda *a: None)  # counts Wan's text encoder, of 22 GiB
     monkeypatch.setattr(pipeline, "refine", lambda *a: None)
     monkeypatch.setattr(pipeline, "finish", lambda *a: None)
+    monkeypatch.setattr(pipeline, "keep_record", lambda *a: None)
     for expert, count in (("high", 1), ("low", 0)):
         plan = above.plan_from_proxy(proxy, replace(request, loras=(Lora(path, expert=expert),)))
         above.refine_saved(proxy, plan, tmp_path / "a.mp4", None, console)

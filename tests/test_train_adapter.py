@@ -21,9 +21,9 @@ from atlasvid_cli.corpus import load_samples
 from atlasvid_cli.errors import InputError, UsageError
 from atlasvid_cli.presets import Training, load_preset
 from atlasvid_cli.session import Session
-from atlasvid_cli.shapes import NATIVE
+from atlasvid_cli.shapes import NATIVE, Spacing
 from atlasvid_cli.train_adapter import embedder, make
-from atlasvid_cli.train_job import Job
+from atlasvid_cli.train_job import Job, Learner
 from tests.test_corpus import pairs
 from tests.test_train import details
 
@@ -288,6 +288,14 @@ def test_stage_2_learns_from_proxies_as_the_preset_makes_them(session, job, monk
         assert torch.equal(seen[spacing].blocks[0].attn1.to_q.weight, expected.blocks[0].attn1.to_q.weight)
     bare, adapted = seen.values()
     assert not torch.equal(bare.blocks[0].attn1.to_q.weight, adapted.blocks[0].attn1.to_q.weight)
+
+
+def test_where_a_proxy_spans_no_more_time_its_adapter_makes_all_worn_proxies(session):
+    """Two of one time ratio would take each other's place."""
+    proxy = replace(session.preset.proxy, time_ratio=1, position_scale=0.75)
+    preset = replace(session.preset, proxy=proxy)
+    [only] = train_adapter._makers(preset, Learner("transformer", proxy.lora, 3.0, (0.0, 1.0)))
+    assert only.spacing == Spacing(1, 0.75) and only.adapter == proxy.lora
 
 
 @pytest.mark.parametrize("stage, expert", [("proxy", "high"), ("proxy", "low"), ("detail", None)])
