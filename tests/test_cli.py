@@ -484,7 +484,7 @@ def test_proxy_then_refine_then_region_then_decode(run, random_preset, tmp_path,
         assert code == 0 and event["video"] == str(tmp_path / f"p-{res}.mp4")
         record = json.loads((Path(event["run_dir"]) / "run.json").read_text())
         assert record["stage_seconds"].keys() == {"detail", "decode"} and record["event"]["video"] == event["video"]
-        assert "proxy" not in record["weights"] and record["stages"][0]["stage"] == "detail 1/1"
+        assert "proxy" not in record["weights"] and record["stages"][0]["stage"].startswith("detail 1/")
         with monkeypatch.context() as patch:  # a finished one needs neither work nor room
             patch.setattr("atlasvid_cli.pipeline.read_latents", None)
             patch.setattr("atlasvid_cli.cost.available_ram", lambda: 1 << 28)
