@@ -11,21 +11,18 @@ from . import pipeline
 from .artefacts import (
     check_base,
     check_latents,
-    check_replaceable,
     describe,
     is_current,
-    is_finished,
     latents_shape,
     level_path,
-    record_of,
     result_metadata,
     result_of_region,
     result_path,
-    video_tags,
 )
 from .console import Console
 from .cost import check_resources
 from .errors import UsageError
+from .outputs import check_replaceable, is_finished, record_of, video_tags
 from .plan import Plan, Request, make_plan
 from .presets import load_preset
 from .prompts import slug

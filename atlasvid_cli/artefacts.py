@@ -3,7 +3,6 @@
 A file's `key` is the hash of all that decides its values: plan, prompts, weights, and the key of the level below.
 """
 
-import json
 import re
 from collections.abc import Callable
 from contextlib import suppress
@@ -14,8 +13,8 @@ from typing import Any, Literal
 import torch
 
 from . import __version__, store, tensor_file
-from .decode_cost import start_tile, vae_tile
-from .errors import AtlasError, InputError, UsageError
+from .decode_cost import start_tile
+from .errors import InputError, UsageError
 from .parse import MAX_FPS, MAX_SECONDS, MAX_SEED, MAX_SIDE_PX
 from .plan import Plan
 from .presets import load_preset, preset_names
@@ -23,10 +22,8 @@ from .refine import Region
 from .results import state_of
 from .session import Session
 from .stages import Stage
-from .video import tags, whole_frames
 
 FORMAT = "atlasvid-latents/1"
-TOLD = ("prompt", "seed", "preset", "version", "model", "dtype", "attention", "key")  # by a video, of its latents
 
 
 def _number(most: int, whole: bool = True) -> Callable[[str], object]:
@@ -270,62 +267,6 @@ def check_levels_ours(session: Session, plan: Plan, proxy: dict[str, str], run_d
     for number, stage in enumerate(plan.levels, start=1):
         metadata = level_metadata(session, plan, stage, metadata)
         check_ours(level_path(plan, run_dir, number), metadata)
-
-
-def check_preview_ours(path: Path) -> None:
-    """UsageError where there is a file that is no video of ours: in a folder of the user's, a preview takes no name."""
-    if path.exists() and "key" not in _tags(path):
-        raise UsageError(f"{path} is not of a run; give another --run-dir, or move it away")
-
-
-def record_of(run_dir: Path) -> dict[str, Any]:
-    """What the last render of a run recorded, nothing where none is done; UsageError for a file that no run wrote."""
-    path = run_dir / "run.json"
-    try:
-        record = json.loads(path.read_bytes())
-    except FileNotFoundError:
-        return {}
-    except (OSError, ValueError):
-        record = None
-    if not isinstance(record, dict) or record.get("format") != FORMAT:
-        raise UsageError(f"{path} is not of a run; give another --run-dir, or move it away")
-    return record
-
-
-def video_tags(session: Session, metadata: dict[str, str], latents: tuple[int, int], codec: str) -> dict[str, str]:
-    """What a video says of the latents that it shows, which have this metadata and are (h, w) large, and of how they
-    were decoded."""
-    decoder = session.pixels_hash(vae_tile(session.preset, *latents))
-    return {name: metadata[name] for name in TOLD} | {"codec": codec, "decoder": decoder}
-
-
-def is_finished(target: Path, wanted: dict[str, str], frames: int) -> bool:
-    """Whether `target` is the video with the `wanted` tags (`video_tags`), and no part of it is missing."""
-    same = {name: wanted[name] for name in ("key", "codec", "decoder")}.items() <= _tags(target).items()
-    return same and whole_frames(target) == frames
-
-
-def _tags(path: Path) -> dict[str, str]:
-    """What a video says of itself; nothing where it is missing, or no video."""
-    with suppress(AtlasError):
-        return tags(path)
-    return {}
-
-
-def check_replaceable(target: Path, metadata: dict[str, str], codec: str) -> None:
-    """UsageError where `target` is a file that was not made from the latents with this metadata, with that `codec`."""
-    if not target.exists():
-        return
-    found = _tags(target)
-    if found.get("key") == metadata["key"]:
-        if (other := found.get("codec", codec)) != codec:
-            raise UsageError(f"{target} exists, the same video in {other}; choose another --output, or move it away")
-        return
-    what = "from something else"
-    if all(found.get(name) == metadata[name] for name in ("prompt", "seed", "model")):
-        told = ", ".join(f"{name} {found.get(name)}" for name in ("version", "dtype", "attention"))
-        what = f"from the same prompt, seed and model by other options, or elsewhere ({told})"
-    raise UsageError(f"{target} exists and was made {what}; choose another --output, or move it away")
 
 
 def region_of(

@@ -163,7 +163,7 @@ class BatchFailed(AtlasError):
 
 
 def render_one(session: "Session", plan: "Plan", run: Path, target: Path, console: "Console") -> dict[str, Any]:
-    from . import artefacts, pipeline, store
+    from . import artefacts, outputs, pipeline, store
     from .cost import check_resources
 
     if (finished := pipeline.finished_video(session, plan, run, target)) is not None:
@@ -171,7 +171,7 @@ def render_one(session: "Session", plan: "Plan", run: Path, target: Path, consol
     if target.exists():  # but its run is gone, and all is made again
         check_resources(plan, target.parent, run)
     proxy = artefacts.proxy_metadata(session, plan)
-    artefacts.check_replaceable(target, artefacts.result_metadata(session, plan, proxy), plan.request.codec)
+    outputs.check_replaceable(target, artefacts.result_metadata(session, plan, proxy), plan.request.codec)
     with store.lock(store.run_directory(run.parent, run.name)):
         return pipeline.render(session, plan, run, target, console)
 

@@ -233,7 +233,7 @@ def decode(
     from .video import check_target, suffix_for, warn_of_player
 
     suffix = suffix_for(codec)  # an unknown codec is said before the heavy imports
-    from . import artefacts, pipeline
+    from . import artefacts, outputs, pipeline
     from .console import Console
     from .decode_cost import check_decode
     from .presets import load_preset
@@ -245,13 +245,13 @@ def decode(
     target = target_of(output, latents.with_suffix(""), suffix)
     check_target(target, codec, width, height)
     check_writable(target)
-    artefacts.check_replaceable(target, known, codec)
+    outputs.check_replaceable(target, known, codec)
     loaded, frames, made = load_preset(preset or known["preset"]), int(known["frames"]), is_made(target)
     room = partial(check_decode, loaded, shape := artefacts.latents_shape(latents), size, frames, codec, target.parent)
     if not made:  # what is finished needs no room
         room()
     session = Session(loaded, model_path, only="vae")
-    if artefacts.is_finished(target, artefacts.video_tags(session, known, shape[1:], codec), frames):
+    if outputs.is_finished(target, outputs.video_tags(session, known, shape[1:], codec), frames):
         console.note(f"{target} was finished before")
         return console.emit({"video": str(target), "status": "skipped"}, str(target))
     if made:

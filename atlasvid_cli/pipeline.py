@@ -18,20 +18,15 @@ from . import store
 from .artefacts import (
     check_levels_ours,
     check_ours,
-    check_preview_ours,
-    check_replaceable,
     describe,
     is_current,
-    is_finished,
     level_metadata,
     level_path,
     proxy_metadata,
     read_latents,
-    record_of,
     region_of,
     result_metadata,
     result_path,
-    video_tags,
     weights_of,
 )
 from .console import Console
@@ -45,6 +40,7 @@ from .experts import experts_of
 from .footage import Clip, read_clip
 from .machine import versions
 from .model import text_contexts
+from .outputs import check_preview_ours, check_replaceable, is_finished, record_of, video_tags
 from .plan import Plan, Request
 from .presets import preset_names
 from .proxy import sample_proxy

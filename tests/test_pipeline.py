@@ -14,7 +14,7 @@ import torch
 from diffusers import WanPipeline
 from safetensors.torch import load_file, save_file
 
-from atlasvid_cli import above, artefacts, pipeline, tensor_file
+from atlasvid_cli import above, artefacts, outputs, pipeline, tensor_file
 from atlasvid_cli import proxy as proxy_module
 from atlasvid_cli.batch import proxy_one, render_one
 from atlasvid_cli.encode import encode_clips
@@ -386,19 +386,6 @@ def test_a_video_that_another_process_made_meanwhile_is_kept(session, request_, 
     assert digest(video) == digest(run / "proxy.mp4") and not list(tmp_path.glob(".*"))
 
 
-def test_a_video_is_finished_that_is_whole_and_of_the_same_latents_decoder_and_codec(tmp_path):
-    for suffix, codec in ((".mkv", "ffv1"), (".mp4", "h264"), (".mov", "prores")):
-        wanted, target = {"key": "a", "decoder": "v", "codec": codec}, tmp_path / f"a{suffix}"
-        assert not artefacts.is_finished(target, wanted, 9)
-        frames = torch.rand(9, 3, 64, 64)
-        write_video(target, iter(frames), width=64, height=64, fps=8, frame_count=9, codec=codec, metadata=wanted)
-        assert artefacts.is_finished(target, wanted, 9)
-        for name in wanted:
-            assert not artefacts.is_finished(target, wanted | {name: "other"}, 9)
-        target.write_bytes(target.read_bytes()[: 3 * target.stat().st_size // 4])  # a copy that broke off
-        assert not artefacts.is_finished(target, wanted, 9)
-
-
 def test_every_video_of_a_run_is_finished(session, request_, console, tmp_path, monkeypatch):
     plans = {name: make_plan(replace(request_, codec=codec)) for name, codec in (("a.mp4", "h264"), ("b.mkv", "ffv1"))}
     run = tmp_path / "run"
@@ -409,7 +396,7 @@ def test_every_video_of_a_run_is_finished(session, request_, console, tmp_path, 
         assert event["status"] == "skipped" and event["seconds"] > 0
         assert (event["video"], event["preview"]) == (str(tmp_path / name), str(sheet_of(tmp_path / name)))
         assert pipeline.finished_video(session, make_plan(replace(request_, seed=4)), run, tmp_path / name) is None
-    monkeypatch.setattr(artefacts, "vae_tile", lambda preset, h, w: 8)  # another GPU, or `decode_gib`
+    monkeypatch.setattr(outputs, "vae_tile", lambda preset, h, w: 8)  # another GPU, or `decode_gib`
     assert pipeline.finished_video(session, plans["a.mp4"], run, tmp_path / "a.mp4") is None
 
 
@@ -570,42 +557,6 @@ def test_a_proxy_can_be_looked_at(session, request_, console, tmp_path):
 def test_a_wrong_model_folder_is_named_before_loading(random_preset):
     with pytest.raises(InputError, match="dim"):
         Session("tiny", str(random_preset.with_suffix("")))
-
-
-@pytest.mark.parametrize(
-    ("changed", "said"),
-    [
-        ({"seed": "1", "dtype": "bfloat16"}, "from something else"),
-        ({"dtype": "bfloat16"}, "same prompt, seed and model .*dtype bfloat16"),
-        ({}, "same prompt, seed and model by other options"),
-    ],
-)
-def test_a_video_that_is_kept_says_how_it_differs(tmp_path, changed, said):
-    made = {
-        "key": "a",
-        "dtype": "float32",
-        "attention": "native",
-        "prompt": "p",
-        "seed": "0",
-        "model": "m",
-        "version": "1",
-    }
-    frames = torch.zeros(1, 3, 64, 64)
-    write_video(tmp_path / "a.mp4", iter(frames), width=64, height=64, fps=8, frame_count=1, metadata=made | changed)
-    artefacts.check_replaceable(tmp_path / "a.mp4", made | changed, "h264")
-    artefacts.check_replaceable(tmp_path / "b.mp4", made, "h264")
-    with pytest.raises(UsageError, match=said):
-        artefacts.check_replaceable(tmp_path / "a.mp4", made | {"key": "b"}, "h264")
-
-
-def test_a_master_is_not_replaced_by_the_same_video_in_another_codec(tmp_path):
-    tagged = {"key": "a", "codec": "ffv1"}
-    write_video(
-        tmp_path / "a.mkv", iter(torch.zeros(1, 3, 64, 64)), width=64, height=64, fps=8, frame_count=1, metadata=tagged
-    )
-    artefacts.check_replaceable(tmp_path / "a.mkv", tagged, "ffv1")
-    with pytest.raises(UsageError, match="the same video in ffv1"):
-        artefacts.check_replaceable(tmp_path / "a.mkv", tagged, "hevc10")
 
 
 def test_each_stage_keeps_its_state_beside_its_latents(tmp_path):
